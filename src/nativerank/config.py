@@ -1,0 +1,278 @@
+"""The typed configuration of a run: what a YAML file or a dotted flag may set, and nothing else.
+
+    nativerank train --config run.yaml --optim.lr 0.02
+
+A value of None means "what the preset or the method says"; `train.setup.resolve` fills it in, and the filled-in
+form is what a run folder keeps as `config.yaml`. Units: lengths in tokens, batches in sequences, rates per step.
+No torch here, so that `--help` stays fast.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+T = TypeVar("T")
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The hint of an error message: '; did you mean X?' for the closest known word, or nothing when none is close."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which architecture is built.
+
+    Args:
+        preset: a named model with its training defaults; unknown names list the known ones.
+        config: path of a Hugging Face config.json (or its folder), used instead of the preset's architecture.
+        init_scale: factor on the initial standard deviation 1/sqrt(fan_in) of every hidden matrix.
+    """
+
+    preset: str = "demo"
+    config: str | None = None
+    init_scale: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankConfig:
+    """How thin the factors are; set at most one of ratio and value.
+
+    Args:
+        ratio: r = int(ratio * d_in), or int(ratio * min(d_in, d_out)) where that reaches break-even.
+        value: one rank for every matrix.
+        rule: "auto" as above; "code" keeps int(ratio * d_in) clipped to min(d_in, d_out), as Spectron's code does.
+        init: "svd" truncates the dense initialisation, "sampled" draws factors with the same spectrum and never
+            forms a dense matrix; "auto" is svd up to width 2048.
+        include: only modules matching one of these glob patterns are factorized.
+        exclude: modules matching one of these glob patterns stay dense.
+        overrides: glob pattern -> rank, for single modules.
+    """
+
+    ratio: float | None = None
+    value: int | None = None
+    rule: Literal["auto", "code"] = "auto"
+    init: Literal["auto", "svd", "sampled"] = "auto"
+    include: list[str] = field(default_factory=list)
+    exclude: list[str] = field(default_factory=list)
+    overrides: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Rates, update rule options and the schedule.
+
+    Args:
+        lr: peak rate of the matrices (factors, or dense matrices of a dense method).
+        aux_lr: peak AdamW rate of everything else (embedding, head, norms, biases).
+        weight_decay: decoupled decay of the matrices, times the rate.
+        clip: largest global gradient norm; 0 switches clipping off.
+        schedule: shape of the rate over the run, the same for every method.
+        warmup: share of the steps over which the rate rises linearly.
+        decay: share of the steps in which "wsd" falls linearly.
+        final_lr: rate at the last step as a share of the peak.
+        betas: AdamW's decay rates of the first and second moment.
+        eps: AdamW's denominator guard.
+        momentum: decay rate of the momentum that Muon and Spectron orthogonalize.
+        nesterov: blend the gradient into the orthogonalized momentum.
+        shape_scale: factor on an orthogonalized update by its shape (rows, cols): "original" sqrt(max(1, rows/cols)),
+            "match_rms_adamw" 0.2 sqrt(max(rows, cols)).
+        orthogonalizer: polynomial iteration that orthogonalizes the momentum.
+        orthogonalizer_steps: iterations of it.
+        norm: how Spectron gets the factors' spectral norms: warm-started power iteration, or exactly.
+        power_iterations: power iterations per factor and step.
+    """
+
+    lr: float | None = None
+    aux_lr: float | None = None
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup: float = 0.05
+    decay: float = 0.2
+    final_lr: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    momentum: float = 0.95
+    nesterov: bool | None = None
+    shape_scale: Literal["none", "original", "match_rms_adamw"] | None = None
+    orthogonalizer: Literal["newton-schulz", "polar-express"] = "newton-schulz"
+    orthogonalizer_steps: int = 5
+    norm: Literal["power", "exact"] = "power"
+    power_iterations: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is read.
+
+    Args:
+        path: folder made by `nativerank data prepare`; None is the built-in corpus, prepared once in the user cache.
+        document_mask: keep attention inside documents that share a window.
+    """
+
+    path: str | None = None
+    document_mask: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The loop.
+
+    Args:
+        steps: optimizer steps; tokens: the same as a token count, rounded up to whole steps (set at most one).
+        batch_size: sequences of one forward and backward pass.
+        accumulation: passes per optimizer step; tokens_per_step = batch_size * accumulation * context.
+        context: tokens of one sequence.
+        eval_every: steps between validations, 0 for the one at the end only.
+        eval_tokens: tokens of a validation during the run; the one at the end reads the whole split.
+        checkpoint_every: steps between checkpoints, 0 for the one at the end only.
+        keep: newest checkpoints that stay, besides the best one.
+        probe_every: steps between records of the factors' norms, 0 for never.
+        seed: of initialisation and data order.
+    """
+
+    steps: int | None = None
+    tokens: int | None = None
+    batch_size: int | None = None
+    accumulation: int = 1
+    context: int | None = None
+    eval_every: int = 100
+    eval_tokens: int = 32768
+    checkpoint_every: int = 100
+    keep: int = 2
+    probe_every: int = 20
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """What happens when a step looks like a spike.
+
+    Args:
+        action: "skip" leaves the update out, "rollback" returns to the last good state, "off" never looks.
+        loss_jump: a loss this many nats above its running mean is a spike.
+        sigma_factor: a factor norm this many times its last recorded value is a spike.
+        window: steps the running mean remembers; nothing is judged before the first window is over.
+        max_events: spikes in a row after which the run stops.
+    """
+
+    action: Literal["off", "skip", "rollback"] = "skip"
+    loss_jump: float = 1.5
+    sigma_factor: float = 4.0
+    window: int = 50
+    max_events: int = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One training run.
+
+    Args:
+        method: row of the method table, e.g. spectron, lowrank-adamw, dense-muon; None is the preset's.
+        out: run folder; None takes the first free runs/PRESET-METHOD, -2, -3 ...
+        resume: "never", "auto" (continue what the folder holds, or start), or the path of a checkpoint.
+        init: folder with a factored model whose weights are trained on.
+        device: cpu, cuda or mps; None takes cuda, then cpu.
+        compile: torch.compile each transformer block.
+        track: mirror metrics.jsonl into a tracker.
+        profile: write a profiler trace and table of a few steps into the run folder.
+    """
+
+    method: str | None = None
+    out: str | None = None
+    resume: str = "never"
+    init: str | None = None
+    device: Literal["cpu", "cuda", "mps"] | None = None
+    compile: bool = False
+    track: Literal["none", "tensorboard"] = "none"
+    profile: bool = False
+    model: ModelConfig = field(default_factory=ModelConfig)
+    rank: RankConfig = field(default_factory=RankConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+
+
+def keys(cls: type, prefix: str = "") -> Iterator[str]:
+    """Every dotted key that a configuration of this class accepts."""
+    hints = typing.get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        yield prefix + f.name
+        if dataclasses.is_dataclass(hints[f.name]):
+            yield from keys(hints[f.name], f"{prefix}{f.name}.")
+
+
+def from_dict(cls: type[T], values: Mapping[str, Any], prefix: str = "", root: type | None = None) -> T:
+    """Builds a configuration from nested mappings, strictly.
+
+    Raises:
+        ValueError: an unknown key, with the nearest known one; or a value of the wrong type.
+    """
+    root = root or cls
+    hints = typing.get_type_hints(cls)
+    unknown = [k for k in values if k not in hints]
+    if unknown:
+        key = prefix + str(unknown[0])
+        raise ValueError(f"unknown config key {key}{nearest(key, keys(root))}")
+    given = {}
+    for name, value in values.items():
+        hint = hints[name]
+        if dataclasses.is_dataclass(hint):
+            if not isinstance(value, Mapping):
+                raise ValueError(f"config key {prefix}{name} holds a group of keys, got {value!r}")
+            given[name] = from_dict(typing.cast(type, hint), value, f"{prefix}{name}.", root)
+        else:
+            given[name] = _checked(value, hint, prefix + name)
+    return cls(**given)
+
+
+def _checked(value: Any, hint: Any, key: str) -> Any:
+    """The value if it fits the annotation (ints pass as floats, lists as tuples), else a ValueError that names the key."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _checked(value, next(a for a in args if a is not type(None)), key)
+    if origin is Literal:
+        if value not in args:
+            raise ValueError(f"config key {key} must be one of {', '.join(map(str, args))}, got {value!r}")
+        return value
+    expected = origin or hint
+    if expected is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if expected is tuple and isinstance(value, list):
+        value = tuple(value)
+    if not isinstance(value, expected) or (expected is not bool and isinstance(value, bool)):
+        raise ValueError(f"config key {key} must be {getattr(expected, '__name__', expected)}, got {value!r}")
+    return value
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain nested dictionaries and lists, ready for YAML or JSON."""
+    plain = dataclasses.asdict(config)
+
+    def lists(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: lists(v) for k, v in value.items()}
+        return [lists(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+    return lists(plain)
+
+
+def differences(a: Any, b: Any, prefix: str = "") -> list[str]:
+    """Dotted keys in which two configurations of one class differ."""
+    found = []
+    for f in dataclasses.fields(a):
+        x, y = getattr(a, f.name), getattr(b, f.name)
+        if dataclasses.is_dataclass(x):
+            found += differences(x, y, f"{prefix}{f.name}.")
+        elif x != y:
+            found.append(prefix + f.name)
+    return found

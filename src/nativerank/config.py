@@ -234,7 +234,7 @@ def from_dict(cls: type[T], values: Mapping[str, Any], prefix: str = "", root: t
 
 
 def _checked(value: Any, hint: Any, key: str) -> Any:
-    """The value if it fits the annotation (ints pass as floats, lists as tuples), else a ValueError that names the key."""
+    """The value if it fits the annotation (ints pass as floats, lists as tuples), else a ValueError naming the key."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:

@@ -1,1 +1,18 @@
+"""Algebra of tall matrices through r x r problems: tensors in, tensors out."""
 
+from nativerank.linalg.gram import gram, gram_root
+from nativerank.linalg.norms import power_iteration, spectral_norm
+from nativerank.linalg.orthogonalize import orthogonalize, orthogonalize_plain, orthogonalizing_factor
+from nativerank.linalg.spectrum import product_spectrum, stable_rank
+
+__all__ = [
+    "gram",
+    "gram_root",
+    "orthogonalize",
+    "orthogonalize_plain",
+    "orthogonalizing_factor",
+    "power_iteration",
+    "product_spectrum",
+    "spectral_norm",
+    "stable_rank",
+]

@@ -1,0 +1,59 @@
+"""Gram matrices of tall matrices, the one product through which all non-linear algebra here goes.
+
+    G = X^T X,   X: (..., d, r) with d >= r,   G: (..., r, r)
+
+Costs 2 d r^2 FLOPs; everything after it is O(r^3). Where the rows of X are spread over processes, `reduce` sums the
+local Gram matrices and the same code serves shards. Products run in float32 at least (bf16 matmuls are slow on CPUs
+and lose the small singular values anywhere), with TF32 off.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+Reduce = Callable[[Tensor], Tensor]
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Keeps TF32 out of float32 products on CUDA: its 10-bit mantissa breaks r x r iterations."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def at_least_float32(X: Tensor) -> Tensor:
+    """X itself in float32 or float64, else a float32 copy."""
+    return X if X.dtype in (torch.float32, torch.float64) else X.float()
+
+
+def gram(X: Tensor, reduce: Reduce | None = None) -> Tensor:
+    """X^T X (..., r, r) of X (..., d, r), in float32 or float64.
+
+    Args:
+        X: stack of tall matrices, or this process's rows of it.
+        reduce: sums the local result over the processes that hold the other rows.
+    """
+    X = at_least_float32(X)
+    with full_precision(X.device):
+        G = X.mT @ X
+    return reduce(G) if reduce else G
+
+
+def gram_root(X: Tensor, reduce: Reduce | None = None) -> Tensor:
+    """Some S (..., r, r) in float64 with S^T S = X^T X, so that X y and S y have the same length for every y.
+
+    From the eigenvalues of the float64 Gram matrix: works for zero and rank-deficient X, where Cholesky stops.
+    Singular values of X below about 1e-8 of the largest are lost.
+    """
+    G = gram(X.double(), reduce)
+    eigenvalues, vectors = torch.linalg.eigh(G)
+    return eigenvalues.clamp_min(0).sqrt().unsqueeze(-1) * vectors.mT

@@ -1,0 +1,187 @@
+"""The table of methods: which layer, which update of the matrices, which rates. A method is one row.
+
+Everything that is not a hidden matrix (embedding, head, norms, biases, routers) is AdamW at its own rate, `aux_lr`,
+under every method; at small scale that rate matters more than the method.
+
+Default rates: SWEPT holds what `benchmarks/sweep_rates.py` found for a preset (results in benchmarks/results/);
+where no sweep was run, a row's own rates stand, taken from the publication named there.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from nativerank.config import nearest
+from nativerank.layers.factorize import FactorizeReport, factorize_modules, matrix_parameters
+from nativerank.optim.optimizer import LowRankOptimizer
+from nativerank.optim.roles import assign_roles
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Peak rate of the matrices, peak AdamW rate of the rest, and init_scale (standard deviation * sqrt(fan_in))."""
+
+    lr: float
+    aux_lr: float
+    init_scale: float = 3**-0.5  # PyTorch's default for nn.Linear
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row.
+
+    Args:
+        layer: kind of factor layer, or None for dense matrices.
+        rule: update rule of the matrices, an entry of optim.rules.RULES.
+        rates: defaults without a sweep. source: where these come from.
+        options: this method's own defaults of rule options.
+    """
+
+    layer: str | None
+    rule: str
+    rates: Rates
+    source: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+METHODS: dict[str, Method] = {
+    "spectron": Method("lowrank", "spectron", Rates(0.07, 0.003), "lr: Spectron's code, every size; aux_lr: ours"),
+    "lowrank-adamw": Method("lowrank", "adamw", Rates(1e-3, 1e-3), "Spectron's code, AdamW examples"),
+    "lowrank-muon": Method("lowrank", "muon", Rates(0.01, 0.003), "pocket sweep", {"nesterov": True}),
+    "dense-adamw": Method(None, "adamw", Rates(1e-3, 1e-3), "common practice below 1B parameters"),
+    "dense-muon": Method(
+        None, "muon", Rates(0.02, 0.003), "Muon's default", {"nesterov": True, "shape_scale": "original"}
+    ),
+}
+
+SWEPT: dict[str, dict[str, Rates]] = {}
+
+
+def find_method(name: str) -> Method:
+    """The row of this method.
+
+    Raises:
+        ValueError: an unknown name; lists the known ones.
+    """
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}{nearest(name, METHODS)} (methods: {', '.join(METHODS)})")
+    return METHODS[name]
+
+
+def default_rates(method: str, preset: str) -> Rates:
+    """The swept rates of a method for a preset, or the method's own where there was no sweep."""
+    return SWEPT.get(preset, {}).get(method, find_method(method).rates)
+
+
+def factorize(
+    model: nn.Module,
+    method: str = "spectron",
+    *,
+    rank_ratio: float | None = None,
+    rank: int | None = None,
+    rank_rule: str = "auto",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    overrides: Mapping[str, int] | None = None,
+    init: str | None = None,
+) -> FactorizeReport:
+    """Replaces the linear maps of a model by factor layers, in place.
+
+    Every nn.Linear, Conv1D (d_in, d_out) and batched expert stack but the embedding and output head of a Hugging Face
+    model; of another module every nn.Linear unless excluded. On the meta device too.
+
+    Args:
+        model: the module whose layers are replaced.
+        method: a low-rank row of the method table; it decides the layer kind.
+        rank_ratio: r = int(ratio * d_in), see RankConfig; 0.25 when neither ratio nor rank is given.
+        rank: one rank for all.
+        rank_rule: "auto" or "code".
+        include, exclude: glob patterns over module names (or dotted suffixes of them).
+        overrides: pattern -> rank.
+        init: "svd" truncates the present weights (the default), "sampled" draws factors of the same spectrum.
+
+    Returns:
+        What became what, with ranks, parameters before and after, and warnings.
+
+    Raises:
+        ValueError: a dense method, a rank outside [1, min(d_in, d_out)], a pattern that matches nothing, no matrix
+            found, or a large matrix left dense without being excluded.
+    """
+    row = find_method(method)
+    if row.layer is None:
+        raise ValueError(f"{method} keeps dense matrices; factorize takes a low-rank method")
+    if rank is not None and rank_ratio is not None:
+        raise ValueError(f"give rank or rank_ratio, not both: rank={rank}, rank_ratio={rank_ratio}")
+    if rank is None and rank_ratio is None:
+        rank_ratio = 0.25
+    return factorize_modules(
+        model,
+        kind=row.layer,
+        ratio=rank_ratio,
+        value=rank,
+        rule=rank_rule,
+        include=include,
+        exclude=exclude,
+        overrides=overrides or {},
+        init=init,
+    )
+
+
+def build_optimizer(
+    model: nn.Module,
+    method: str = "spectron",
+    *,
+    lr: float | None = None,
+    aux_lr: float | None = None,
+    weight_decay: float = 0.0,
+    matrices: Sequence[str] | None = None,
+    **options: Any,
+) -> LowRankOptimizer:
+    """The optimizer of a method for a model: hidden matrices by the method's rule, everything else by AdamW.
+
+    Args:
+        model: factorized for a low-rank method, plain for a dense one.
+        method: row of the method table.
+        lr: peak rate of the hidden matrices; None takes the row's.
+        aux_lr: peak AdamW rate of everything else.
+        weight_decay: decoupled, on the hidden matrices, times lr.
+        matrices: names of the dense parameters that a dense method treats as hidden matrices; None finds them.
+        options: rule options by keyword (optim.optimizer.DEFAULTS), e.g. nesterov=True.
+
+    Raises:
+        ValueError: a low-rank method and a model without factor pairs, a dense method and a model with them, an
+            unknown option, or a value out of range.
+    """
+    row = find_method(method)
+    if row.layer is None and matrices is None:
+        matrices = matrix_parameters(model)
+    roles = assign_roles(model, matrices or () if row.layer is None else ())
+    if row.layer and not roles.pairs:
+        raise ValueError(f"{method} found no factor pair in the model; call nativerank.factorize(model) first")
+    if row.layer is None and roles.pairs:
+        raise ValueError(f"{method} trains dense matrices, but {roles.pairs[0].name} is factorized")
+    hidden = [half for pair in roles.pairs for half in (pair.up, pair.down)] or roles.matrices
+    if not hidden:
+        raise ValueError(f"{method} found no hidden matrix in the model")
+    chosen = {**row.options, **{k: v for k, v in options.items() if v is not None}}
+    common = {k: chosen[k] for k in ("betas", "eps") if k in chosen}
+    groups = [
+        {
+            "name": "matrices",
+            "params": hidden,
+            "rule": row.rule,
+            "lr": row.rates.lr if lr is None else lr,
+            "weight_decay": weight_decay,
+            **chosen,
+        },
+        {
+            "name": "auxiliary",
+            "params": roles.auxiliary,
+            "rule": "adamw",
+            "lr": row.rates.aux_lr if aux_lr is None else aux_lr,
+            **common,
+        },
+    ]
+    return LowRankOptimizer([g for g in groups if g["params"]])

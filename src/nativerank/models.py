@@ -1,0 +1,201 @@
+"""Which model: named presets, or any Hugging Face config; built natively in low rank.
+
+The architecture is always a Hugging Face causal LM whose linear maps are replaced. Building goes through the meta
+device: skeleton, factor layers, then memory, then each parameter seeded by (seed, name). So two methods with one
+seed start from the same dense matrices W (a low-rank method from their truncations), and no dense model ever exists
+for a low-rank method.
+
+Hidden matrices start with standard deviation init_scale / sqrt(fan_in); everything else as the Hugging Face
+architecture initialises itself.
+"""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from nativerank.config import nearest
+from nativerank.layers.factorize import matrix_parameters
+from nativerank.layers.initialize import dense_init, init_factor_layer, init_seed
+from nativerank.optim.roles import factor_modules
+
+DENSE = "-dense"
+SAMPLED_ABOVE = 2048  # d_model above which factors are sampled instead of truncated: an SVD there takes minutes
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A LLaMA-style architecture with the training settings that belong to it.
+
+    Lengths in tokens; batch_size in sequences per pass; ranks as in RankConfig (at most one of ratio and value).
+    """
+
+    source: str
+    d_model: int
+    layers: int
+    heads: int
+    d_ffn: int
+    vocab_size: int
+    context: int
+    batch_size: int
+    steps: int
+    accumulation: int = 1
+    dense_steps: int | None = None
+    kv_heads: int | None = None
+    ratio: float | None = None
+    value: int | None = None
+    tied: bool = False
+    rope_theta: float = 10000.0
+    method: str = "spectron"
+
+
+def _spectron(d_model: int, layers: int, heads: int, d_ffn: int, steps: int, dense_steps: int) -> Preset:
+    """Spectron's S, M, L: 512 x 2048 tokens a step; steps are 20 tokens per dense parameter, and equal FLOPs."""
+    return Preset(
+        "Spectron (arXiv 2602.12429)", d_model, layers, heads, d_ffn, 32000, 2048, 8, steps, 64, dense_steps, ratio=0.25
+    )
+
+
+def _galore(d_model: int, layers: int, heads: int, d_ffn: int, rank: int, tokens: float) -> Preset:
+    """The LLaMA family of the GaLore tables: 512 x 256 tokens a step."""
+    steps = round(tokens / (512 * 256))
+    return Preset("GaLore (arXiv 2403.03507)", d_model, layers, heads, d_ffn, 32000, 256, 64, steps, 8, value=rank)
+
+
+PRESETS: dict[str, Preset] = {
+    "demo": Preset("built in: minutes on two cores", 256, 4, 4, 704, 4096, 256, 16, 450, value=64),
+    "pocket": Preset("built in: experiments on two cores", 128, 4, 4, 352, 1024, 128, 8, 600, value=32),
+    "spectron-s": _spectron(768, 12, 12, 2048, 2557, 1785),
+    "spectron-m": _spectron(1280, 20, 20, 3584, 9313, 5663),
+    "spectron-l": _spectron(1536, 24, 24, 4096, 14836, 8656),
+    "llama-60m": _galore(512, 8, 8, 1376, 128, 1.1e9),
+    "llama-130m": _galore(768, 12, 12, 2048, 256, 2.2e9),
+    "llama-350m": _galore(1024, 24, 16, 2736, 256, 6.4e9),
+    "llama-1b": _galore(2048, 24, 32, 5461, 512, 13.1e9),
+    "smollm2-135m": Preset(
+        "SmolLM2", 576, 30, 9, 1536, 49152, 2048, 16, 20000, 32, kv_heads=3, ratio=0.25, tied=True, rope_theta=1e5
+    ),
+    "smollm2-1.7b": Preset(
+        "SmolLM2", 2048, 24, 32, 8192, 49152, 2048, 8, 32000, 64, ratio=0.25, tied=True, rope_theta=1.3e5
+    ),
+    "llama3-70b": Preset(
+        "Llama 3", 8192, 80, 64, 28672, 128256, 8192, 1, 100000, 256, kv_heads=8, ratio=0.25, rope_theta=5e5
+    ),
+}
+
+
+def find_preset(name: str) -> Preset:
+    """The preset of this name; NAME-dense is the same architecture for dense methods.
+
+    Raises:
+        ValueError: an unknown name; lists the known ones.
+    """
+    base = PRESETS.get(name.removesuffix(DENSE))
+    if base is None:
+        known = ", ".join(PRESETS)
+        raise ValueError(
+            f"unknown preset {name!r}{nearest(name, PRESETS)} (presets: {known}; each also as NAME{DENSE})"
+        )
+    if name.endswith(DENSE):
+        return replace(base, method="dense-adamw", steps=base.dense_steps or base.steps)
+    return base
+
+
+def hf_config(preset: Preset, vocab_size: int | None = None, context: int | None = None) -> Any:
+    """The preset as a transformers LlamaConfig, optionally for another vocabulary or context."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=vocab_size or preset.vocab_size,
+        hidden_size=preset.d_model,
+        intermediate_size=preset.d_ffn,
+        num_hidden_layers=preset.layers,
+        num_attention_heads=preset.heads,
+        num_key_value_heads=preset.kv_heads or preset.heads,
+        max_position_embeddings=context or preset.context,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": preset.rope_theta},
+        tie_word_embeddings=preset.tied,
+        bos_token_id=None,
+        eos_token_id=None,
+        use_cache=False,
+    )
+
+
+def read_hf_config(path: str) -> Any:
+    """A transformers config from a config.json or the folder that holds one.
+
+    Raises:
+        ValueError: no such file, no JSON, or a model type this transformers does not know.
+    """
+    from transformers import AutoConfig
+
+    file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read the model config {file}: {error}") from None
+    if not isinstance(values, dict) or "model_type" not in values:
+        raise ValueError(f"{file} names no model_type, so it is not a Hugging Face config.json")
+    return AutoConfig.for_model(values.pop("model_type"), **values)
+
+
+def skeleton(config: Any) -> nn.Module:
+    """The causal LM of a config on the meta device: shapes, no memory."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def materialize(model: nn.Module, seed: int, init_scale: float, init: str = "auto") -> nn.Module:
+    """Gives a meta-device model memory and its initial weights, in place.
+
+    Args:
+        model: Hugging Face model, factorized or not.
+        seed: with a parameter's name it seeds that parameter's numbers.
+        init_scale: standard deviation of hidden matrices times sqrt(fan_in).
+        init: "svd", "sampled", or "auto" by width.
+    """
+    hf: Any = model
+    model.to_empty(device="cpu")
+    hf.tie_weights()
+    width = getattr(hf.config.get_text_config(), "hidden_size", 0)
+    init = ("sampled" if width > SAMPLED_ABOVE else "svd") if init == "auto" else init
+    factors = dict(factor_modules(model))
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        for name, module in model.named_modules():
+            torch.manual_seed(init_seed(seed, name))
+            hf._init_weights(module)
+        for name, layer in factors.items():
+            d_in = layer.down.weight.shape[-1] if isinstance(layer.down, nn.Module) else layer.down.shape[-1]
+            init_factor_layer(layer, name, init_scale * d_in**-0.5, seed, init)
+        _init_dense_matrices(model, seed, init_scale)
+    return model
+
+
+def _init_dense_matrices(model: nn.Module, seed: int, init_scale: float) -> None:
+    """The matrices a low-rank method would have truncated, drawn from the same numbers."""
+    for parameter_name in matrix_parameters(model):
+        weight = model.get_parameter(parameter_name)
+        module_name = parameter_name.removesuffix(".weight")
+        transposed = type(model.get_submodule(parameter_name.rpartition(".")[0])).__name__ == "Conv1D"
+        for name, W in _slices(module_name, weight):
+            W = W.mT if transposed else W
+            W.copy_(dense_init(name, *W.shape, init_scale * W.shape[-1] ** -0.5, seed))
+
+
+def _slices(name: str, weight: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+    """A matrix under its name, or the experts of a stack under NAME.0, NAME.1 ..., as init_factor_layer names them."""
+    return [(name, weight)] if weight.dim() == 2 else [(f"{name}.{i}", W) for i, W in enumerate(weight)]
+
+
+def count_parameters(model: nn.Module) -> dict[str, int]:
+    """Parameters in total, and without the token embedding and the output head."""
+    hf: Any = model
+    total = sum(p.numel() for p in model.parameters())
+    outer = {id(m.weight): m.weight for m in (hf.get_input_embeddings(), hf.get_output_embeddings()) if m is not None}
+    return {"total": total, "non_embedding": total - sum(w.numel() for w in outer.values())}

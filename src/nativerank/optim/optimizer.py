@@ -1,0 +1,223 @@
+"""The one optimizer: every parameter in exactly one group, every group with one update rule.
+
+A group's `rule` names an entry of `rules.RULES`. Matrices of equal shape are updated as one stack: the momentum of a
+stack is stored side by side and each parameter's state is a view of it, so that state_dict() looks like any other
+optimizer's and no gathering happens at a step. Gradients are never written, state exists from construction on, and
+no value is read back to the host.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+from nativerank.optim.rules import RULES, Options, Rule, Stack, State, initial_state
+
+DEFAULTS: dict[str, Any] = {
+    "lr": 1e-3,
+    "weight_decay": 0.0,
+    "betas": (0.9, 0.95),
+    "eps": 1e-8,
+    "momentum": 0.95,
+    "nesterov": False,
+    "shape_scale": "none",
+    "orthogonalizer": "newton-schulz",
+    "orthogonalizer_steps": 5,
+    "norm": "power",
+    "power_iterations": 1,
+}
+
+
+@dataclass
+class Bucket:
+    """Equal-shaped parameters of a group (or equal-shaped pairs: `sides` is then up, down) and their stacked state."""
+
+    sides: list[list[nn.Parameter]]
+    states: list[State]
+    record: State = field(default_factory=dict)
+
+
+class LowRankOptimizer(torch.optim.Optimizer):
+    """Drives AdamW, Muon and Spectron groups together.
+
+    Args:
+        groups: dicts with `params` (named parameters; for a pair rule up, down, up, down ...), `rule`, and any
+            option of DEFAULTS.
+
+    Raises:
+        ValueError: an unknown rule or option, a value out of range, or a parameter in two groups.
+    """
+
+    def __init__(self, groups: Iterable[dict[str, Any]]):
+        groups = list(groups)
+        for group in groups:
+            _check(group)
+        super().__init__(groups, dict(DEFAULTS))
+        self._buckets: dict[int, list[Bucket]] = {}
+        for index, group in enumerate(self.param_groups):
+            group["initial_lr"] = group["lr"]
+            for i, p in enumerate(group["params"]):
+                down = RULES[group["rule"]].kind == "pair" and i % 2 == 1
+                tall = p.shape[-1] if down or p.dim() < 2 else p.shape[-2]
+                self.state[p] = {
+                    name: initial_state(name, p, tall, seed=index * 1_000_003 + i)
+                    for name in RULES[group["rule"]].state
+                }
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Updates every parameter that has a gradient; a pair moves only if both factors have one."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for index, group in enumerate(self.param_groups):
+            rule = RULES[group["rule"]]
+            if rule.kind == "elementwise":
+                self._step_adamw(group)
+            else:
+                for bucket in self._group_buckets(index):
+                    _step_bucket(bucket, rule, group)
+        return loss
+
+    def set_rate(self, multiplier: float) -> None:
+        """Sets every group's lr to this share of the peak it was built with."""
+        for group in self.param_groups:
+            group["lr"] = group["initial_lr"] * multiplier
+
+    def records(self) -> dict[str, dict[str, float]]:
+        """What the last step recorded per pair (sigma_A, sigma_B, rho), by the name of the factorized module.
+
+        Reads from the device: for logging, not for the hot path. Stacked experts report their largest value.
+        """
+        found: dict[str, dict[str, float]] = {}
+        for index, group in enumerate(self.param_groups):
+            names = dict(zip(map(id, group["params"]), group.get("param_names", []), strict=False))
+            for bucket in self._buckets.get(index, []):
+                values = {
+                    k: v.flatten(1).amax(-1).tolist() if v.dim() > 1 else v.tolist() for k, v in bucket.record.items()
+                }
+                for i, p in enumerate(bucket.sides[0]):
+                    if values and id(p) in names:
+                        module = names[id(p)].removesuffix(".weight").removesuffix(".up")
+                        found[module] = {k: v[i] for k, v in values.items()}
+        return found
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._buckets = {}  # the loaded tensors are not views of our stacks any more: stack them again when needed
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._buckets = {}
+
+    def _step_adamw(self, group: dict[str, Any]) -> None:
+        params = [p for p in group["params"] if p.grad is not None]
+        if not params:
+            return
+        states = [self.state[p] for p in params]
+        adamw(
+            params,
+            [p.grad for p in params],
+            [s["exp_avg"] for s in states],
+            [s["exp_avg_sq"] for s in states],
+            [],
+            [s["step"] for s in states],
+            fused=all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in params),
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+    def _group_buckets(self, index: int) -> list[Bucket]:
+        if index not in self._buckets:
+            group = self.param_groups[index]
+            width = 2 if RULES[group["rule"]].kind == "pair" else 1
+            members: dict[Any, list[tuple[nn.Parameter, ...]]] = {}
+            for start in range(0, len(group["params"]), width):
+                unit = tuple(group["params"][start : start + width])
+                members.setdefault(tuple((p.shape, p.dtype, p.device) for p in unit), []).append(unit)
+            self._buckets[index] = [
+                self._bucket([list(side) for side in zip(*units, strict=True)]) for units in members.values()
+            ]
+        return self._buckets[index]
+
+    def _bucket(self, sides: list[list[nn.Parameter]]) -> Bucket:
+        """Moves the members' state into stacks and makes each member's state a view of its row."""
+        states: list[State] = []
+        for side in sides:
+            stacked = {key: torch.stack([self.state[p][key] for p in side]) for key in self.state[side[0]]}
+            for i, p in enumerate(side):
+                self.state[p].update({key: value[i] for key, value in stacked.items()})
+            states.append(stacked)
+        return Bucket(sides, states)
+
+
+def _check(group: dict[str, Any]) -> None:
+    if group.get("rule") not in RULES:
+        raise ValueError(f"rule must be one of {', '.join(RULES)}, got {group.get('rule')!r}")
+    unknown = set(group) - set(DEFAULTS) - {"params", "rule", "name"}
+    if unknown:
+        raise ValueError(f"unknown optimizer option {sorted(unknown)[0]!r}; known are {', '.join(DEFAULTS)}")
+    options = {**DEFAULTS, **group}
+    if options["lr"] < 0 or options["weight_decay"] < 0 or options["eps"] <= 0:
+        raise ValueError(f"lr and weight_decay must be >= 0 and eps > 0, got {group}")
+    if not all(0 <= x < 1 for x in (*options["betas"], options["momentum"])):
+        raise ValueError(f"betas and momentum must lie in [0, 1), got {options['betas']}, {options['momentum']}")
+    if options["power_iterations"] < 1:
+        raise ValueError(f"power_iterations must be at least 1, got {options['power_iterations']}")
+    if options["norm"] not in ("power", "exact"):
+        raise ValueError(f"norm must be power or exact, got {options['norm']!r}")
+    if options["rule"] == "spectron" and options["lr"] > 1:
+        raise ValueError(
+            f"spectron's lr is a bound on ||dW|| and must be at most 1 (its proof needs rho <= 1), got {options['lr']}"
+        )
+
+
+def _step_bucket(bucket: Bucket, rule: Rule, options: Options) -> None:
+    """One stacked update. Members without gradients are left out, their state untouched."""
+    active = [
+        i for i, members in enumerate(zip(*bucket.sides, strict=True)) if all(p.grad is not None for p in members)
+    ]
+    if not active:
+        return
+    everyone = len(active) == len(bucket.sides[0])
+    sides = bucket.sides if everyone else [[side[i] for i in active] for side in bucket.sides]
+    rows = None if everyone else torch.tensor(active, device=sides[0][0].device)
+    states = bucket.states if rows is None else [{k: v[rows] for k, v in s.items()} for s in bucket.states]
+    stacks = [_stack(side, state, tall=i == 1) for i, (side, state) in enumerate(zip(sides, states, strict=True))]
+    assert rule.update is not None
+    result = rule.update(*stacks, options)
+    changes = [result] if rule.kind == "matrix" else result[:2]
+    if rule.kind == "pair":
+        bucket.record = result[2] if everyone else {}
+    if rows is not None:
+        for whole, part in zip(bucket.states, states, strict=True):
+            for key in whole:
+                whole[key].index_copy_(0, rows, part[key])
+    for i, (side, change) in enumerate(zip(sides, changes, strict=True)):
+        if options["weight_decay"]:
+            torch._foreach_mul_(side, 1 - options["lr"] * options["weight_decay"])
+        torch._foreach_sub_(side, list((change.mT if i == 1 else change).to(side[0].dtype)))
+
+
+def _stack(side: list[nn.Parameter], state: State, tall: bool) -> Stack:
+    """The parameters as a Stack; `tall` turns a `down` (r, d_in) into the view B (d_in, r), momentum included."""
+    weight, grad = torch.stack([p.detach() for p in side]), torch.stack([_gradient(p) for p in side])
+    rows, cols = side[0].shape[-2:]
+    if tall:
+        weight, grad = weight.mT, grad.mT
+        state = {k: v.mT if k == "momentum" else v for k, v in state.items()}
+    return Stack(weight, grad, state, (rows, cols))
+
+
+def _gradient(p: nn.Parameter) -> Tensor:
+    assert p.grad is not None
+    return p.grad

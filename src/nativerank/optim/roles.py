@@ -1,0 +1,75 @@
+"""What each parameter is to an optimizer: half of a factor pair, a dense hidden matrix, or auxiliary.
+
+    factor     `up` (d_out, r) and `down` (r, d_in) of a module with `factors()`: one matrix W, so always together
+    matrix     a dense hidden matrix, where the method wants those
+    auxiliary  everything else: embedding, head, norms, biases, routers
+
+Neither the number of dimensions nor the module type tells these apart (an embedding is 2-D, a factor is the weight
+of an nn.Linear), so pairs come from the layer protocol and dense matrices by name from whoever looked for them.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from torch import nn
+
+Named = tuple[str, nn.Parameter]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The parameters of one W = A B^T: up is A (..., d_out, r), down is B^T (..., r, d_in)."""
+
+    name: str
+    up: Named
+    down: Named
+
+
+@dataclass
+class Roles:
+    """Every trainable parameter of a model, each exactly once."""
+
+    pairs: list[Pair] = field(default_factory=list)
+    matrices: list[Named] = field(default_factory=list)
+    auxiliary: list[Named] = field(default_factory=list)
+
+
+def factor_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Modules that hold a factor pair, by the layer protocol, each once."""
+    return [(name, m) for name, m in model.named_modules() if callable(getattr(m, "factors", None))]
+
+
+def assign_roles(model: nn.Module, matrices: Iterable[str] = ()) -> Roles:
+    """Sorts the trainable parameters of a model.
+
+    Args:
+        model: any module, factorized or not.
+        matrices: names of the dense parameters to be treated as hidden matrices.
+
+    Raises:
+        ValueError: a parameter claimed twice, half a pair frozen, or a name that is no parameter.
+    """
+    names = {id(p): n for n, p in model.named_parameters()}
+    trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    roles, taken = Roles(), set()
+
+    def claim(parameter: nn.Parameter) -> Named:
+        name = names[id(parameter)]
+        if name in taken:
+            raise ValueError(f"parameter {name} belongs to two groups")
+        taken.add(name)
+        return name, parameter
+
+    for name, module in factor_modules(model):
+        up, down = (getattr(half, "weight", half) for half in (module.up, module.down))
+        if up.requires_grad != down.requires_grad:
+            raise ValueError(f"{name}: one factor is frozen and the other is not; a pair trains together or not at all")
+        if up.requires_grad:
+            roles.pairs.append(Pair(name, claim(up), claim(down)))
+    for name in matrices:
+        if name not in names.values():
+            raise ValueError(f"{name} is not a parameter of the model")
+        if name in trainable:
+            roles.matrices.append(claim(trainable[name]))
+    roles.auxiliary = [(n, p) for n, p in trainable.items() if n not in taken]
+    return roles

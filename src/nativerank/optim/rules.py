@@ -1,0 +1,130 @@
+"""Update rules: pure functions from (weights, gradients, state) to the amount that is subtracted.
+
+All matrix rules see stacks of equal-shaped matrices (n, ..., rows, cols) and work through r x r problems.
+
+adamw     m, v <- moments of G;  D = m / (sqrt(v) + eps), bias-corrected.  lr: largest change of an entry, roughly.
+muon      M <- mu M + (1 - mu) G;  D = scale(shape) orth(M).              lr: spectral norm of an update.
+          (Jordan et al. 2024; orth brings singular values near 1; scale as in torch.optim.Muon)
+spectron  the same M and orth for both factors of W = A B^T, and
+              D_A = rho orth(M_A),  D_B = rho orth(M_B),  rho = lr / (sigma_A + sigma_B + 1)
+          lr: bound on the spectral norm of W's change (Janson et al. 2026, arXiv 2602.12429, Algorithm 1), since
+              ||dW|| <= rho (||A|| + ||B||) + rho^2 <= lr   for ||orth|| <= 1, exact norms and rho <= 1.
+          Newton-Schulz reaches 1.2 and one power iteration sees sigma from below, so the published form keeps the
+          bound in ordinary training, not in the worst case.
+
+A new rule is a function here, an entry in RULES and a test.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nativerank.linalg.gram import at_least_float32, gram
+from nativerank.linalg.norms import power_iteration, spectral_norm
+from nativerank.linalg.orthogonalize import orthogonalize, orthogonalizing_factor
+
+Options = Mapping[str, Any]
+State = dict[str, Tensor]
+
+
+@dataclass
+class Stack:
+    """Equal-shaped matrices side by side: weight, grad and every state tensor start with the same batch dimensions.
+
+    `shape` is that of the parameter as stored (rows, cols); the tensors of a factor are tall views (..., d, r).
+    Rules write to `state` in place and leave weight and grad alone.
+    """
+
+    weight: Tensor
+    grad: Tensor
+    state: State
+    shape: tuple[int, int]
+
+
+def shape_scale(kind: str, rows: int, cols: int) -> float:
+    """The factor on an orthogonalized update of a (rows, cols) parameter.
+
+    none: 1. original: sqrt(max(1, rows / cols)), Muon's. match_rms_adamw: 0.2 sqrt(max(rows, cols)), which gives
+    entries the size of AdamW's (Liu et al. 2025, arXiv 2502.16982).
+    """
+    if kind == "none":
+        return 1.0
+    if kind == "original":
+        return max(1.0, rows / cols) ** 0.5
+    if kind == "match_rms_adamw":
+        return 0.2 * max(rows, cols) ** 0.5
+    raise ValueError(f"shape_scale must be none, original or match_rms_adamw, got {kind!r}")
+
+
+def averaged(side: Stack, options: Options) -> Tensor:
+    """Updates the momentum in place; returns what is orthogonalized: M, or with Nesterov (1 - mu) G + mu M."""
+    M, grad, mu = side.state["momentum"], side.grad.to(side.state["momentum"].dtype), options["momentum"]
+    M.lerp_(grad, 1 - mu)
+    return grad.lerp(M, mu) if options["nesterov"] else M
+
+
+def muon(side: Stack, options: Options) -> Tensor:
+    """D (n, ..., rows, cols): the orthogonalized momentum times its shape scale, times lr."""
+    O = orthogonalize(averaged(side, options), options["orthogonalizer"], options["orthogonalizer_steps"])
+    return options["lr"] * shape_scale(options["shape_scale"], *side.shape) * O
+
+
+def spectron(A: Stack, B: Stack, options: Options) -> tuple[Tensor, Tensor, State]:
+    """(D_A, D_B, record) for stacks of pairs A (n, ..., d_out, r), B (n, ..., d_in, r).
+
+    Both factors' r x r iterations run as one batch, and rho is folded into the r x r factor of the tall product, so
+    that the tall matrices are read three times in all: momentum, Gram, product. The record holds sigma_A, sigma_B
+    and rho (n, ...), left on the device.
+    """
+    M_A, M_B = at_least_float32(averaged(A, options)), at_least_float32(averaged(B, options))
+    G = torch.stack([gram(M_A), gram(M_B)])
+    Q_A, Q_B = orthogonalizing_factor(G, options["orthogonalizer"], options["orthogonalizer_steps"])
+    sigma_A, sigma_B = factor_norm(A, options), factor_norm(B, options)
+    rho = options["lr"] / (sigma_A + sigma_B + 1)
+    scale_A, scale_B = (shape_scale(options["shape_scale"], *side.shape) for side in (A, B))
+    D_A = M_A @ (Q_A * (scale_A * rho)[..., None, None])
+    D_B = M_B @ (Q_B * (scale_B * rho)[..., None, None])
+    return D_A, D_B, {"sigma_A": sigma_A, "sigma_B": sigma_B, "rho": rho}
+
+
+def factor_norm(side: Stack, options: Options) -> Tensor:
+    """sigma_max (n, ...) of the factors before their update; power iteration advances its state in place."""
+    if options["norm"] == "exact":
+        return spectral_norm(side.weight)
+    sigma, u = power_iteration(side.weight, side.state["power_vector"], options["power_iterations"])
+    side.state["power_vector"].copy_(u)
+    return sigma
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How the shell drives an update function.
+
+    `update` takes one Stack (kind "matrix") or two (kind "pair"); kind "elementwise" is AdamW, which the shell hands
+    to torch whole. `state` names the tensors kept per parameter, `needs` the state of a group's options.
+    """
+
+    kind: str
+    state: tuple[str, ...]
+    update: Callable[..., Any] | None = None
+
+
+RULES: dict[str, Rule] = {
+    "adamw": Rule("elementwise", ("exp_avg", "exp_avg_sq", "step")),
+    "muon": Rule("matrix", ("momentum",), muon),
+    "spectron": Rule("pair", ("momentum", "power_vector"), spectron),
+}
+
+
+def initial_state(name: str, parameter: Tensor, shape_tall: int, seed: int) -> Tensor:
+    """One state tensor at step 0: zeros, or a random unit vector over the tall side for power iteration."""
+    if name == "step":
+        return torch.zeros((), dtype=torch.float32)
+    if name != "power_vector":
+        return torch.zeros_like(parameter, memory_format=torch.contiguous_format)
+    generator = torch.Generator().manual_seed(seed)
+    u = torch.randn(*parameter.shape[:-2], shape_tall, generator=generator)
+    return torch.nn.functional.normalize(u, dim=-1).to(parameter)

@@ -1,1 +1,40 @@
+"""Factored layers, where they start, and the surgery that puts them into a model and takes them out again."""
 
+from nativerank.layers.base import FactorLayer, Gemm
+from nativerank.layers.discover import Matrix, linear_modules, matrix_parameters
+from nativerank.layers.experts import LowRankExperts
+from nativerank.layers.factorize import factorize_modules, to_dense_modules
+from nativerank.layers.initialize import (
+    dense_init,
+    gaussian_spectrum,
+    init_factor_layer,
+    init_seed,
+    sampled_factors,
+    truncated_svd,
+)
+from nativerank.layers.lowrank import LowRankLinear
+from nativerank.layers.rank import DEFAULT_RATIO, break_even_rank, rank_from_ratio
+from nativerank.layers.report import FactorizeEntry, FactorizeReport
+
+__all__ = [
+    "DEFAULT_RATIO",
+    "FactorLayer",
+    "FactorizeEntry",
+    "FactorizeReport",
+    "Gemm",
+    "LowRankExperts",
+    "LowRankLinear",
+    "Matrix",
+    "break_even_rank",
+    "dense_init",
+    "factorize_modules",
+    "gaussian_spectrum",
+    "init_factor_layer",
+    "init_seed",
+    "linear_modules",
+    "matrix_parameters",
+    "rank_from_ratio",
+    "sampled_factors",
+    "to_dense_modules",
+    "truncated_svd",
+]

@@ -1,0 +1,62 @@
+"""What every factored layer offers, and the product that turns factors back into a matrix.
+
+    W = A B^T,   A (..., d_out, r),   B (..., d_in, r)        (leading dims: a stack of matrices, e.g. one per expert)
+
+Optimizers, FLOP accounting and export know layers only through the protocol `FactorLayer`: they ask a module whether
+it has these members and never test for a class, so a new layer kind needs no change there.
+"""
+
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+class Gemm(NamedTuple):
+    """One matmul of a forward pass: each token's vector of length k meets a (k, n) matrix, `count` times per token."""
+
+    k: int
+    n: int
+    count: float = 1.0  # type: ignore[assignment]  # hides tuple.count, which nobody needs here
+
+    @property
+    def flops(self) -> float:
+        """FLOPs per token; a multiply-add counts as two."""
+        return 2 * self.k * self.n * self.count
+
+
+@runtime_checkable
+class FactorLayer(Protocol):
+    """A module that holds W (..., d_out, d_in) as thin factors."""
+
+    @property
+    def rank(self) -> int:
+        """Inner dimension r of the factors."""
+
+    def factors(self) -> tuple[Tensor, ...]:
+        """Tall views that share memory with the parameters: (A, B), or (U, s, V)."""
+
+    def to_dense(self) -> Tensor:
+        """W (..., d_out, d_in), merged in float64. For export and tests: forming it undoes the saving."""
+
+    def gemms(self) -> list[Gemm]:
+        """Every matmul of one forward pass. FLOPs are derived from this list and nowhere else."""
+
+    def spectrum(self) -> Tensor:
+        """The r leading singular values of W (..., r), descending, found without forming W."""
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """The widest float of a device: float64, which only MPS lacks."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def merge(A: Tensor, B: Tensor) -> Tensor:
+    """W = A B^T, summed in float64 and rounded once to the factors' dtype.
+
+    A stack is merged one matrix at a time, so the float64 transient is one matrix, not all experts.
+    """
+    if A.ndim > 2:
+        return torch.stack([merge(a, b) for a, b in zip(A, B, strict=True)])
+    wide = wide_dtype(A.device)
+    return (A.to(wide) @ B.to(wide).mT).to(A.dtype)

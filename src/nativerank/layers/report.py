@@ -1,0 +1,107 @@
+"""What became what: the record that factorizing a model returns, and its table."""
+
+import re
+from dataclasses import dataclass
+
+FUSED = {
+    "c_attn": "q, k and v",
+    "qkv_proj": "q, k and v",
+    "query_key_value": "q, k and v",
+    "Wqkv": "q, k and v",
+    "qkv": "q, k and v",
+    "W_pack": "q, k and v",
+    "gate_up_proj": "gate and up",
+}
+Row = tuple[str, str, str, str, str, str, str]
+
+
+@dataclass(frozen=True)
+class FactorizeEntry:
+    """One matrix (or stack of expert matrices) that became factors.
+
+    Args:
+        name: full dotted name.
+        kind: class of the module that held it: "Linear", "Conv1D", "MixtralExperts", ...
+        d_in, d_out, rank: shape of W and inner dimension of its factors.
+        stack: number of matrices of that shape (experts), else 1.
+        params_before, params_after: without bias.
+        warning: why this may not be what was wanted, or None.
+        fused: what the projection holds if it is several in one, counted as one matrix; or None.
+    """
+
+    name: str
+    kind: str
+    d_in: int
+    d_out: int
+    rank: int
+    stack: int
+    params_before: int
+    params_after: int
+    warning: str | None = None
+    fused: str | None = None
+
+
+@dataclass(frozen=True)
+class FactorizeReport:
+    """All entries, and the parameter counts of the whole model before and after."""
+
+    entries: tuple[FactorizeEntry, ...]
+    params_before: int
+    params_after: int
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """name -> rank, in model order."""
+        return {e.name: e.rank for e in self.entries}
+
+    @property
+    def warnings(self) -> list[str]:
+        """One line for each entry with a warning."""
+        return [f"{e.name}: {e.warning}" for e in self.entries if e.warning]
+
+    def __str__(self) -> str:
+        """A table of at most 80 columns; equal matrices of repeated blocks share a row, `*` for the block number."""
+        groups: dict[tuple, list[FactorizeEntry]] = {}
+        for e in self.entries:
+            key = (re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", e.name), e.d_in, e.d_out, e.rank, e.warning)
+            groups.setdefault(key, []).append(e)
+        lines = [_line(("matrix", "count", "d_in", "d_out", "rank", "dense", "factors"))]
+        lines += [_line(_row(key[0], group)) for key, group in groups.items()]
+        saved = 1 - self.params_after / self.params_before
+        total = f"{_short(self.params_before)} -> {_short(self.params_after)} parameters ({saved:.0%} fewer)"
+        lines.append(f"{sum(e.stack for e in self.entries)} matrices; whole model {total}")
+        for key, (first, *_) in groups.items():
+            if first.fused:
+                lines.append(_clip(f"fused: {key[0]} holds {first.fused} and counts as one matrix", 80))
+            if first.warning:
+                lines.append(_clip(f"warning: {key[0]}: {first.warning}", 80))
+        return "\n".join(lines)
+
+
+def fused_parts(name: str) -> str | None:
+    """What a fused projection holds, told by the last part of its name; None for an ordinary one."""
+    return FUSED.get(name.rpartition(".")[2])
+
+
+def _row(name: str, group: list[FactorizeEntry]) -> Row:
+    e, count = group[0], sum(e.stack for e in group)
+    before, after = sum(e.params_before for e in group), sum(e.params_after for e in group)
+    return name, str(count), str(e.d_in), str(e.d_out), str(e.rank), _short(before), _short(after)
+
+
+def _line(row: Row) -> str:
+    name, *numbers = row
+    return f"{_clip(name, 32):32}" + "".join(f"{n:>{w}}" for n, w in zip(numbers, (6, 7, 8, 7, 10, 10), strict=True))
+
+
+def _clip(text: str, width: int) -> str:
+    """The end of a long text is what tells names apart, so the beginning goes."""
+    return text if len(text) <= width else ".." + text[2 - width :]
+
+
+def _short(count: int) -> str:
+    """12345678 -> 12.35M."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.2f}{unit}"
+    return str(count)

@@ -37,6 +37,8 @@ class LowRankExperts(nn.Module):
         device, dtype: of the parameters.
     """
 
+    kind = "lowrank"  # its key in factorize.KINDS, kept by saved models
+
     def __init__(
         self,
         num_experts: int,
@@ -155,7 +157,7 @@ def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, to
     h = experts._apply_gate(_project(experts.gate_up_proj, x, offsets))
     y = _project(experts.down_proj, h, offsets) * top_k_weights.reshape(-1)[order].unsqueeze(-1)
     # Back in token order and summed over k: deterministic, which index_add_ on CUDA is not.
-    y = y[torch.argsort(order)].view(num_tokens, top_k, -1).sum(dim=1)
+    y = y[torch.argsort(order)].view(num_tokens, top_k, y.shape[-1]).sum(dim=1)
     return y.to(hidden_states.dtype)
 
 

@@ -32,6 +32,8 @@ class LowRankLinear(nn.Module):
         device, dtype: of the parameters.
     """
 
+    kind = "lowrank"  # its key in factorize.KINDS, kept by saved models
+
     def __init__(
         self,
         d_in: int,

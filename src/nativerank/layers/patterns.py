@@ -1,8 +1,8 @@
 """Choosing weights by name.
 
 A pattern is a glob that is matched against the full dotted name and every dotted suffix of it: "q_proj", "*.mlp.*",
-"layers.0.*". A pattern that matches nothing is an error, because a typing mistake must not silently factorize
-everything, or nothing.
+"layers.0.*". One that is the full name of a weight means that weight alone. A pattern that matches nothing is an
+error, because a typing mistake must not silently factorize everything, or nothing.
 """
 
 from collections.abc import Collection, Iterable
@@ -26,7 +26,7 @@ def match_all(patterns: Patterns, names: Collection[str], what: str) -> list[str
     """The names that match one of the patterns; a pattern without a match is an error that shows a few names."""
     matched: list[str] = []
     for pattern in as_patterns(patterns):
-        hits = [name for name in names if matches(pattern, name)]
+        hits = [pattern] if pattern in names else [name for name in names if matches(pattern, name)]
         if not hits:
             some = f" (they are called {', '.join(list(names)[:3])}, ...)" if names else ""
             raise ValueError(f"{what} pattern {pattern!r} matches none of the {len(names)} weights{some}")

@@ -67,14 +67,14 @@ class FactorizeReport:
             groups.setdefault(key, []).append(e)
         lines = [_line(("matrix", "count", "d_in", "d_out", "rank", "dense", "factors"))]
         lines += [_line(_row(key[0], group)) for key, group in groups.items()]
-        saved = 1 - self.params_after / self.params_before
-        total = f"{_short(self.params_before)} -> {_short(self.params_after)} parameters ({saved:.0%} fewer)"
+        share = self.params_after / self.params_before
+        total = f"{_short(self.params_before)} -> {_short(self.params_after)} parameters ({share:.0%})"
         lines.append(f"{sum(e.stack for e in self.entries)} matrices; whole model {total}")
         for key, (first, *_) in groups.items():
             if first.fused:
-                lines.append(_clip(f"fused: {key[0]} holds {first.fused} and counts as one matrix", 80))
+                lines.append(_note("fused", key[0], f"{first.fused} count as one matrix"))
             if first.warning:
-                lines.append(_clip(f"warning: {key[0]}: {first.warning}", 80))
+                lines.append(_note("warning", key[0], first.warning))
         return "\n".join(lines)
 
 
@@ -92,6 +92,10 @@ def _row(name: str, group: list[FactorizeEntry]) -> Row:
 def _line(row: Row) -> str:
     name, *numbers = row
     return f"{_clip(name, 32):32}" + "".join(f"{n:>{w}}" for n, w in zip(numbers, (6, 7, 8, 7, 10, 10), strict=True))
+
+
+def _note(what: str, name: str, text: str) -> str:
+    return f"{what}: {_clip(name, max(80 - len(f'{what}: : {text}'), 16))}: {text}"
 
 
 def _clip(text: str, width: int) -> str:

@@ -221,7 +221,7 @@ def from_dict(cls: type[T], values: Mapping[str, Any], prefix: str = "", root: t
     if unknown:
         key = prefix + str(unknown[0])
         raise ValueError(f"unknown config key {key}{nearest(key, keys(root))}")
-    given = {}
+    given: dict[str, Any] = {}
     for name, value in values.items():
         hint = hints[name]
         if dataclasses.is_dataclass(hint):

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from nativerank.config import nearest
-from nativerank.layers.factorize import FactorizeReport, factorize_modules, matrix_parameters
+from nativerank.layers import FactorizeReport, factorize_modules, matrix_parameters
 from nativerank.optim.optimizer import LowRankOptimizer
 from nativerank.optim.roles import assign_roles
 
@@ -125,7 +125,7 @@ def factorize(
         include=include,
         exclude=exclude,
         overrides=overrides or {},
-        init=init,
+        init=init or "svd",
     )
 
 
@@ -165,9 +165,9 @@ def build_optimizer(
     hidden = [half for pair in roles.pairs for half in (pair.up, pair.down)] or roles.matrices
     if not hidden:
         raise ValueError(f"{method} found no hidden matrix in the model")
-    chosen = {**row.options, **{k: v for k, v in options.items() if v is not None}}
-    common = {k: chosen[k] for k in ("betas", "eps") if k in chosen}
-    groups = [
+    chosen: dict[str, Any] = {**row.options, **{k: v for k, v in options.items() if v is not None}}
+    common: dict[str, Any] = {k: chosen[k] for k in ("betas", "eps") if k in chosen}
+    groups: list[dict[str, Any]] = [
         {
             "name": "matrices",
             "params": hidden,

@@ -18,8 +18,7 @@ import torch
 from torch import nn
 
 from nativerank.config import nearest
-from nativerank.layers.factorize import matrix_parameters
-from nativerank.layers.initialize import dense_init, init_factor_layer, init_seed
+from nativerank.layers import init_factor_layer, init_seed, linear_modules
 from nativerank.optim.roles import factor_modules
 
 DENSE = "-dense"
@@ -66,7 +65,7 @@ def _galore(d_model: int, layers: int, heads: int, d_ffn: int, rank: int, tokens
 
 
 PRESETS: dict[str, Preset] = {
-    "demo": Preset("built in: minutes on two cores", 256, 4, 4, 704, 4096, 256, 16, 450, value=64),
+    "demo": Preset("built in: minutes on two cores", 256, 4, 4, 704, 4096, 256, 8, 640, value=64),
     "pocket": Preset("built in: experiments on two cores", 128, 4, 4, 352, 1024, 128, 8, 600, value=32),
     "spectron-s": _spectron(768, 12, 12, 2048, 2557, 1785),
     "spectron-m": _spectron(1280, 20, 20, 3584, 9313, 5663),
@@ -151,6 +150,21 @@ def skeleton(config: Any) -> nn.Module:
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
+def allocate(model: nn.Module) -> nn.Module:
+    """Memory for a meta-device Hugging Face model, in place; its parameters are to be loaded or drawn next.
+
+    Tied weights are tied again and computed buffers (rotary tables) are right.
+    """
+    hf: Any = model
+    model.to_empty(device="cpu")
+    hf.tie_weights()
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        for module in model.modules():
+            if any(True for _ in module.buffers(recurse=False)):
+                hf._init_weights(module)
+    return model
+
+
 def materialize(model: nn.Module, seed: int, init_scale: float, init: str = "auto") -> nn.Module:
     """Gives a meta-device model memory and its initial weights, in place.
 
@@ -160,37 +174,19 @@ def materialize(model: nn.Module, seed: int, init_scale: float, init: str = "aut
         init_scale: standard deviation of hidden matrices times sqrt(fan_in).
         init: "svd", "sampled", or "auto" by width.
     """
-    hf: Any = model
-    model.to_empty(device="cpu")
-    hf.tie_weights()
+    hf: Any = allocate(model)
     width = getattr(hf.config.get_text_config(), "hidden_size", 0)
     init = ("sampled" if width > SAMPLED_ABOVE else "svd") if init == "auto" else init
-    factors = dict(factor_modules(model))
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         for name, module in model.named_modules():
             torch.manual_seed(init_seed(seed, name))
             hf._init_weights(module)
-        for name, layer in factors.items():
-            d_in = layer.down.weight.shape[-1] if isinstance(layer.down, nn.Module) else layer.down.shape[-1]
-            init_factor_layer(layer, name, init_scale * d_in**-0.5, seed, init)
-        _init_dense_matrices(model, seed, init_scale)
+    for name, layer in factor_modules(hf):
+        d_in = layer.factors()[-1].shape[-2]
+        init_factor_layer(layer, name, init_scale * d_in**-0.5, seed, init)
+    for matrix in linear_modules(model).values():
+        matrix.init_dense(init_scale * matrix.d_in**-0.5, seed)
     return model
-
-
-def _init_dense_matrices(model: nn.Module, seed: int, init_scale: float) -> None:
-    """The matrices a low-rank method would have truncated, drawn from the same numbers."""
-    for parameter_name in matrix_parameters(model):
-        weight = model.get_parameter(parameter_name)
-        module_name = parameter_name.removesuffix(".weight")
-        transposed = type(model.get_submodule(parameter_name.rpartition(".")[0])).__name__ == "Conv1D"
-        for name, W in _slices(module_name, weight):
-            W = W.mT if transposed else W
-            W.copy_(dense_init(name, *W.shape, init_scale * W.shape[-1] ** -0.5, seed))
-
-
-def _slices(name: str, weight: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
-    """A matrix under its name, or the experts of a stack under NAME.0, NAME.1 ..., as init_factor_layer names them."""
-    return [(name, weight)] if weight.dim() == 2 else [(f"{name}.{i}", W) for i, W in enumerate(weight)]
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:

@@ -13,7 +13,6 @@ from nativerank.data.tokenizer import (
     encode_batch,
     end_of_text_id,
     load_tokenizer,
-    parallelism,
     tokenizer_hash,
     train_bpe,
     vocab_size,
@@ -86,22 +85,15 @@ def test_training_reads_no_more_than_max_bytes(paragraphs):
     assert sum(map(len, read[:-1])) < 1000 <= sum(map(len, read))
 
 
-def test_a_fork_after_training_is_silent():
+def test_a_fork_after_training_neither_warns_nor_hangs():
+    """As data loaders do. Versions of the library below those we accept printed a warning here."""
     code = "import os; from nativerank.data.tokenizer import *\nt = train_bpe(['a b c'] * 50, 300)\n"
-    code += "pid = os.fork()\nencode_batch(t, ['a', 'b'] * 50)\nif pid: os.waitpid(pid, 0)"
+    code += "encode_batch(t, ['a b c'] * 50)\npid = os.fork()\nencode_batch(t, ['a b c'] * 50)\n"
+    code += "if pid: assert os.waitpid(pid, 0)[1] == 0"
     env = {k: v for k, v in os.environ.items() if k != "TOKENIZERS_PARALLELISM"}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
+    run = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", code]  # Python 3.12 on: fork beside threads
+    done = subprocess.run(run, env=env, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-
-
-def test_the_users_choice_of_threads_is_kept(monkeypatch):
-    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
-    with parallelism(False):
-        assert os.environ["TOKENIZERS_PARALLELISM"] == "true"
-    monkeypatch.delenv("TOKENIZERS_PARALLELISM")
-    with parallelism(True):
-        assert os.environ["TOKENIZERS_PARALLELISM"] == "true"
-    assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
 
 
 def test_vocab_size_counts_holes():

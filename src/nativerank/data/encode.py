@@ -121,7 +121,8 @@ class Worker:
 
     def __init__(self, encoder: Encoder):
         paths = os.pathsep.join(path for path in sys.path if path)
-        # -P: a tokenizers.py or numpy.py in the user's folder must not be imported.
+        # -P: a tokenizers.py or numpy.py in the user's folder must not be imported. The processes are the
+        # parallelism here; threads of the library inside each would only compete.
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-c", f"from {__name__} import serve; serve()"],
             stdin=subprocess.PIPE,

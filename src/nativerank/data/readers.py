@@ -25,7 +25,7 @@ SUPPORTED = ".txt, .jsonl and .json (also .gz, .zst), .parquet"
 # Measured on English text: what a file of the kind holds per byte on disk. For progress and sampling only.
 EXPANSION = 3
 BLOCK_BYTES = 1 << 18
-PARQUET_ROWS = 256
+PARQUET_ROWS = 64
 
 
 def file_kind(path: Path) -> str | None:
@@ -125,11 +125,16 @@ def field_text(record: dict[str, Any], field: str, place: str) -> Document:
 def parquet_documents(path: Path, field: str) -> Iterator[Document]:
     """The text column of a parquet file, a few rows at a time."""
     parquet = require("pyarrow.parquet", "reading .parquet")
-    with naming(path), parquet.ParquetFile(path) as file:
+    # pre_buffer would keep all row groups that were read; even so memory holds one row group of the column.
+    with naming(path), parquet.ParquetFile(path, pre_buffer=False) as file:
         names = file.schema_arrow.names
         if field not in names:
             raise ValueError(f"{path}: no column {field!r}; the file has {', '.join(map(repr, names)) or 'no columns'}")
-        batches = file.iter_batches(batch_size=PARQUET_ROWS, columns=[field])
+        batches = (
+            batch
+            for group in range(file.num_row_groups)
+            for batch in file.iter_batches(PARQUET_ROWS, row_groups=[group], columns=[field])
+        )
         values = (value for batch in batches for value in batch.column(0).to_pylist())
         for row, value in enumerate(values, 1):
             document = field_text({field: value}, field, f"{path}, row {row}")

@@ -6,9 +6,7 @@ token inside a text ("<|endoftext|>") is ordinary text: only the shard writer pl
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -35,8 +33,7 @@ def train_bpe(documents: Iterable[str], vocab_size: int, max_bytes: int = 200_00
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    with parallelism(True):
-        tokenizer.train_from_iterator(first_bytes(documents, max_bytes), trainer)
+    tokenizer.train_from_iterator(first_bytes(documents, max_bytes), trainer)
     return plain_text_only(tokenizer)
 
 
@@ -102,21 +99,3 @@ def end_of_text_id(tokenizer: Tokenizer, name: str | None = None) -> int:
     raise ValueError(
         f"{wanted} in the tokenizer; name its end-of-text token (eot); special tokens: {', '.join(special) or 'none'}"
     )
-
-
-@contextmanager
-def parallelism(on: bool) -> Iterator[None]:
-    """Threads of the tokenizers library inside this block.
-
-    Afterwards they are off, unless the user has set the variable: a process that used them and forks later
-    (as data loaders do) would otherwise get a warning from the library, and its child could hang.
-    """
-    name = "TOKENIZERS_PARALLELISM"
-    before = os.environ.get(name)
-    if before is None:
-        os.environ[name] = "true" if on else "false"
-    try:
-        yield
-    finally:
-        if before is None:
-            os.environ[name] = "false"

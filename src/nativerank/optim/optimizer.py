@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.adamw import adamw
 
 from nativerank.optim.rules import RULES, Options, Rule, Stack, State, initial_state
@@ -35,7 +35,7 @@ DEFAULTS: dict[str, Any] = {
 class Bucket:
     """Equal-shaped parameters of a group (or equal-shaped pairs: `sides` is then up, down) and their stacked state."""
 
-    sides: list[list[nn.Parameter]]
+    sides: list[list[Tensor]]
     states: list[State]
     record: State = field(default_factory=dict)
 
@@ -140,7 +140,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         if index not in self._buckets:
             group = self.param_groups[index]
             width = 2 if RULES[group["rule"]].kind == "pair" else 1
-            members: dict[Any, list[tuple[nn.Parameter, ...]]] = {}
+            members: dict[Any, list[tuple[Tensor, ...]]] = {}
             for start in range(0, len(group["params"]), width):
                 unit = tuple(group["params"][start : start + width])
                 members.setdefault(tuple((p.shape, p.dtype, p.device) for p in unit), []).append(unit)
@@ -149,7 +149,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             ]
         return self._buckets[index]
 
-    def _bucket(self, sides: list[list[nn.Parameter]]) -> Bucket:
+    def _bucket(self, sides: list[list[Tensor]]) -> Bucket:
         """Moves the members' state into stacks and makes each member's state a view of its row."""
         states: list[State] = []
         for side in sides:
@@ -208,7 +208,7 @@ def _step_bucket(bucket: Bucket, rule: Rule, options: Options) -> None:
         torch._foreach_sub_(side, list((change.mT if i == 1 else change).to(side[0].dtype)))
 
 
-def _stack(side: list[nn.Parameter], state: State, tall: bool) -> Stack:
+def _stack(side: list[Tensor], state: State, tall: bool) -> Stack:
     """The parameters as a Stack; `tall` turns a `down` (r, d_in) into the view B (d_in, r), momentum included."""
     weight, grad = torch.stack([p.detach() for p in side]), torch.stack([_gradient(p) for p in side])
     rows, cols = side[0].shape[-2:]
@@ -218,6 +218,6 @@ def _stack(side: list[nn.Parameter], state: State, tall: bool) -> Stack:
     return Stack(weight, grad, state, (rows, cols))
 
 
-def _gradient(p: nn.Parameter) -> Tensor:
+def _gradient(p: Tensor) -> Tensor:
     assert p.grad is not None
     return p.grad

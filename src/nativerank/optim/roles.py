@@ -10,6 +10,7 @@ of an nn.Linear), so pairs come from the layer protocol and dense matrices by na
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -34,9 +35,15 @@ class Roles:
     auxiliary: list[Named] = field(default_factory=list)
 
 
-def factor_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def factor_modules(model: nn.Module) -> list[tuple[str, Any]]:
     """Modules that hold a factor pair, by the layer protocol, each once."""
     return [(name, m) for name, m in model.named_modules() if callable(getattr(m, "factors", None))]
+
+
+def _weight(half: Any) -> nn.Parameter:
+    """A factor is the weight of an nn.Linear, or a bare parameter in a stack of experts."""
+    weight: nn.Parameter = getattr(half, "weight", half)
+    return weight
 
 
 def assign_roles(model: nn.Module, matrices: Iterable[str] = ()) -> Roles:
@@ -61,7 +68,7 @@ def assign_roles(model: nn.Module, matrices: Iterable[str] = ()) -> Roles:
         return name, parameter
 
     for name, module in factor_modules(model):
-        up, down = (getattr(half, "weight", half) for half in (module.up, module.down))
+        up, down = (_weight(half) for half in (module.up, module.down))
         if up.requires_grad != down.requires_grad:
             raise ValueError(f"{name}: one factor is frozen and the other is not; a pair trains together or not at all")
         if up.requires_grad:

@@ -1,0 +1,93 @@
+"""What a person sees while a run goes on: a rich progress bar on a terminal, plain lines in a pipe, or nothing."""
+
+import sys
+import time
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+PLAIN_EVERY_SECONDS = 15.0
+
+
+class TrainConsole:
+    """Listens to a run. NO_COLOR is honoured; when piped, a line every PLAIN_EVERY_SECONDS."""
+
+    def __init__(self, quiet: bool = False, to_stderr: bool = False):
+        self.quiet = quiet
+        self.console = Console(stderr=to_stderr, quiet=quiet, highlight=False, soft_wrap=not sys.stdout.isatty())
+        self.bar: Progress | None = None
+        self.task: Any = None
+        self.steps, self.val_loss, self.shown, self.first = 0, "", 0.0, 0
+        self.began = time.monotonic()
+
+    def __enter__(self) -> "TrainConsole":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def begin(self, facts: dict[str, Any]) -> None:
+        """Two lines on what is about to run."""
+        n = facts["parameters"]
+        kept = f", {facts['factorized']} matrices in low rank" if facts["factorized"] else ", dense"
+        self.say(
+            f"{facts['model']} with {facts['method']}: {n['total'] / 1e6:.2f}M parameters "
+            f"({n['non_embedding'] / 1e6:.2f}M without embeddings){kept}"
+        )
+        self.say(
+            f"{facts['steps']} steps of {facts['tokens_per_step']:,} tokens, lr {facts['lr']:g}, aux_lr "
+            f"{facts['aux_lr']:g}, {facts['device']} -> {facts['out']}"
+        )
+        for warning in facts["warnings"]:
+            self.say(f"note: {warning}")
+        if facts["event"] == "resume":
+            self.say(f"resumed at step {facts['step']} from {facts['checkpoint']}")
+        self.steps, self.first, self.began = facts["steps"], facts["step"], time.monotonic()
+        if self.console.is_terminal and not self.quiet:
+            columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[text]}"))
+            self.bar = Progress(*columns, console=self.console)
+            self.bar.start()
+            self.task = self.bar.add_task("train", total=self.steps, completed=self.first, text="")
+
+    def row(self, row: dict[str, Any]) -> None:
+        """Shows a step's row, at most every PLAIN_EVERY_SECONDS when piped, but every validation."""
+        if "loss" not in row or self.quiet:
+            return
+        if "val_loss" in row:
+            self.val_loss = f"  val {row['val_loss']:.3f}"
+        text = f"loss {row['loss']:.3f}{self.val_loss}  {row['tokens_per_second']:,.0f} tok/s"
+        if self.bar is not None:
+            self.bar.update(self.task, completed=row["step"], text=text)
+            return
+        if "val_loss" in row or time.monotonic() - self.shown > PLAIN_EVERY_SECONDS:
+            self.shown = time.monotonic()
+            done = max(row["step"] - self.first, 1)
+            left = (self.shown - self.began) / done * (self.steps - row["step"])
+            self.console.print(f"step {row['step']}/{self.steps}  {text}  about {left:.0f} s left")
+
+    def say(self, message: str) -> None:
+        """One line above the bar."""
+        self.console.print(escape(message))
+
+    def summary(self, summary: dict[str, Any]) -> None:
+        """The result: losses beside xz, a sample, where everything is."""
+        if self.bar is not None:
+            self.bar.stop()
+        table = Table.grid(padding=(0, 2))
+        table.add_row(
+            "validation loss", f"{summary['val_loss']:.4f} nats/token  (perplexity {summary['perplexity']:.1f})"
+        )
+        xz = summary["xz_bits_per_byte"]
+        change = summary["bits_per_byte"] / xz - 1
+        table.add_row(
+            "bits per byte", f"{summary['bits_per_byte']:.3f}  (xz -9 on the same text: {xz:.3f}; {change:+.0%})"
+        )
+        table.add_row("sample", escape(f"{summary['prompt']} ...{summary['sample']}"))
+        table.add_row("run folder", escape(summary["out"]))
+        self.console.print()
+        self.console.print(table)

@@ -1,0 +1,91 @@
+"""nativerank COMMAND ...: finds the command, turns errors of the user into one line and exit code 2.
+
+A command is a module here with `add_parser(subparsers)`. Only the module of the command that was asked for is
+imported, and each imports what is heavy inside its functions, so `nativerank --help` stays under a second.
+
+Exit codes: 0 done, 2 bad input, 130 and 143 after SIGINT and SIGTERM.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from nativerank.config import nearest
+from nativerank.version import __version__
+
+COMMANDS = {
+    "train": "pretrain a model: a checkpointed, resumable run",
+    "data": "prepare, describe and verify training data",
+    "generate": "continue a prompt with a trained model",
+    "bench": "measure speed, as ratios within one process",
+}
+
+USAGE = "usage: nativerank COMMAND ...   (nativerank COMMAND --help for more)"
+
+
+class UsageError(ValueError):
+    """Bad flags; the message is the one line to show."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that raises instead of printing pages and exiting."""
+
+    def error(self, message: str):
+        raise UsageError(message)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    if not argv or argv[0] in ("-h", "--help"):
+        print(overview())
+        return 0
+    if argv[0] == "--version":
+        print(f"nativerank {__version__}")
+        return 0
+    try:
+        return run(argv)
+    except KeyboardInterrupt:
+        print("nativerank: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output left, as in `nativerank ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError) as error:
+        first_line = " ".join(str(error).split("\n")[0].split())
+        print(f"nativerank: error: {first_line}", file=sys.stderr)
+        if os.environ.get("NATIVERANK_TRACEBACK"):
+            raise
+        return 2
+
+
+def run(argv: Sequence[str]) -> int:
+    """Dispatches to the command's module."""
+    command = argv[0]
+    if command not in COMMANDS:
+        raise UsageError(f"unknown command {command!r}{nearest(command, COMMANDS)} (commands: {', '.join(COMMANDS)})")
+    parser = Parser(prog="nativerank", add_help=False)
+    subparsers = parser.add_subparsers(parser_class=Parser)
+    importlib.import_module(f"nativerank.cli.{command}").add_parser(subparsers)
+    arguments = parser.parse_args(argv)
+    return int(arguments.run(arguments) or 0)
+
+
+def overview() -> str:
+    """What `nativerank --help` prints."""
+    lines = "\n".join(f"  {name:<10} {what}" for name, what in COMMANDS.items())
+    return f"""nativerank {__version__}: pretrain language models natively in low rank
+
+{USAGE}
+
+commands:
+{lines}
+
+examples:
+  nativerank train                                # a small model on the built-in corpus, minutes on a laptop
+  nativerank train --model.preset pocket --method lowrank-adamw --train.steps 200 --out runs/first
+  nativerank generate runs/first --prompt "My fellow citizens"
+"""

@@ -1,0 +1,91 @@
+"""nativerank train: flags and YAML into a RunConfig, then the loop.
+
+nativerank train                                           # built-in corpus, minutes on two cores
+nativerank train --config run.yaml --optim.lr 0.03         # a file, and a flag that wins over it
+nativerank train --out runs/x --resume auto                # continue after a crash
+"""
+
+import argparse
+import json
+import re
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from nativerank.config import RunConfig, keys, nearest
+
+DESCRIPTION = "Pretrain a model. Values come from the preset, then --config, then flags."
+EXAMPLE = """examples:
+  nativerank train
+  nativerank train --model.preset pocket --method lowrank-muon --train.steps 300 --out runs/pocket
+  nativerank train --out runs/pocket --model.preset pocket --method lowrank-muon --train.steps 600 --resume auto
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Hands everything after `train` to the typed parser."""
+    parser = subparsers.add_parser("train", add_help=False, prefix_chars="\0")
+    parser.add_argument("rest", nargs=argparse.REMAINDER)
+    parser.set_defaults(run=lambda arguments: run(arguments.rest))
+
+
+def build_parser(description: str = DESCRIPTION, example: str = EXAMPLE, prog: str = "nativerank train") -> Any:
+    """A parser for every key of RunConfig; errors are raised as ValueError, unknown keys name the nearest."""
+    import jsonargparse
+
+    class TrainParser(jsonargparse.ArgumentParser):
+        def error(self, message: str, ex: Exception | None = None):
+            raise ValueError(explain(message))
+
+    parser = TrainParser(
+        prog=prog, description=description, epilog=example, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", action="config", help="YAML file with any of the keys below")
+    parser.add_class_arguments(RunConfig)
+    parser.add_argument("--quiet", action="store_true", help="no progress; the result in the run folder only")
+    parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="the result as JSON, to FILE or stdout")
+    return parser
+
+
+def explain(message: str) -> str:
+    """jsonargparse's message as one line; for an unknown key, ours, with the nearest known key."""
+    flat = " ".join(message.split())
+    unknown = re.search(r"[Uu]nrecognized arguments: --([\w.]+)", flat)
+    unknown = unknown or re.search(r"[Kk]ey[^'\"]*['\"]([\w.]+)['\"] is not (?:expected|valid|accepted)", flat)
+    unknown = unknown or re.search(r"(?:does not accept|No action for|not accepted)[^'\"]*['\"]([\w.]+)['\"]", flat)
+    if unknown:
+        key = unknown.group(1)
+        return f"unknown config key {key}{nearest(key, keys(RunConfig))}"
+    return flat
+
+
+def parse(argv: list[str]) -> tuple[RunConfig, Any]:
+    """(configuration, namespace with quiet and json) from flags."""
+    parser = build_parser()
+    namespace = parser.parse_args(argv)
+    values = parser.instantiate_classes(namespace).as_dict()
+    own = {name: values[name] for name in RunConfig.__dataclass_fields__}
+    return RunConfig(**own), namespace
+
+
+def run(argv: list[str]) -> int:
+    """Trains; after a signal says how to go on."""
+    config, flags = parse(argv)
+    from nativerank.cli.console import TrainConsole
+    from nativerank.train.loop import Interrupted, train
+
+    with TrainConsole(quiet=flags.quiet, to_stderr=flags.json == "-") as console:
+        try:
+            summary = train(config, console)
+        except Interrupted as stopped:
+            console.say(f"stopped after step {stopped.step}, saved; go on with:")
+            console.say(f"  nativerank train --config {stopped.out}/config.yaml --out {stopped.out} --resume auto")
+            return 128 + stopped.signum if stopped.signum in (signal.SIGINT, signal.SIGTERM) else 1
+        console.summary(summary)
+    if flags.json == "-":
+        json.dump(summary, sys.stdout, indent=1)
+        print()
+    elif flags.json:
+        Path(flags.json).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    return 0

@@ -1,0 +1,109 @@
+"""How well a model predicts text: nats per token, perplexity, bits per byte, and what a compressor needs.
+
+    bits per byte = total nats / (ln 2 * UTF-8 bytes)
+
+does not depend on the tokenizer, so it can stand beside `xz -9` on the same text. Every token of a split but its
+first (an end-of-text id) is predicted exactly once, from at most `context` tokens before it in its own window.
+"""
+
+import lzma
+import math
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nativerank.data.loader import document_positions, sequential_batches
+from nativerank.data.shards import Split
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Summed negative log likelihood over `tokens` predictions of text that is `text_bytes` long in UTF-8."""
+
+    total_nats: float
+    tokens: int
+    text_bytes: float
+
+    @property
+    def nats(self) -> float:
+        """Nats per token."""
+        return self.total_nats / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        """exp(nats per token)."""
+        return math.exp(self.nats) if self.nats < 700 else math.inf
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits per UTF-8 byte of the text."""
+        return self.total_nats / math.log(2) / self.text_bytes
+
+
+def autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """bfloat16 autocast on CUDA; nothing elsewhere (bf16 products are slower than fp32 on most CPUs)."""
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+
+
+def token_losses(model: nn.Module, inputs: Tensor, targets: Tensor, positions: Tensor | None = None) -> Tensor:
+    """Negative log likelihood (batch, context) in float32 of each target given the inputs up to it.
+
+    Args:
+        model: causal LM whose forward returns `.logits`.
+        inputs, targets: (batch, context) token ids.
+        positions: (batch, context) position ids that restart at each document; None lets attention cross documents.
+    """
+    extra: dict[str, Any] = {} if positions is None else {"position_ids": positions}
+    logits = model(input_ids=inputs, use_cache=False, **extra).logits
+    flat = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
+    return flat.view_as(targets)
+
+
+@torch.no_grad()
+def validation_loss(
+    model: nn.Module,
+    split: Split,
+    context: int,
+    batch_size: int,
+    *,
+    max_tokens: int | None = None,
+    mask_eot: int | None = None,
+) -> Loss:
+    """The model's loss on a split, or on a fixed evenly spread part of it.
+
+    Args:
+        model: left in the mode (train or eval) it was in.
+        split: of a prepared data folder.
+        context: window length in tokens. batch_size: windows at once.
+        max_tokens: about how many tokens to predict; None for all.
+        mask_eot: end-of-text id at which attention restarts, or None.
+
+    Raises:
+        ValueError: a split without a token to predict.
+    """
+    if split.tokens < 2:
+        raise ValueError("the validation split holds no tokens; prepare the data with a larger --val_fraction")
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    total, tokens = torch.zeros((), dtype=torch.float64), 0
+    for inputs, targets, valid in sequential_batches(split, context, batch_size, max_tokens):
+        positions = None if mask_eot is None else torch.from_numpy(document_positions(inputs, mask_eot)).to(device)
+        with autocast(device):
+            losses = token_losses(
+                model, torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device), positions
+            )
+        mask = torch.from_numpy(valid)
+        total += losses.cpu().double()[mask].sum()
+        tokens += int(mask.sum())
+    model.train(was_training)
+    return Loss(float(total), tokens, split.text_bytes * tokens / max(split.tokens - 1, 1))
+
+
+def xz_bits_per_byte(text: bytes) -> float:
+    """What `xz -9` needs for the text, in bits per byte."""
+    return 8 * len(lzma.compress(text, preset=9)) / len(text)

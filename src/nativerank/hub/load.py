@@ -1,0 +1,64 @@
+"""A saved model, back: factored folders of ours and stock Hugging Face folders, strictly.
+
+Transformers alone would load a factored checkpoint into a stock architecture by ignoring the factors and drawing
+fresh dense weights, with no more than a printed report; therefore a factored folder names a model type of its own,
+and loading here raises on any missing or unexpected tensor.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from nativerank.data.tokenizer import load_tokenizer, tokenizer_hash
+from nativerank.hub.weights import named_tensors, read_into
+from nativerank.layers import factorize_modules
+from nativerank.models import allocate, read_hf_config, skeleton
+
+MODEL_TYPE = "nativerank"
+CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
+
+
+def load(folder: str | Path) -> nn.Module:
+    """The model saved in a folder, in evaluation mode on the CPU.
+
+    Args:
+        folder: written by `nativerank.save`, the `model/` folder of a run, or a stock Hugging Face folder.
+
+    Raises:
+        ValueError: not a model folder, a damaged file, or tensors that do not fit the config.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    if config.get("model_type") != MODEL_TYPE:
+        return _filled(skeleton(read_hf_config(str(folder))), folder)
+    from transformers import AutoConfig
+
+    base = dict(config["base"])
+    model = skeleton(AutoConfig.for_model(base.pop("model_type"), **base))
+    factorize_modules(model, kind=config["kind"], overrides=config["ranks"], include=list(config["ranks"]))
+    return _filled(model, folder)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder.
+
+    Raises:
+        ValueError: there is none, or it is not readable.
+    """
+    try:
+        config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} is not a model folder: {error}") from None
+    return config
+
+
+def tokenizer_fingerprint(folder: Path) -> str | None:
+    """The hash of a model folder's tokenizer, comparable with a data folder's, or None without one."""
+    return tokenizer_hash(load_tokenizer(folder / TOKENIZER)) if (folder / TOKENIZER).exists() else None
+
+
+def _filled(model: nn.Module, folder: Path) -> nn.Module:
+    read_into(named_tensors(allocate(model)), folder / WEIGHTS)
+    return model.eval()

@@ -1,0 +1,95 @@
+"""metrics.jsonl: one JSON object a line, append-only, readable while the run goes on.
+
+Keys of a step's row: step, tokens, loss (nats/token), lr, aux_lr, grad_norm (before clipping), tokens_per_second,
+seconds, optimizer_share (share of the step's time; on CUDA only at probed steps), peak_memory_bytes; at some steps
+val_loss and probes ({module: {sigma_A, sigma_B, rho}}). Rows with `event` (start, resume, loss_spike, sigma_spike,
+rollback, checkpoint_damaged, end ...) carry what belongs to the event.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+FILE = "metrics.jsonl"
+
+
+class Tracker(Protocol):
+    """Something that wants to see every row."""
+
+    def row(self, row: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """Appends rows to metrics.jsonl, each flushed; a resumed run drops the rows after its checkpoint first."""
+
+    def __init__(self, folder: Path, from_step: int):
+        self.file = folder / FILE
+        if self.file.exists():
+            _keep_until(self.file, from_step)
+        self.stream = self.file.open("a", encoding="utf-8")
+
+    def row(self, row: dict[str, Any]) -> None:
+        self.stream.write(json.dumps(_finite(row)) + "\n")
+        self.stream.flush()
+
+    def close(self) -> None:
+        self.stream.close()
+
+
+class TensorBoard:
+    """Mirrors the numbers of each row into TensorBoard event files under the run folder."""
+
+    def __init__(self, folder: Path):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ValueError("--track tensorboard needs the extra: pip install 'nativerank[track]'") from None
+        self.writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def row(self, row: dict[str, Any]) -> None:
+        for name, value in flatten(row):
+            if name != "step":
+                self.writer.add_scalar(name, value, row["step"])
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+def flatten(row: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers of a nested row under slash-joined names."""
+    for key, value in row.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{key}/")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            yield prefix + key, value
+
+
+def read_rows(folder: Path) -> list[dict[str, Any]]:
+    """Every complete row of a run; a last line cut off by a crash is left out."""
+    rows = []
+    for line in (folder / FILE).read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def _keep_until(file: Path, step: int) -> None:
+    """Rewrites the file with the rows up to a step, atomically."""
+    kept = [row for row in read_rows(file.parent) if row.get("step", 0) <= step]
+    partial = file.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    os.replace(partial, file)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: what is not finite becomes a string."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,236 @@
+"""From a configuration to the objects of a run: every default filled in, every conflict named before work starts."""
+
+import math
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from nativerank.config import RunConfig
+from nativerank.data.demo import prepared_demo
+from nativerank.data.shards import Dataset
+from nativerank.hub.load import load, tokenizer_fingerprint
+from nativerank.layers import FactorizeReport
+from nativerank.methods import build_optimizer, default_rates, factorize, find_method
+from nativerank.models import DENSE, find_preset, hf_config, materialize, read_hf_config, skeleton
+from nativerank.optim.optimizer import LowRankOptimizer
+
+
+def resolve(config: RunConfig) -> RunConfig:
+    """The same configuration with every None that a preset or method decides filled in.
+
+    Raises:
+        ValueError: an unknown method or preset, or values that contradict each other.
+    """
+    preset = find_preset(config.model.preset)
+    method_name = config.method or preset.method
+    method = find_method(method_name)
+    if config.model.preset.endswith(DENSE) and method.layer:
+        raise ValueError(
+            f"preset {config.model.preset} is dense and method {method_name} is not; drop {DENSE} or --method"
+        )
+    train, rank = config.train, config.rank
+    if train.steps is not None and train.tokens is not None:
+        raise ValueError(f"give train.steps or train.tokens, not both: {train.steps}, {train.tokens}")
+    if rank.ratio is not None and rank.value is not None:
+        raise ValueError(f"give rank.ratio or rank.value, not both: {rank.ratio}, {rank.value}")
+    preset_accumulation = 1 if train.batch_size else preset.accumulation
+    train = replace(
+        train,
+        batch_size=train.batch_size or preset.batch_size,
+        accumulation=train.accumulation if train.accumulation != 1 else preset_accumulation,
+        context=train.context or preset.context,
+    )
+    for name in ("steps", "tokens", "batch_size", "accumulation", "context"):
+        value = getattr(train, name)
+        if value is not None and value < 1:
+            raise ValueError(f"train.{name} must be at least 1, got {value}")
+    if train.tokens is not None:
+        train = replace(train, steps=math.ceil(train.tokens / tokens_per_step(train)), tokens=None)
+    train = replace(train, steps=train.steps or preset.steps)
+    if method.layer and rank.ratio is None and rank.value is None:
+        own = config.model.config is None
+        rank = replace(rank, value=preset.value if own else None, ratio=(preset.ratio if own else None))
+        rank = rank if rank.value or rank.ratio else replace(rank, ratio=0.25)
+    swept = "" if config.model.config else config.model.preset.removesuffix(DENSE)
+    rates = default_rates(method_name, swept)
+    optim, model = config.optim, config.model
+    optim = replace(
+        optim,
+        lr=rates.lr if optim.lr is None else optim.lr,
+        aux_lr=rates.aux_lr if optim.aux_lr is None else optim.aux_lr,
+        nesterov=method.options.get("nesterov", False) if optim.nesterov is None else optim.nesterov,
+        shape_scale=optim.shape_scale or method.options.get("shape_scale", "none"),
+    )
+    model = replace(model, init_scale=rates.init_scale if model.init_scale is None else model.init_scale)
+    return replace(
+        config,
+        method=method_name,
+        model=model,
+        rank=rank,
+        optim=optim,
+        train=train,
+        out=config.out
+        or free_folder(
+            f"{Path(config.model.config).stem if config.model.config else config.model.preset}-{method_name}"
+        ),
+        device=config.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+    )
+
+
+def tokens_per_step(train: Any) -> int:
+    """batch_size * accumulation * context."""
+    return int(train.batch_size * train.accumulation * train.context)
+
+
+def free_folder(name: str, parent: str = "runs") -> str:
+    """runs/NAME, or the first of runs/NAME-2, -3, ... that does not exist."""
+    candidate, number = Path(parent) / name, 1
+    while candidate.exists():
+        number += 1
+        candidate = Path(parent) / f"{name}-{number}"
+    return str(candidate)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device, if this machine has it."""
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available[name]:
+        raise ValueError(f"--device {name}: this machine or this PyTorch build has none; use --device cpu")
+    return torch.device(name)
+
+
+def open_data(config: RunConfig, quiet: bool = False) -> Dataset:
+    """The prepared folder of a run, the built-in corpus when none is named.
+
+    Raises:
+        ValueError: not a prepared folder, a damaged shard, another tokenizer, or an empty validation split.
+    """
+    if config.data.path is None:
+        preset = find_preset(config.model.preset)
+        dataset = Dataset.open(prepared_demo(preset.vocab_size, quiet=quiet))
+    else:
+        dataset = Dataset.open(config.data.path)
+    dataset.tokenizer()  # compares its hash with the one the shards were made with
+    if dataset.split("val").tokens < 2:
+        raise ValueError(
+            f"the validation split of {dataset.path} holds no tokens; prepare it with a larger --val_fraction"
+        )
+    return dataset
+
+
+def data_fingerprint(dataset: Dataset) -> list[str]:
+    """The hashes of everything a run reads: two folders with equal ones hold the same data."""
+    splits = dataset.manifest["splits"]
+    return [dataset.tokenizer_sha256, *(s["sha256"] for split in ("train", "val") for s in splits[split]["shards"])]
+
+
+@dataclass
+class Built:
+    """A model with its optimizer, ready to train; `report` says what became what (None for dense methods)."""
+
+    model: nn.Module
+    optimizer: LowRankOptimizer
+    report: FactorizeReport | None
+
+
+def build(config: RunConfig, dataset: Dataset) -> Built:
+    """The model of a resolved configuration with its initial (or --init) weights, and its optimizer.
+
+    Raises:
+        ValueError: a vocabulary smaller than the data's, a context beyond the model's, or what factorize and
+            build_optimizer refuse.
+    """
+    device = pick_device(config.device or "cpu")
+    if config.init:
+        model, report = _initial_model(config, dataset)
+    else:
+        model, report = _new_model(config, dataset)
+    hf: Any = model
+    limit = getattr(hf.config.get_text_config(), "max_position_embeddings", None)
+    if limit and config.train.context and config.train.context > limit:
+        raise ValueError(f"train.context {config.train.context} exceeds the model's max_position_embeddings {limit}")
+    model.to(device).train()
+    o = config.optim
+    optimizer = build_optimizer(
+        model,
+        config.method or "",
+        lr=o.lr,
+        aux_lr=o.aux_lr,
+        weight_decay=o.weight_decay,
+        betas=o.betas,
+        eps=o.eps,
+        momentum=o.momentum,
+        nesterov=o.nesterov,
+        shape_scale=o.shape_scale,
+        orthogonalizer=o.orthogonalizer,
+        orthogonalizer_steps=o.orthogonalizer_steps,
+        norm=o.norm,
+        power_iterations=o.power_iterations,
+    )
+    return Built(model, optimizer, report)
+
+
+def _new_model(config: RunConfig, dataset: Dataset) -> tuple[nn.Module, FactorizeReport | None]:
+    if config.model.config:
+        hf = read_hf_config(config.model.config)
+        vocab_size = hf.get_text_config().vocab_size
+        if vocab_size < dataset.vocab_size:
+            raise ValueError(f"the model's vocabulary of {vocab_size} is smaller than the data's {dataset.vocab_size}")
+    else:
+        hf = hf_config(find_preset(config.model.preset), dataset.vocab_size, config.train.context)
+    model, report = skeleton(hf), None
+    if find_method(config.method or "").layer:
+        r = config.rank
+        report = factorize(
+            model,
+            config.method or "",
+            rank_ratio=r.ratio,
+            rank=r.value,
+            rank_rule=r.rule,
+            include=r.include,
+            exclude=r.exclude,
+            overrides=r.overrides,
+        )
+    assert config.model.init_scale is not None
+    return materialize(model, config.train.seed, config.model.init_scale, config.rank.init), report
+
+
+def _initial_model(config: RunConfig, dataset: Dataset) -> tuple[nn.Module, None]:
+    assert config.init is not None
+    model = load(config.init)
+    found = tokenizer_fingerprint(Path(config.init))
+    if found is not None and found != dataset.tokenizer_sha256:
+        raise ValueError(
+            f"{config.init} was trained with another tokenizer than the data in {dataset.path} was made with"
+        )
+    return model, None
+
+
+def versions() -> dict[str, str]:
+    """What a run depends on, for its records."""
+    import platform
+    import subprocess
+
+    import transformers
+
+    from nativerank.version import __version__
+
+    try:
+        here = Path(__file__).parent
+        commit = subprocess.run(
+            ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        commit = "unknown"
+    return {
+        "nativerank": __version__,
+        "commit": commit,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+    }

@@ -1,0 +1,85 @@
+"""One update: forward and backward over the micro-batches, clipping, the optimizer. No input or output.
+
+The caller may look at the loss and the gradient norm before the optimizer moves anything, and refuse.
+"""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from nativerank.evaluate.loss import autocast, token_losses
+
+Batch = tuple[Tensor, Tensor, Tensor | None]  # inputs, targets, positions or None; each (batch, context)
+
+
+@dataclass
+class StepResult:
+    """loss in nats per token, gradient norm before clipping, seconds per phase, and whether the weights moved."""
+
+    loss: float
+    grad_norm: float
+    seconds: dict[str, float]
+    updated: bool
+
+
+class Stopwatch:
+    """Seconds per phase; waits for the device at each mark only if told to, so that timing costs nothing otherwise."""
+
+    def __init__(self, device: torch.device, wait: bool):
+        self.wait = wait and device.type == "cuda"
+        self.seconds: dict[str, float] = {}
+        self.last = self._now()
+
+    def mark(self, phase: str) -> None:
+        now = self._now()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.last
+        self.last = now
+
+    def _now(self) -> float:
+        if self.wait:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterable[Batch],
+    accumulation: int,
+    clip: float,
+    accept: Callable[[float, float], bool] = lambda loss, grad_norm: True,
+    time_phases: bool = True,
+) -> StepResult:
+    """Moves the weights once along the mean gradient of `accumulation` micro-batches.
+
+    Args:
+        model: causal LM in training mode.
+        optimizer: its gradients are cleared before, and left in place after.
+        batches: the micro-batches, on the model's device.
+        accumulation: how many there are.
+        clip: largest global gradient norm, 0 for no clipping.
+        accept: asked with the loss and the unclipped norm before the optimizer runs; False leaves the weights alone.
+        time_phases: on CUDA, synchronise so that the phases' seconds mean something.
+    """
+    device = next(model.parameters()).device
+    watch = Stopwatch(device, time_phases)
+    optimizer.zero_grad(set_to_none=True)
+    total = torch.zeros((), device=device)
+    for inputs, targets, positions in batches:
+        with autocast(device):
+            loss = token_losses(model, inputs, targets, positions).mean() / accumulation
+        watch.mark("forward")
+        loss.backward()
+        total += loss.detach()
+        watch.mark("backward")
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip or float("inf"))
+    value, grad_norm = total.item(), norm.item()
+    watch.mark("clip")
+    updated = accept(value, grad_norm)
+    if updated:
+        optimizer.step()
+    watch.mark("optimizer")
+    return StepResult(value, grad_norm, watch.seconds, updated)

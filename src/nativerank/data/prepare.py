@@ -66,7 +66,7 @@ def prepare(
         tokenizer: "train:N" trains a byte-level BPE of N tokens; else a tokenizer.json or a folder with one.
         val_fraction: expected share of validation documents; 0 for none.
         seed: of the validation split.
-        workers: processes that encode; None takes all cores.
+        workers: processes that encode; None takes all cores, 1 stays in this process (and its threads).
         shard_tokens: tokens of a full shard file.
         field: name of the text field or column.
         chunk_bytes: plain text files longer than this are cut into several documents.

@@ -32,11 +32,13 @@ class ModelConfig:
         preset: a named model with its training defaults; unknown names list the known ones.
         config: path of a Hugging Face config.json (or its folder), used instead of the preset's architecture.
         init_scale: factor on the initial standard deviation 1/sqrt(fan_in) of every hidden matrix.
+        embedding_std: initial standard deviation of the token embedding; None leaves the architecture's own.
     """
 
     preset: str = "demo"
     config: str | None = None
     init_scale: float | None = None
+    embedding_std: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

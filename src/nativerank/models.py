@@ -47,14 +47,30 @@ class Preset:
     ratio: float | None = None
     value: int | None = None
     tied: bool = False
+    embedding_std: float | None = None  # None: the architecture's own initializer_range
     rope_theta: float = 10000.0
     method: str = "spectron"
 
 
 def _spectron(d_model: int, layers: int, heads: int, d_ffn: int, steps: int, dense_steps: int) -> Preset:
-    """Spectron's S, M, L: 512 x 2048 tokens a step; steps are 20 tokens per dense parameter, and equal FLOPs."""
+    """Spectron's S, M, L: 512 x 2048 tokens a step, embedding N(0, 1) as PyTorch draws it.
+
+    steps are 20 tokens per dense parameter; dense_steps give the dense twin equal FLOPs.
+    """
     return Preset(
-        "Spectron (arXiv 2602.12429)", d_model, layers, heads, d_ffn, 32000, 2048, 8, steps, 64, dense_steps, ratio=0.25
+        "Spectron (arXiv 2602.12429)",
+        d_model,
+        layers,
+        heads,
+        d_ffn,
+        32000,
+        2048,
+        8,
+        steps,
+        64,
+        dense_steps,
+        ratio=0.25,
+        embedding_std=1.0,
     )
 
 
@@ -65,8 +81,10 @@ def _galore(d_model: int, layers: int, heads: int, d_ffn: int, rank: int, tokens
 
 
 PRESETS: dict[str, Preset] = {
-    "demo": Preset("built in: minutes on two cores", 256, 4, 4, 704, 4096, 256, 8, 640, value=64),
-    "pocket": Preset("built in: experiments on two cores", 128, 4, 4, 352, 1024, 128, 8, 600, value=32),
+    "demo": Preset("built in: minutes on two cores", 256, 4, 4, 704, 4096, 256, 8, 640, value=64, embedding_std=0.2),
+    "pocket": Preset(
+        "built in: experiments on two cores", 128, 4, 4, 352, 1024, 128, 8, 600, value=32, embedding_std=0.2
+    ),
     "spectron-s": _spectron(768, 12, 12, 2048, 2557, 1785),
     "spectron-m": _spectron(1280, 20, 20, 3584, 9313, 5663),
     "spectron-l": _spectron(1536, 24, 24, 4096, 14836, 8656),
@@ -165,7 +183,9 @@ def allocate(model: nn.Module) -> nn.Module:
     return model
 
 
-def materialize(model: nn.Module, seed: int, init_scale: float, init: str = "auto") -> nn.Module:
+def materialize(
+    model: nn.Module, seed: int, init_scale: float, init: str = "auto", embedding_std: float | None = None
+) -> nn.Module:
     """Gives a meta-device model memory and its initial weights, in place.
 
     Args:
@@ -173,6 +193,7 @@ def materialize(model: nn.Module, seed: int, init_scale: float, init: str = "aut
         seed: with a parameter's name it seeds that parameter's numbers.
         init_scale: standard deviation of hidden matrices times sqrt(fan_in).
         init: "svd", "sampled", or "auto" by width.
+        embedding_std: standard deviation of the token embedding, instead of the architecture's own.
     """
     hf: Any = allocate(model)
     width = getattr(hf.config.get_text_config(), "hidden_size", 0)
@@ -181,6 +202,8 @@ def materialize(model: nn.Module, seed: int, init_scale: float, init: str = "aut
         for name, module in model.named_modules():
             torch.manual_seed(init_seed(seed, name))
             hf._init_weights(module)
+            if embedding_std is not None and module is hf.get_input_embeddings():
+                nn.init.normal_(module.weight, std=embedding_std)
     for name, layer in factor_modules(hf):
         d_in = layer.factors()[-1].shape[-2]
         init_factor_layer(layer, name, init_scale * d_in**-0.5, seed, init)

@@ -172,7 +172,7 @@ def serve() -> None:
         while True:
             try:
                 yield pickle.load(sys.stdin.buffer)
-            except EOFError:
+            except (EOFError, pickle.UnpicklingError):  # the end, or half a batch: the parent is gone
                 return
 
     try:

@@ -39,7 +39,7 @@ class ByteProgress:
 
     def _print(self) -> None:
         rate = self.done / max(time.monotonic() - self.started, 1e-9)
-        of = f" of about {self.total / 1e6:.0f}" if self.total else ""
+        of = f" of about {self.total / 1e6:.1f}" if self.total else ""
         print(f"{self.label}: {self.done / 1e6:.1f}{of} MB, {rate / 1e6:.1f} MB/s", file=sys.stderr, flush=True)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:

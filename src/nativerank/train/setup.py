@@ -65,7 +65,11 @@ def resolve(config: RunConfig) -> RunConfig:
         nesterov=method.options.get("nesterov", False) if optim.nesterov is None else optim.nesterov,
         shape_scale=optim.shape_scale or method.options.get("shape_scale", "none"),
     )
-    model = replace(model, init_scale=rates.init_scale if model.init_scale is None else model.init_scale)
+    model = replace(
+        model,
+        init_scale=rates.init_scale if model.init_scale is None else model.init_scale,
+        embedding_std=preset.embedding_std if model.embedding_std is None and not model.config else model.embedding_std,
+    )
     return replace(
         config,
         method=method_name,
@@ -195,8 +199,9 @@ def _new_model(config: RunConfig, dataset: Dataset) -> tuple[nn.Module, Factoriz
             exclude=r.exclude,
             overrides=r.overrides,
         )
-    assert config.model.init_scale is not None
-    return materialize(model, config.train.seed, config.model.init_scale, config.rank.init), report
+    m = config.model
+    assert m.init_scale is not None
+    return materialize(model, config.train.seed, m.init_scale, config.rank.init, m.embedding_std), report
 
 
 def _initial_model(config: RunConfig, dataset: Dataset) -> tuple[nn.Module, None]:

@@ -1,0 +1,42 @@
+# make train   a natively low-rank language model on real English, minutes on two cores
+# make test    lint, types and tests as CI runs them; make test-slow for the long ones
+# Both create .venv first; nothing but Python 3.11 and make has to be there.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+EXTRAS := demo,scaling,report,dev
+
+.PHONY: install train test test-slow lint bench clean
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("nativerank needs Python 3.11 or newer, found " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	touch $@
+
+train: install
+	$(BIN)/nativerank train
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Two test processes with one thread each are the best use of two cores.
+test: lint
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2 --dist loadfile -m "not slow"
+
+test-slow: install
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2 --dist loadfile -m slow
+
+bench: install
+	$(BIN)/nativerank bench train --json benchmarks/results/bench-train-demo.json
+	$(BIN)/nativerank bench train --d_model 512 --json benchmarks/results/bench-train-512.json
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache

@@ -244,7 +244,7 @@ def _checked(value: Any, hint: Any, key: str) -> Any:
         return _checked(value, next(a for a in args if a is not type(None)), key)
     if origin is Literal:
         if value not in args:
-            raise ValueError(f"config key {key} must be one of {', '.join(map(str, args))}, got {value!r}")
+            raise ValueError(f"config key {key} must be {described(hint)}, got {value!r}")
         return value
     expected = origin or hint
     if expected is float and isinstance(value, int) and not isinstance(value, bool):
@@ -252,8 +252,27 @@ def _checked(value: Any, hint: Any, key: str) -> Any:
     if expected is tuple and isinstance(value, list):
         value = tuple(value)
     if not isinstance(value, expected) or (expected is not bool and isinstance(value, bool)):
-        raise ValueError(f"config key {key} must be {getattr(expected, '__name__', expected)}, got {value!r}")
+        raise ValueError(f"config key {key} must be {described(hint)}, got {value!r}")
     return value
+
+
+def described(hint: Any) -> str:
+    """An annotation in words: "a number", "one of cosine, wsd, constant", "a whole number or null"."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join("null" if a is type(None) else described(a) for a in args)
+    if origin is Literal:
+        return f"one of {', '.join(map(str, args))}"
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    return words.get(hint, f"a {getattr(origin or hint, '__name__', hint)}")
+
+
+def hint_of(key: str) -> Any:
+    """The annotation of a dotted key of RunConfig, or None for an unknown key."""
+    cls: Any = RunConfig
+    for part in key.split("."):
+        cls = typing.get_type_hints(cls).get(part) if dataclasses.is_dataclass(cls) else None
+    return cls
 
 
 def to_dict(config: Any) -> dict[str, Any]:

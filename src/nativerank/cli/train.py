@@ -10,10 +10,11 @@ import json
 import re
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from nativerank.config import RunConfig, keys, nearest
+from nativerank.config import RunConfig, described, hint_of, keys, nearest
 
 DESCRIPTION = "Pretrain a model. Values come from the preset, then --config, then flags."
 EXAMPLE = """examples:
@@ -38,9 +39,11 @@ def build_parser(description: str = DESCRIPTION, example: str = EXAMPLE, prog: s
         def error(self, message: str, ex: Exception | None = None):
             raise ValueError(explain(message))
 
-    parser = TrainParser(
-        prog=prog, description=description, epilog=example, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    class Formatter(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        """Types and defaults beside each key, examples as they stand."""
+
+    usage = f"{prog} [--config F.yaml] [--KEY VALUE ...]   (keys below; YAML files nest them)"
+    parser = TrainParser(prog=prog, usage=usage, description=description, epilog=example, formatter_class=Formatter)
     parser.add_argument("--config", action="config", help="YAML file with any of the keys below")
     parser.add_class_arguments(RunConfig)
     parser.add_argument("--quiet", action="store_true", help="no progress; the result in the run folder only")
@@ -57,13 +60,24 @@ def explain(message: str) -> str:
     if unknown:
         key = unknown.group(1)
         return f"unknown config key {key}{nearest(key, keys(RunConfig))}"
-    return flat
+    wrong = re.search(r'[Pp]arser key "([\w.]+)".*(?:Given|Got) value: (.*)$', flat)
+    if wrong and (hint := hint_of(wrong.group(1))) is not None:
+        return f"config key {wrong.group(1)} must be {described(hint)}, got {wrong.group(2)}"
+    return flat.removeprefix('Parser key "config": ')
+
+
+def spelled_out(argv: list[str]) -> Iterator[str]:
+    """A bare switch such as --compile as the two words --compile true."""
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        yield word
+        if hint_of(word.removeprefix("--")) is bool and following not in ("true", "false"):
+            yield "true"
 
 
 def parse(argv: list[str]) -> tuple[RunConfig, Any]:
     """(configuration, namespace with quiet and json) from flags."""
     parser = build_parser()
-    namespace = parser.parse_args(argv)
+    namespace = parser.parse_args(list(spelled_out(argv)))
     values = parser.instantiate_classes(namespace).as_dict()
     own = {name: values[name] for name in RunConfig.__dataclass_fields__}
     return RunConfig(**own), namespace

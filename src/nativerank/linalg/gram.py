@@ -52,8 +52,8 @@ def gram_root(X: Tensor, reduce: Reduce | None = None) -> Tensor:
     """Some S (..., r, r) in float64 with S^T S = X^T X, so that X y and S y have the same length for every y.
 
     From the eigenvalues of the float64 Gram matrix: works for zero and rank-deficient X, where Cholesky stops.
-    Singular values of X below about 1e-8 of the largest are lost.
+    Singular values of X below about 1e-8 of the largest are lost. MPS has no float64, so there it runs on the CPU.
     """
-    G = gram(X.double(), reduce)
-    eigenvalues, vectors = torch.linalg.eigh(G)
+    X = X.cpu() if X.device.type == "mps" else X
+    eigenvalues, vectors = torch.linalg.eigh(gram(X.double(), reduce))
     return eigenvalues.clamp_min(0).sqrt().unsqueeze(-1) * vectors.mT

@@ -19,7 +19,9 @@ def spectral_norm(X: Tensor, reduce: Reduce | None = None) -> Tensor:
         if reduce:
             raise ValueError("a sharded matrix must be tall: pass its transpose")
         X = X.mT
-    return torch.linalg.eigvalsh(gram(X, reduce))[..., -1].clamp_min(0).sqrt()
+    G = gram(X, reduce)
+    on_host = G.cpu() if G.device.type == "mps" else G  # MPS has no eigenvalues
+    return torch.linalg.eigvalsh(on_host)[..., -1].clamp_min(0).sqrt().to(G.device)
 
 
 def power_iteration(X: Tensor, u: Tensor, steps: int = 1, reduce: Reduce | None = None) -> tuple[Tensor, Tensor]:

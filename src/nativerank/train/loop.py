@@ -9,6 +9,7 @@ the rate is a function of the step, so a run that was killed and resumed ends wi
 one thread count). SIGINT and SIGTERM finish the step, save, and raise `Interrupted`.
 """
 
+import os
 import shutil
 import signal
 import time
@@ -91,6 +92,8 @@ def train(config: RunConfig, listener: Listener) -> dict[str, Any]:
         Diverged: the loss left the road for good.
         Interrupted: a signal came; everything is saved.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("this version trains in one process; start nativerank train without torchrun")
     config = resolve(config)
     assert config.out is not None
     out = Path(config.out)

@@ -1,11 +1,11 @@
 """Finds the default rates of a preset: matrix rate, auxiliary rate and init scale, for every method alike.
 
-    python benchmarks/sweep_rates.py pocket --jobs 2        # about 40 minutes on two cores
-    python benchmarks/sweep_rates.py demo --jobs 2          # about 70 minutes
+    python benchmarks/sweep_rates.py pocket --jobs 2                           # about 40 minutes on two cores
+    python benchmarks/sweep_rates.py demo --jobs 2 --stages 1 --steps 320      # about 40 minutes
 
-Coordinate search, per method: the matrix rate over a grid of factor about 1.6, then the auxiliary rate at the best of
-it, then the init scale, then the matrix rate's neighbours once more. One seed; the full training length of the
-preset. Single-seed differences below 0.02 nats are noise. Writes benchmarks/results/sweep-PRESET.json; the best rows
+Coordinate search, per method: the matrix rate over a grid of factor 1.6, then the auxiliary rate at the best of it,
+then the init scale, then the matrix rate's neighbours once more. Starts where earlier experiments pointed; the demo
+preset starts from the best of pocket. One seed; single-seed differences below 0.02 nats are noise. Writes benchmarks/results/sweep-PRESET.json; the best rows
 are copied by hand into `SWEPT` of src/nativerank/methods.py, which a test compares with the file.
 """
 
@@ -36,19 +36,21 @@ STAGES = (  # which coordinate, times what
 )
 
 
-def cell(preset: str, method: str, point: dict[str, float]) -> Cell:
-    """One run at its preset's full length, with no validation on the way."""
-    fixed = {"model.preset": preset, "method": method, "train.eval_every": 0, "train.checkpoint_every": 0}
+def cell(fixed: dict[str, Any], method: str, point: dict[str, float]) -> Cell:
+    """One run with no validation on the way."""
+    fixed = {**fixed, "method": method, "train.eval_every": 0, "train.checkpoint_every": 0}
     return Cell(tuple(sorted({**fixed, **point}.items())))
 
 
-def stage(folder: Path, preset: str, best: dict[str, dict[str, float]], key: str, factors: tuple, jobs: int) -> None:
+def stage(
+    folder: Path, fixed: dict[str, Any], best: dict[str, dict[str, float]], key: str, factors: tuple, jobs: int
+) -> None:
     """Moves every method's best point along one coordinate, in place."""
     points = {m: [{**p, key: float(f"{p[key] * f:.3g}")} for f in factors] for m, p in best.items()}
-    cells = [cell(preset, m, p) for m, ps in points.items() for p in ps]
+    cells = [cell(fixed, m, p) for m, ps in points.items() for p in ps]
     losses = {row["cell"]: row.get("val_loss", float("inf")) for row in run_grid(cells, folder, jobs)}
     for m, ps in points.items():
-        best[m] = min(ps, key=lambda p: losses[cell(preset, m, p).name])
+        best[m] = min(ps, key=lambda p: losses[cell(fixed, m, p).name])
 
 
 def main() -> None:
@@ -57,13 +59,22 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--methods", default=",".join(START))
     parser.add_argument("--stages", type=int, default=len(STAGES), help="fewer for a coarser, shorter search")
+    parser.add_argument("--steps", type=int, help="length of every run (default: the preset's)")
     parser.add_argument("--out", type=Path, help="grid folder (default runs/sweep-PRESET)")
     args = parser.parse_args()
     folder = args.out or Path("runs") / f"sweep-{args.preset}"
-    best: dict[str, dict[str, float]] = {m: dict(zip(KEYS, START[m], strict=True)) for m in args.methods.split(",")}
+    start = START if args.preset == "pocket" else best_of("pocket")
+    best: dict[str, dict[str, float]] = {m: dict(zip(KEYS, start[m], strict=True)) for m in args.methods.split(",")}
+    fixed = {"model.preset": args.preset} | ({"train.steps": args.steps} if args.steps else {})
     for key, factors in STAGES[: args.stages]:
-        stage(folder, args.preset, best, key, factors, args.jobs)
+        stage(folder, fixed, best, key, factors, args.jobs)
     write(args.preset, folder, best)
+
+
+def best_of(preset: str) -> dict[str, tuple[float, float, float]]:
+    """The committed best points of another preset's sweep."""
+    best = json.loads((RESULTS / f"sweep-{preset}.json").read_text())["best"]
+    return {method: tuple(point[key] for key in KEYS) for method, point in best.items()}
 
 
 def write(preset: str, folder: Path, best: dict[str, dict[str, float]]) -> None:

@@ -5,8 +5,9 @@
 
 Coordinate search, per method: the matrix rate over a grid of factor 1.6, then the auxiliary rate at the best of it,
 then the init scale, then the matrix rate's neighbours once more. Starts where earlier experiments pointed; the demo
-preset starts from the best of pocket. One seed; single-seed differences below 0.02 nats are noise. Writes benchmarks/results/sweep-PRESET.json; the best rows
-are copied by hand into `SWEPT` of src/nativerank/methods.py, which a test compares with the file.
+preset starts from the best of pocket. One seed; single-seed differences below 0.02 nats are noise. Writes
+benchmarks/results/sweep-PRESET.json; its best rows stand in `SWEPT` of src/nativerank/methods.py, and a test compares
+the two.
 """
 
 import argparse

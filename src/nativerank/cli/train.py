@@ -8,13 +8,14 @@ nativerank train --out runs/x --resume auto                # continue after a cr
 import argparse
 import json
 import re
+import shlex
 import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from nativerank.config import RunConfig, described, hint_of, keys, nearest
+from nativerank.config import RunConfig, described, from_dict, hint_of, keys, nearest
 
 DESCRIPTION = "Pretrain a model. Values come from the preset, then --config, then flags."
 EXAMPLE = """examples:
@@ -78,9 +79,8 @@ def parse(argv: list[str]) -> tuple[RunConfig, Any]:
     """(configuration, namespace with quiet and json) from flags."""
     parser = build_parser()
     namespace = parser.parse_args(list(spelled_out(argv)))
-    values = parser.instantiate_classes(namespace).as_dict()
-    own = {name: values[name] for name in RunConfig.__dataclass_fields__}
-    return RunConfig(**own), namespace
+    values = namespace.as_dict()
+    return from_dict(RunConfig, {name: values[name] for name in RunConfig.__dataclass_fields__}), namespace
 
 
 def run(argv: list[str]) -> int:
@@ -93,8 +93,9 @@ def run(argv: list[str]) -> int:
         try:
             summary = train(config, console)
         except Interrupted as stopped:
+            out = shlex.quote(str(stopped.out))
             console.say(f"stopped after step {stopped.step}, saved; go on with:")
-            console.say(f"  nativerank train --config {stopped.out}/config.yaml --out {stopped.out} --resume auto")
+            console.say(f"  nativerank train --config {out}/config.yaml --out {out} --resume auto")
             return 128 + stopped.signum if stopped.signum in (signal.SIGINT, signal.SIGTERM) else 1
         console.summary(summary)
     if flags.json == "-":

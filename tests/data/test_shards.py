@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from nativerank.data import integrity, shards
-from nativerank.data.shards import Dataset, ShardWriter, Split, cache_dir, new_folder, token_dtype, verify
+from nativerank.data.integrity import cache_dir
+from nativerank.data.shards import Dataset, ShardWriter, Split, token_dtype, verify
 from nativerank.data.tokenizer import end_of_text_id, tokenizer_hash, train_bpe, vocab_size
+from nativerank.files import new_folder
 
 
 def write_folder(out, tokens, shard_tokens=100, val=50):

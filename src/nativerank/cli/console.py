@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 PLAIN_EVERY_SECONDS = 15.0
+SHOWN_WARNINGS = 3
 
 
 class TrainConsole:
@@ -43,8 +44,11 @@ class TrainConsole:
             f"{facts['steps']} steps of {facts['tokens_per_step']:,} tokens, lr {facts['lr']:g}, aux_lr "
             f"{facts['aux_lr']:g}, {facts['device']} -> {facts['out']}"
         )
-        for warning in facts["warnings"]:
+        warnings = facts["warnings"]
+        for warning in warnings[:SHOWN_WARNINGS]:
             self.say(f"note: {warning}")
+        if len(warnings) > SHOWN_WARNINGS:
+            self.say(f"note: and {len(warnings) - SHOWN_WARNINGS} more like these, in metrics.jsonl")
         if facts["event"] == "resume":
             self.say(f"resumed at step {facts['step']} from {facts['checkpoint']}")
         self.steps, self.first, self.began = facts["steps"], facts["step"], time.monotonic()
@@ -72,7 +76,7 @@ class TrainConsole:
 
     def say(self, message: str) -> None:
         """One line above the bar."""
-        self.console.print(escape(message))
+        self.console.print(escape(message), soft_wrap=True)  # a command that is shown must stay one line
 
     def summary(self, summary: dict[str, Any]) -> None:
         """The result: losses beside xz, a sample, where everything is."""
@@ -82,11 +86,9 @@ class TrainConsole:
         table.add_row(
             "validation loss", f"{summary['val_loss']:.4f} nats/token  (perplexity {summary['perplexity']:.1f})"
         )
-        xz = summary["xz_bits_per_byte"]
-        change = summary["bits_per_byte"] / xz - 1
-        table.add_row(
-            "bits per byte", f"{summary['bits_per_byte']:.3f}  (xz -9 on the same text: {xz:.3f}; {change:+.0%})"
-        )
+        bits, xz = summary["bits_per_byte"], summary["xz_bits_per_byte"]
+        beside = f"  (xz -9 on the same text: {xz:.3f}; {bits / xz - 1:+.0%})" if xz else ""
+        table.add_row("bits per byte", f"{bits:.3f}{beside}")
         table.add_row("sample", escape(f"{summary['prompt']} ...{summary['sample']}"))
         table.add_row("run folder", escape(summary["out"]))
         self.console.print()

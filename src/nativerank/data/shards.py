@@ -7,14 +7,10 @@ other: EOT doc EOT doc ..., the end-of-text id before each document, so that eve
 something. The folder appears under its name only when complete. Reading maps the files, it does not load them.
 """
 
-import errno
 import hashlib
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,10 +18,8 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from nativerank.data.integrity import cache_dir, damaged
+from nativerank.data.integrity import damaged
 from nativerank.data.tokenizer import FILE_NAME, load_tokenizer, tokenizer_hash
-
-__all__ = ["Dataset", "ShardWriter", "Split", "cache_dir", "new_folder", "token_dtype", "verify", "write_manifest"]
 
 FORMAT, VERSION = "nativerank-shards", 1
 SPLITS = ("train", "val")
@@ -88,7 +82,6 @@ class ShardWriter:
 
     def _finish(self) -> None:
         if self._file is not None:
-            sync(self._file)
             self._file.close()
             self._file = None
             self.shards[-1]["sha256"] = self._digest.hexdigest()
@@ -104,65 +97,10 @@ class ShardWriter:
             self._file = None
 
 
-def sync(file: Any) -> None:
-    """Makes sure that what was written reached the disk."""
-    file.flush()
-    os.fsync(file.fileno())
-
-
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder beside `out` that takes its name at the end of the block, and disappears if the block fails.
-
-    Raises:
-        ValueError: `out` exists and is not an empty folder; or the disk is full.
-    """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not empty; choose another folder or remove it")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
-    try:
-        yield temporary
-        temporary.chmod(0o777 & ~_umask())  # mkdtemp makes it private
-        _sync_folder(temporary)
-        _rename(temporary, out)
-        _sync_folder(out.parent)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ValueError(f"disk full while writing {out}; nothing was kept: {error.strerror}") from None
-        raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _rename(temporary: Path, out: Path) -> None:
-    try:
-        os.rename(temporary, out)
-    except OSError as error:
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-            raise ValueError(f"{out} was filled by another process meanwhile; it was left as it is") from None
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Writes manifest.json, the last file of a folder."""
-    with open(folder / MANIFEST, "w", encoding="utf-8") as file:
-        json.dump({"format": FORMAT, "version": VERSION, **manifest}, file, indent=2)
-        sync(file)
+    whole = {"format": FORMAT, "version": VERSION, **manifest}
+    (folder / MANIFEST).write_text(json.dumps(whole, indent=2), encoding="utf-8")
 
 
 class Split:

@@ -73,12 +73,20 @@ def run_grid(
     rows = {name: row for name, row in finished(folder).items() if name in {cell.name for cell in cells}}
     todo = [cell for cell in cells if cell.name not in rows]
     for row in _run_side_by_side(todo, folder, jobs):
-        with (folder / RESULTS).open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(row) + "\n")
+        _append(folder / RESULTS, json.dumps(row) + "\n")
         rows[row["cell"]] = row
         outcome = f"error: {row['error']}" if "error" in row else f"val_loss {row['val_loss']:.4f}"
         say(f"[{len(rows)}/{len(cells)}] {' '.join(f'{k}={v}' for k, v in row['settings'].items())}: {outcome}")
     return [rows[cell.name] for cell in cells]
+
+
+def _append(file: Path, line: str) -> None:
+    """Adds a line, on a new one where a crash left the last unfinished."""
+    with file.open("ab+") as stream:
+        if stream.tell():
+            stream.seek(-1, os.SEEK_END)
+            line = line if stream.read(1) == b"\n" else "\n" + line
+        stream.write(line.encode())
 
 
 def _run_side_by_side(cells: list[Cell], folder: Path, jobs: int) -> Iterator[dict[str, Any]]:
@@ -99,5 +107,8 @@ def _run_cell(cell: Cell, folder: Path, jobs: int) -> dict[str, Any]:
     if result.returncode:
         last = result.stderr.strip().splitlines()[-1:] or [f"exit code {result.returncode}"]
         return row | {"error": last[0]}
-    summary = json.loads(result.stdout)
+    try:
+        summary = json.loads(result.stdout)
+    except ValueError:
+        return row | {"error": f"no JSON but {result.stdout[:80]!r}"}
     return row | {k: summary[k] for k in ("val_loss", "bits_per_byte", "step", "tokens", "seconds")}

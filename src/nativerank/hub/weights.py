@@ -3,6 +3,8 @@
 Loading is strict: a missing or unexpected name, or another shape, is an error that names it.
 """
 
+import errno
+import re
 from pathlib import Path
 
 import torch
@@ -27,8 +29,9 @@ def write_tensors(tensors: dict[str, Tensor], file: Path) -> None:
     """
     try:
         save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, file)
-    except SafetensorError as error:  # the writer's name for an operating system error
-        raise OSError(f"cannot write {file}: {error}") from None
+    except SafetensorError as error:  # the writer's name for an operating system error, number and all
+        code = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(code.group(1)) if code else errno.EIO, str(error), str(file)) from None
 
 
 def read_into(tensors: dict[str, Tensor], file: Path) -> None:

@@ -6,17 +6,15 @@
         state.json              step, tokens, data cursor, guard, best loss, fingerprints
         manifest.json           sha256 and size of the other files, written last
 
-A save goes to a temporary name, every file and the folder are fsynced, then renamed: kill -9 or a full disk leaves
-at most a temporary folder, which the next save removes. Reading checks every hash first and never unpickles; a
+A save goes to a temporary name, is fsynced and renamed (`nativerank.files`): kill -9 or a full disk leaves at most a
+hidden folder, which the next save removes, and earlier checkpoints as they were. Reading checks every hash first and never unpickles; a
 folder with a file that could hold code is refused.
 """
 
-import errno
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nativerank.files import new_folder, remove_partial, sha256_file
 from nativerank.hub.weights import named_tensors, read_into, write_tensors
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 MANIFEST = "manifest.json"
-PREFIX, TEMPORARY = "step-", ".partial-"
+PREFIX = "step-"
 RNG = "rng/torch"
 
 
@@ -48,31 +47,14 @@ def save(
     Raises:
         ValueError: the disk is full; what was there before is untouched.
     """
-    parent = folder / "checkpoints"
-    parent.mkdir(parents=True, exist_ok=True)
-    for leftover in parent.glob(TEMPORARY + "*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    target, partial = parent / f"{PREFIX}{step:06d}", parent / f"{TEMPORARY}{step:06d}-{os.getpid()}"
-    try:
-        partial.mkdir()
+    target = folder / "checkpoints" / f"{PREFIX}{step:06d}"
+    remove_partial(target.with_name(PREFIX + "*"))
+    with new_folder(target, replace=True) as partial:
         write_tensors(named_tensors(model), partial / FILES[0])
         write_tensors(optimizer_tensors(model, optimizer) | {RNG: torch.get_rng_state()}, partial / FILES[1])
         (partial / FILES[2]).write_text(json.dumps(state, indent=1), encoding="utf-8")
-        hashes = {name: {"sha256": _sha256(partial / name), "bytes": (partial / name).stat().st_size} for name in FILES}
+        hashes = {n: {"sha256": sha256_file(partial / n), "bytes": (partial / n).stat().st_size} for n in FILES}
         (partial / MANIFEST).write_text(json.dumps({"step": step, "files": hashes}, indent=1), encoding="utf-8")
-        for path in (*partial.iterdir(), partial):
-            _fsync(path)
-        if target.exists():
-            shutil.rmtree(target)
-        partial.rename(target)
-        _fsync(parent)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        full = error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT) or "os error 28" in str(error)
-        reason = "no space left on the device" if full else str(error)
-        raise ValueError(
-            f"cannot save the checkpoint of step {step} in {parent}: {reason}; earlier ones are intact"
-        ) from None
     return Checkpoint(target, step)
 
 
@@ -111,7 +93,7 @@ def check(path: Path) -> None:
         file = path / name
         if not file.is_file() or file.stat().st_size != size:
             raise ValueError(f"{path} is damaged: {name} is missing or truncated")
-        if _sha256(file) != sha256:
+        if sha256_file(file) != sha256:
             raise ValueError(f"{path} is damaged: the hash of {name} differs from the manifest")
 
 
@@ -135,37 +117,38 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
     return read_state(path)
 
 
-def newest_usable(folder: Path, complain: Any) -> Checkpoint | None:
-    """The newest checkpoint that passes its check; each damaged newer one is named through `complain(message)`."""
+def newest_usable(folder: Path, complain: Callable[[str], None]) -> Checkpoint | None:
+    """The newest checkpoint that passes its check, None if there is none at all.
+
+    Each damaged newer one is named through `complain(message)`.
+
+    Raises:
+        ValueError: there are checkpoints and all are damaged.
+    """
+    problems: list[str] = []
     for checkpoint in reversed(list_checkpoints(folder)):
         try:
             check(checkpoint.path)
         except ValueError as error:
-            complain(f"{error}; falling back to the one before")
+            problems.append(str(error))
         else:
+            for problem in problems:
+                complain(f"{problem}; falling back to {checkpoint.path.name}")
             return checkpoint
+    if problems:
+        raise ValueError(f"no usable checkpoint among {len(problems)} in {folder / 'checkpoints'}: {problems[0]}")
     return None
 
 
-def prune(folder: Path, keep: int, best_step: int | None) -> None:
-    """Removes all but the newest `keep` checkpoints and the best one."""
-    checkpoints = list_checkpoints(folder)
+def prune(folder: Path, step: int, keep: int, best_step: int | None) -> None:
+    """Removes all but the newest `keep` checkpoints up to `step` and the best one.
+
+    Those after `step` are damaged ones that a resumed run fell back from: they must not count as the newest.
+    """
+    checkpoints = [c for c in list_checkpoints(folder) if c.step <= step]
     for checkpoint in checkpoints[: max(0, len(checkpoints) - max(keep, 1))]:
         if checkpoint.step != best_step:
             shutil.rmtree(checkpoint.path)
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def fingerprint(parts: Iterable[str]) -> str:

@@ -60,6 +60,10 @@ class Guard:
         self.sigmas = sigmas
         return None
 
+    def may_go_back(self, event: str) -> bool:
+        """Whether this event is one to be answered by setting the run back."""
+        return self.config.action == "rollback" or event == "sigma_spike"
+
     def response(self, event: str, checkpoint_exists: bool) -> str:
         """What to do about an event: "skip", "rollback" or "none" (nothing can be done, go on).
 
@@ -68,11 +72,11 @@ class Guard:
         """
         if self.in_a_row > self.config.max_events:
             raise Diverged(f"{self.in_a_row} spikes in a row (last: {event}); lower --optim.lr or look at the data")
-        wants_back = self.config.action == "rollback" or event == "sigma_spike"
-        if wants_back and checkpoint_exists:
+        if self.may_go_back(event) and checkpoint_exists:
             return "rollback"
         if event == "loss_not_finite":
-            raise Diverged("the loss is not finite; lower --optim.lr, or set --guard.action rollback")
+            hint = "" if self.config.action == "rollback" else ", or set --guard.action rollback"
+            raise Diverged(f"the loss is not finite; lower --optim.lr{hint}")
         return "none" if event == "sigma_spike" else "skip"
 
     def state(self) -> dict[str, Any]:

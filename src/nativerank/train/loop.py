@@ -10,7 +10,6 @@ one thread count). SIGINT and SIGTERM finish the step, save, and raise `Interrup
 """
 
 import os
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -31,11 +30,13 @@ from nativerank.evaluate.loss import Loss, validation_loss, xz_bits_per_byte
 from nativerank.evaluate.probes import probe, probed_names
 from nativerank.hub.generate import generate
 from nativerank.hub.save import save as save_model
+from nativerank.layers import init_seed
 from nativerank.models import count_parameters
+from nativerank.optim.roles import factor_modules
 from nativerank.optim.schedule import multiplier
 from nativerank.train import checkpoint
 from nativerank.train.guard import Diverged, Guard
-from nativerank.train.metrics import JsonLines, TensorBoard, Tracker
+from nativerank.train.metrics import JsonLines, TensorBoard, Tracker, require_tensorboard
 from nativerank.train.profile import Profiler
 from nativerank.train.setup import (
     Built,
@@ -49,6 +50,9 @@ from nativerank.train.setup import (
 from nativerank.train.step import Batch, train_step
 
 CONFIG = "config.yaml"
+PARTIAL_CONFIG = f".{CONFIG}.partial"
+PROMPT_TOKENS = 16  # of the validation text, for the sample at the end
+XZ_BYTES = 1 << 25  # text longer than this is not handed to xz, which would take minutes
 # What may differ between a run and its continuation: none of it changes the next step's numbers, except the number
 # of steps, through the schedule, which is how a finished run is extended.
 FREE: tuple[str, ...] = (
@@ -67,7 +71,9 @@ FREE += ("train.eval_every", "train.eval_tokens", "train.checkpoint_every", "tra
 
 
 class Listener(Protocol):
-    """Who shows the run to a person."""
+    """Who shows the run to a person; nothing at all if `quiet`."""
+
+    quiet: bool
 
     def begin(self, facts: dict[str, Any]) -> None: ...
 
@@ -98,10 +104,14 @@ def train(config: RunConfig, listener: Listener) -> dict[str, Any]:
     assert config.out is not None
     out = Path(config.out)
     refuse_or_resume(config, out)
-    dataset = open_data(config)
+    if config.track == "tensorboard":
+        require_tensorboard()
+    dataset = open_data(config, listener.quiet)
     built = build(config, dataset)
-    run = Run(config, out, dataset, built, listener)
     with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        torch.manual_seed(init_seed(config.train.seed, "training"))  # dropout, where an architecture has it
+        run = Run(config, out, dataset, built, listener)
         stack.callback(run.close)
         stopping = stack.enter_context(catch_signals())
         return run.to_the_end(stopping)
@@ -113,7 +123,9 @@ def refuse_or_resume(config: RunConfig, out: Path) -> None:
     Raises:
         ValueError: it holds another run, or a run and resuming was not asked for.
     """
-    if not out.exists() or not any(out.iterdir()):
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; choose another --out")
+    if not out.exists() or all(path.name == PARTIAL_CONFIG for path in out.iterdir()):
         if config.resume not in ("auto", "never") and not Path(config.resume).is_dir():
             raise ValueError(f"--resume {config.resume}: no such checkpoint folder")
         return
@@ -121,10 +133,25 @@ def refuse_or_resume(config: RunConfig, out: Path) -> None:
         raise ValueError(f"{out} exists and is not a run folder; choose another --out")
     if config.resume == "never":
         raise ValueError(f"{out} already holds a run; continue it with --resume auto, or choose another --out")
-    before = from_dict(RunConfig, yaml.safe_load((out / CONFIG).read_text(encoding="utf-8")))
+    before = read_config(out)
     changed = [key for key in differences(before, config) if not key.startswith(FREE)]
     if changed:
         raise ValueError(f"{out} holds another run: {', '.join(changed)} differ; choose another --out")
+
+
+def read_config(out: Path) -> RunConfig:
+    """The resolved configuration that a run folder keeps.
+
+    Raises:
+        ValueError: it is damaged, or of a version with other keys.
+    """
+    try:
+        values = yaml.safe_load((out / CONFIG).read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("it holds no keys")
+        return from_dict(RunConfig, values)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"cannot read {out / CONFIG}: {' '.join(str(error).split())}") from None
 
 
 @contextmanager
@@ -168,12 +195,17 @@ class Run:
         self.fingerprint = checkpoint.fingerprint(data_fingerprint(dataset))
         self.probed = probed_names(self.model)
         self.started = time.perf_counter()
-        resumed = self._resume()
+        self.saved_at: int | None = None
+        self.trackers: list[Tracker] = []
+        damaged: list[str] = []
+        resumed = self._resume(damaged.append)
         out.mkdir(parents=True, exist_ok=True)
         self._write_config()
-        self.trackers: list[Tracker] = [JsonLines(out, self.step)]
+        self.trackers.append(JsonLines(out, self.step))
         if config.track == "tensorboard":
-            self.trackers.append(TensorBoard(out))
+            self.trackers.append(TensorBoard(out, self.step))
+        for message in damaged:
+            self._complain(message)
         if config.compile:
             compile_blocks(self.model)
         self.profiler = Profiler(out, self.device) if config.profile else None
@@ -184,24 +216,26 @@ class Run:
     def to_the_end(self, stopping: Callable[[], int | None]) -> dict[str, Any]:
         """Steps until the last one; returns the summary."""
         t = self.config.train
-        saved_at = self.step if self.step else -1
+
+        def due(every: int, row: dict[str, Any]) -> bool:
+            """Not after a rollback: the step it went back to has had its turn."""
+            return bool(every) and self.step % every == 0 and "rolled_back_to" not in row
+
         while self.step < self.steps:
             row = self._one_step()
-            if self.probed and t.probe_every and self.step % t.probe_every == 0:
+            if self.probed and due(t.probe_every, row):
                 self._probe(row)
-            if t.eval_every and self.step % t.eval_every == 0 and self.step < self.steps:
+            if due(t.eval_every, row) and self.step < self.steps:
                 row["val_loss"] = self._validate(t.eval_tokens).nats
-                self._remember_best(row["val_loss"])
             self._record(row)
-            if t.checkpoint_every and self.step % t.checkpoint_every == 0 and self.step < self.steps:
-                self._save()
-                saved_at = self.step
+            if due(t.checkpoint_every, row) and self.step < self.steps:
+                self._save(row.get("val_loss"))
             if (signum := stopping()) is not None and self.step < self.steps:
-                if saved_at != self.step:
-                    self._save()
+                if self.saved_at != self.step:
+                    self._save(row.get("val_loss"))
                 self._record({"event": "interrupted", "step": self.step})
                 raise Interrupted(signum, self.step, self.out)
-        return self._finish(saved_at)
+        return self._finish()
 
     def _one_step(self) -> dict[str, Any]:
         """One update, or one that the guard refused; advances the step counter and returns the row."""
@@ -253,14 +287,15 @@ class Run:
 
     # -- the guard --------------------------------------------------------------------------------------------
 
-    def _respond(self, event: str, row: dict[str, Any]) -> None:
-        """Acts on an event: notes it in the row, and sets the run back if that is the answer."""
-        last = checkpoint.newest_usable(self.out, self.listener.say)
+    def _respond(self, event: str, row: dict[str, Any]) -> str:
+        """Acts on an event: notes it in the row, and sets the run back if that is the answer, which it returns."""
+        last = self._last_good() if self.guard.may_go_back(event) else None
         try:
             answer = self.guard.response(event, last is not None)
             if answer == "rollback" and self.rollbacks >= self.config.guard.max_events:
                 raise Diverged(f"{self.rollbacks} rollbacks to step {last.step if last else 0}; lower --optim.lr")
         except Diverged as error:
+            last = last or self._last_good()
             row.update(event=event, action="stop")
             self._record(row)
             good = f"the last good checkpoint is {last.path}" if last else "there is no checkpoint yet"
@@ -273,7 +308,18 @@ class Run:
             # The data go on from where the spike was: replaying the same batches would replay the spike.
             self.loader.load_state(cursor)
             self.guard.in_a_row, self.rollbacks = in_a_row, self.rollbacks + 1
-            row["rolled_back_to"] = self.step
+            self.saved_at = row["rolled_back_to"] = self.step
+        return answer
+
+    def _last_good(self) -> checkpoint.Checkpoint | None:
+        try:
+            return checkpoint.newest_usable(self.out, self._complain)
+        except ValueError:  # none of them is usable
+            return None
+
+    def _complain(self, message: str) -> None:
+        self.listener.say(message)
+        self._record({"event": "checkpoint_damaged", "step": self.step, "reason": message})
 
     def _probe(self, row: dict[str, Any]) -> None:
         records = self.optimizer.records()
@@ -282,8 +328,9 @@ class Run:
         for name, values in row["probes"].items():
             if name in records:
                 values["rho"] = records[name]["rho"]
-        if event := self.guard.judge_norms(sigmas):
-            self._respond(event, row)
+        event = self.guard.judge_norms(sigmas)
+        if event and self._respond(event, row) == "none":
+            self.guard.sigmas = sigmas  # nothing to go back to: from here on these are the norms to compare with
 
     # -- validation, records, checkpoints ---------------------------------------------------------------------
 
@@ -298,10 +345,6 @@ class Run:
             max_tokens=max_tokens,
             mask_eot=self.dataset.eot_id if self.config.data.document_mask else None,
         )
-
-    def _remember_best(self, loss: float) -> None:
-        if loss < self.best_loss:
-            self.best_loss, self.best_step = loss, self.step
 
     def _record(self, row: dict[str, Any]) -> None:
         for tracker in self.trackers:
@@ -318,10 +361,17 @@ class Run:
             "data": self.fingerprint,
         }
 
-    def _save(self) -> None:
+    def _save(self, val_loss: float | None = None) -> None:
+        """Saves, keeps the newest few and the best of those that were validated."""
+        if not all(bool(torch.isfinite(p).all()) for p in self.model.parameters()):
+            last = self._last_good()
+            good = f"the last good checkpoint is {last.path}" if last else "there is no checkpoint yet"
+            raise Diverged(f"step {self.step}: the weights are not finite any more; lower --optim.lr; {good}")
+        if val_loss is not None and val_loss < self.best_loss:
+            self.best_loss, self.best_step = val_loss, self.step
         checkpoint.save(self.out, self.step, self.model, self.optimizer, self._state())
-        checkpoint.prune(self.out, self.config.train.keep, self.best_step)
-        self.rollbacks = 0
+        checkpoint.prune(self.out, self.step, self.config.train.keep, self.best_step)
+        self.rollbacks, self.saved_at = 0, self.step
 
     def _load(self, path: Path) -> None:
         state = checkpoint.load(path, self.model, self.optimizer)
@@ -333,25 +383,28 @@ class Run:
         best = state["best"]
         self.best_step, self.best_loss = best["step"], float("inf") if best["loss"] is None else best["loss"]
 
-    def _resume(self) -> Path | None:
+    def _resume(self, complain: Callable[[str], None]) -> Path | None:
         if self.config.resume == "never":
             return None
-        if self.config.resume != "auto":
-            path = Path(self.config.resume)
-        else:
-            usable = checkpoint.newest_usable(self.out, self.listener.say)
-            if usable is None:
+        newest = checkpoint.newest_usable(self.out, complain)
+        if self.config.resume == "auto":
+            if newest is None:
                 return None
-            path = usable.path
+            path = newest.path
+        else:
+            path = Path(self.config.resume)
         self._load(path)
         if self.step > self.steps:
             raise ValueError(f"{path} is at step {self.step}, beyond --train.steps {self.steps}")
+        if newest and newest.step > self.step:
+            raise ValueError(f"{self.out} goes on to {newest.path.name} after {path}; branch off into another --out")
+        self.saved_at = self.step if newest and newest.step == self.step else None
         return path
 
     def _write_config(self) -> None:
         header = "".join(f"# {name}: {value}\n" for name, value in versions().items())
         text = header + yaml.safe_dump(to_dict(replace(self.config, out=str(self.out))), sort_keys=False)
-        partial = self.out / f".{CONFIG}.partial"
+        partial = self.out / PARTIAL_CONFIG
         partial.write_text(text, encoding="utf-8")
         partial.replace(self.out / CONFIG)
 
@@ -365,7 +418,7 @@ class Run:
             "method": c.method,
             "model": c.model.config or c.model.preset,
             "parameters": count_parameters(self.model),
-            "factorized": len(self.report.ranks) if self.report else 0,
+            "factorized": len(factor_modules(self.model)),
             "warnings": [f"{e.name}: {e.warning}" for e in self.report.entries if e.warning] if self.report else [],
             "steps": self.steps,
             "tokens_per_step": self.tokens_per_step,
@@ -382,18 +435,14 @@ class Run:
             tracker.row(facts)
         self.listener.begin(facts)
 
-    def _finish(self, saved_at: int) -> dict[str, Any]:
+    def _finish(self) -> dict[str, Any]:
         """The whole validation split, the last checkpoint, the factored export, a sample, the summary."""
         loss = self._validate(None)
-        self._remember_best(loss.nats)
-        if saved_at != self.step:
-            self._save()
+        if self.saved_at != self.step:
+            self._save(loss.nats)
         tokenizer = self.dataset.tokenizer()
-        self._export(tokenizer)
-        val = self.dataset.split("val")
-        ids = val.read(0, val.tokens)
-        text: str = tokenizer.decode([int(i) for i in ids if i != self.dataset.eot_id], skip_special_tokens=False)
-        prompt = tokenizer.decode([int(i) for i in ids[1:17]])
+        save_model(self.model, self.out / "model", tokenizer=tokenizer, replace=True)
+        prompt, sample = self._sample(tokenizer)
         summary = {
             "event": "end",
             "step": self.step,
@@ -401,10 +450,10 @@ class Run:
             "val_loss": loss.nats,
             "perplexity": loss.perplexity,
             "bits_per_byte": loss.bits_per_byte,
-            "xz_bits_per_byte": xz_bits_per_byte(text.encode()),
+            "xz_bits_per_byte": self._xz(tokenizer),
             "val_tokens": loss.tokens,
             "prompt": prompt,
-            "sample": generate(self.model, tokenizer, prompt, eot_id=self.dataset.eot_id, seed=self.config.train.seed),
+            "sample": sample,
             "seconds": time.perf_counter() - self.started,
             "out": str(self.out),
         }
@@ -412,13 +461,25 @@ class Run:
             tracker.row(summary)
         return summary
 
-    def _export(self, tokenizer: Tokenizer) -> None:
-        """model/: written beside and renamed, so that extending a finished run replaces it whole."""
-        fresh, final = self.out / ".model-new", self.out / "model"
-        shutil.rmtree(fresh, ignore_errors=True)
-        save_model(self.model, fresh, tokenizer=tokenizer)
-        shutil.rmtree(final, ignore_errors=True)
-        fresh.rename(final)
+    def _xz(self, tokenizer: Tokenizer) -> float | None:
+        """What a compressor needs for the text that was just predicted, None if that is too long to ask."""
+        val = self.dataset.split("val")
+        if val.text_bytes > XZ_BYTES:
+            return None
+        ids = [int(i) for i in val.read(0, val.tokens) if i != self.dataset.eot_id]
+        return xz_bits_per_byte(tokenizer.decode(ids, skip_special_tokens=False).encode())
+
+    def _sample(self, tokenizer: Tokenizer) -> tuple[str, str]:
+        """The first tokens of the validation text and how the model goes on; empty in a context too short for both."""
+        val, context = self.dataset.split("val"), self.config.train.context
+        assert context
+        # Text cut inside a character is encoded with up to three tokens for one, hence the quarter.
+        length = min(PROMPT_TOKENS, context // 4, val.tokens - 1)
+        prompt = tokenizer.decode([int(i) for i in val.read(1, length)])
+        if context < 8:
+            return prompt, ""
+        seed = self.config.train.seed
+        return prompt, generate(self.model, tokenizer, prompt, eot_id=self.dataset.eot_id, seed=seed)
 
     def close(self) -> None:
         """Ends the records."""

@@ -2,8 +2,11 @@
 
 Keys of a step's row: step, tokens, loss (nats/token), lr, aux_lr, grad_norm (before clipping), tokens_per_second,
 seconds, optimizer_share (share of the step's time; on CUDA only at probed steps), peak_memory_bytes; at some steps
-val_loss and probes ({module: {sigma_A, sigma_B, rho}}). Rows with `event` (start, resume, loss_spike, sigma_spike,
-rollback, checkpoint_damaged, end ...) carry what belongs to the event.
+val_loss and probes ({module: {sigma_A, sigma_B, sigma_W, stable_rank, rho}}, rho for Spectron only). A step that the
+guard judged carries `event` (loss_spike, sigma_spike, gradient_not_finite, loss_not_finite), `action` (skip, rollback,
+none, stop) and after a rollback `rolled_back_to`; the steps it undid stay in the file and come again, so the last row
+of a step is the one that counts. Other rows with `event` (start, resume, checkpoint_damaged, interrupted, end) carry
+what belongs to the event.
 """
 
 import json
@@ -41,15 +44,21 @@ class JsonLines:
         self.stream.close()
 
 
+def require_tensorboard() -> None:
+    """Raises a ValueError if TensorBoard is not installed, before anything is made."""
+    try:
+        import torch.utils.tensorboard  # noqa: F401
+    except ImportError:
+        raise ValueError("--track tensorboard needs the extra: pip install 'nativerank[track]'") from None
+
+
 class TensorBoard:
     """Mirrors the numbers of each row into TensorBoard event files under the run folder."""
 
-    def __init__(self, folder: Path):
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise ValueError("--track tensorboard needs the extra: pip install 'nativerank[track]'") from None
-        self.writer = SummaryWriter(str(folder / "tensorboard"))
+    def __init__(self, folder: Path, from_step: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=from_step + 1 if from_step else None)
 
     def row(self, row: dict[str, Any]) -> None:
         for name, value in flatten(row):

@@ -1,0 +1,101 @@
+"""Folders that are complete or not there, and hashes of files: what every room that writes relies on.
+
+`new_folder` writes under a temporary name beside the target, makes sure of the disk, then renames. A crash, kill -9 or
+full disk at any moment leaves what was there before, and at worst a hidden `.NAME.partial-*` folder.
+"""
+
+import errno
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+PARTIAL = ".partial-"
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def new_folder(out: Path, replace: bool = False) -> Iterator[Path]:
+    """A temporary folder beside `out` that takes its name at the end of the block, and disappears if the block fails.
+
+    Args:
+        out: the folder to be.
+        replace: take the place of what `out` holds, once the new folder is complete.
+
+    Raises:
+        ValueError: `out` exists and is not an empty folder (unless `replace`); or the disk is full.
+    """
+    if not replace and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not empty; choose another folder or remove it")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}{PARTIAL}", dir=out.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o777 & ~_umask())  # mkdtemp makes it private
+        for path in (*(p for p in temporary.iterdir() if p.is_file()), temporary):
+            _sync(path)
+        with _aside(out if replace else None):
+            _rename(temporary, out)
+        _sync(out.parent)
+    except OSError as error:
+        if error.errno in NO_SPACE:
+            raise ValueError(f"disk full while writing {out}; nothing was kept: {error.strerror}") from None
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_partial(out: Path) -> None:
+    """Removes the temporary folders that killed writers of `out`, a name or a pattern, left behind."""
+    for leftover in out.parent.glob(f".{out.name}{PARTIAL}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def sha256_file(path: Path) -> str:
+    """Hex digest of a file, read block by block."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _aside(out: Path | None) -> Iterator[None]:
+    """Moves what stands at `out` out of the way for the block; removes it after, or puts it back if the block fails."""
+    if out is None or not out.exists():
+        yield
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{out.name}{PARTIAL}", dir=out.parent)) / out.name
+    os.rename(out, old)
+    try:
+        yield
+    except BaseException:
+        os.rename(old, out)
+        raise
+    finally:
+        shutil.rmtree(old.parent, ignore_errors=True)
+
+
+def _rename(temporary: Path, out: Path) -> None:
+    try:
+        os.rename(temporary, out)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise ValueError(f"{out} was filled by another process meanwhile; it was left as it is") from None
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def _sync(path: Path) -> None:
+    """Makes sure that a file or folder reached the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

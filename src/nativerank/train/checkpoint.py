@@ -7,8 +7,8 @@
         manifest.json           sha256 and size of the other files, written last
 
 A save goes to a temporary name, is fsynced and renamed (`nativerank.files`): kill -9 or a full disk leaves at most a
-hidden folder, which the next save removes, and earlier checkpoints as they were. Reading checks every hash first and never unpickles; a
-folder with a file that could hold code is refused.
+hidden folder, which the next save removes, and earlier checkpoints as they were. Reading checks every hash first and
+never unpickles; a folder with a file that could hold code is refused.
 """
 
 import hashlib

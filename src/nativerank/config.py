@@ -9,6 +9,7 @@ No torch here, so that `--help` stays fast.
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
@@ -142,7 +143,7 @@ class TrainConfig:
     steps: int | None = None
     tokens: int | None = None
     batch_size: int | None = None
-    accumulation: int = 1
+    accumulation: int | None = None
     context: int | None = None
     eval_every: int = 100
     eval_tokens: int = 32768
@@ -253,6 +254,16 @@ def _checked(value: Any, hint: Any, key: str) -> Any:
         value = tuple(value)
     if not isinstance(value, expected) or (expected is not bool and isinstance(value, bool)):
         raise ValueError(f"config key {key} must be {described(hint)}, got {value!r}")
+    if expected is float and not math.isfinite(value):
+        raise ValueError(f"config key {key} must be a finite number, got {value!r}")
+    if expected is tuple:
+        if len(value) != len(args):
+            raise ValueError(f"config key {key} takes {len(args)} values, got {list(value)!r}")
+        return tuple(_checked(v, a, key) for v, a in zip(value, args, strict=True))
+    if expected is list:
+        return [_checked(v, args[0], key) for v in value]
+    if expected is dict:
+        return {_checked(k, args[0], key): _checked(v, args[1], f"{key}.{k}") for k, v in value.items()}
     return value
 
 

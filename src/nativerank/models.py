@@ -148,24 +148,48 @@ def read_hf_config(path: str) -> Any:
     Raises:
         ValueError: no such file, no JSON, or a model type this transformers does not know.
     """
-    from transformers import AutoConfig
-
     file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read the model config {file}: {error}") from None
+    return make_hf_config(values, file)
+
+
+def make_hf_config(values: Any, file: Path) -> Any:
+    """The transformers config of the keys that were read from a file.
+
+    Raises:
+        ValueError: naming the file: no model type, one that this transformers does not know, or values it refuses.
+    """
+    from transformers import AutoConfig
+
     if not isinstance(values, dict) or "model_type" not in values:
         raise ValueError(f"{file} names no model_type, so it is not a Hugging Face config.json")
-    return AutoConfig.for_model(values.pop("model_type"), **values)
+    try:
+        return AutoConfig.for_model(**values)
+    except Exception as error:  # transformers raises what it likes on values it does not accept
+        raise ValueError(f"{file} is no valid config: {_one_line(error)}") from None
 
 
 def skeleton(config: Any) -> nn.Module:
-    """The causal LM of a config on the meta device: shapes, no memory."""
+    """The causal LM of a config on the meta device: shapes, no memory.
+
+    Raises:
+        ValueError: the architecture has no causal language model, or the sizes do not fit each other.
+    """
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except Exception as error:
+        reason = _one_line(error)
+        raise ValueError(f"no causal language model from this {config.model_type} config: {reason}") from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def allocate(model: nn.Module) -> nn.Module:

@@ -64,6 +64,25 @@ def token_losses(model: nn.Module, inputs: Tensor, targets: Tensor, positions: T
 
 
 @torch.no_grad()
+def check_document_mask(model: nn.Module) -> None:
+    """Raises a ValueError unless position ids that restart keep the model's attention inside documents.
+
+    Most architectures of transformers do this, some ignore position ids; asked is the model itself, not a list.
+    """
+    hf: Any = model
+    device = next(model.parameters()).device
+    tokens = torch.arange(6, device=device).remainder(hf.get_input_embeddings().num_embeddings)[None]
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2]], device=device)
+    was_training = model.training
+    model.eval()
+    packed = hf(input_ids=tokens, position_ids=positions, use_cache=False).logits[:, 3:]
+    alone = hf(input_ids=tokens[:, 3:], use_cache=False).logits
+    model.train(was_training)
+    if not torch.allclose(packed, alone, rtol=1e-3, atol=1e-4):
+        raise ValueError(f"data.document_mask: {hf.config.model_type} models do not keep documents in a window apart")
+
+
+@torch.no_grad()
 def validation_loss(
     model: nn.Module,
     split: Split,

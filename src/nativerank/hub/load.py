@@ -14,7 +14,7 @@ from torch import nn
 from nativerank.data.tokenizer import load_tokenizer, tokenizer_hash
 from nativerank.hub.weights import named_tensors, read_into
 from nativerank.layers import factorize_modules
-from nativerank.models import allocate, read_hf_config, skeleton
+from nativerank.models import allocate, make_hf_config, read_hf_config, skeleton
 
 MODEL_TYPE = "nativerank"
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
@@ -33,10 +33,10 @@ def load(folder: str | Path) -> nn.Module:
     config = read_config(folder)
     if config.get("model_type") != MODEL_TYPE:
         return _filled(skeleton(read_hf_config(str(folder))), folder)
-    from transformers import AutoConfig
-
-    base = dict(config["base"])
-    model = skeleton(AutoConfig.for_model(base.pop("model_type"), **base))
+    for key, kind in (("base", dict), ("kind", str), ("ranks", dict)):
+        if not isinstance(config.get(key), kind):
+            raise ValueError(f"{folder / CONFIG} has no {key}, so it is not a config of ours")
+    model = skeleton(make_hf_config(config["base"], folder / CONFIG))
     factorize_modules(model, kind=config["kind"], overrides=config["ranks"], include=list(config["ranks"]))
     return _filled(model, folder)
 
@@ -51,6 +51,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder} is not a model folder: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder} is not a model folder: {CONFIG} holds no keys")
     return config
 
 

@@ -185,8 +185,8 @@ class Run:
         self.model, self.optimizer, self.report = built.model, built.optimizer, built.report
         self.device = next(self.model.parameters()).device
         t = config.train
-        assert t.steps and t.context and t.batch_size
-        self.steps, self.tokens_per_step = t.steps, tokens_per_step(t)
+        assert t.steps and t.context and t.batch_size and t.accumulation
+        self.steps, self.accumulation, self.tokens_per_step = t.steps, t.accumulation, tokens_per_step(t)
         self.loader = Loader(dataset.split("train"), t.context, t.batch_size, t.seed)
         self.guard = Guard(config.guard)
         self.step, self.best_loss = 0, float("inf")
@@ -253,7 +253,7 @@ class Run:
             return event is None
 
         result = train_step(
-            self.model, self.optimizer, self._batches(), t.accumulation, o.clip, accept, time_phases=measured
+            self.model, self.optimizer, self._batches(), self.accumulation, o.clip, accept, time_phases=measured
         )
         self.step += 1
         if self.profiler:
@@ -278,7 +278,7 @@ class Run:
         return row
 
     def _batches(self) -> Iterator[Batch]:
-        for _ in range(self.config.train.accumulation):
+        for _ in range(self.accumulation):
             inputs, targets = self.loader.next()
             positions = None
             if self.config.data.document_mask:

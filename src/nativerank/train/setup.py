@@ -1,22 +1,41 @@
 """From a configuration to the objects of a run: every default filled in, every conflict named before work starts."""
 
+import functools
 import math
 import os
+import platform
+import subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 
 from nativerank.config import RunConfig
 from nativerank.data.demo import prepared_demo
 from nativerank.data.shards import Dataset
+from nativerank.evaluate.loss import check_document_mask
 from nativerank.hub.load import load, tokenizer_fingerprint
 from nativerank.layers import FactorizeReport
 from nativerank.methods import build_optimizer, default_rates, factorize, find_method
 from nativerank.models import DENSE, find_preset, hf_config, materialize, read_hf_config, skeleton
 from nativerank.optim.optimizer import LowRankOptimizer
+from nativerank.version import __version__
+
+# What nothing else would notice before the run folder exists.
+BOUNDS: dict[str, tuple[float, float]] = {
+    **{f"train.{name}": (1, math.inf) for name in ("steps", "tokens", "batch_size", "accumulation", "context")},
+    **{f"train.{name}": (0, math.inf) for name in ("eval_every", "checkpoint_every", "probe_every")},
+    **{f"train.{name}": (1, math.inf) for name in ("eval_tokens", "keep")},
+    **{f"optim.{name}": (0, math.inf) for name in ("lr", "aux_lr", "weight_decay", "clip")},
+    **{f"optim.{name}": (0, 1) for name in ("warmup", "decay", "final_lr")},
+    **{f"optim.{name}": (1, math.inf) for name in ("orthogonalizer_steps", "power_iterations")},
+    **{f"model.{name}": (0, math.inf) for name in ("init_scale", "embedding_std")},
+    **{f"guard.{name}": (1, math.inf) for name in ("window", "max_events", "sigma_factor")},
+    "guard.loss_jump": (0, math.inf),
+}
 
 
 def resolve(config: RunConfig) -> RunConfig:
@@ -37,17 +56,13 @@ def resolve(config: RunConfig) -> RunConfig:
         raise ValueError(f"give train.steps or train.tokens, not both: {train.steps}, {train.tokens}")
     if rank.ratio is not None and rank.value is not None:
         raise ValueError(f"give rank.ratio or rank.value, not both: {rank.ratio}, {rank.value}")
-    preset_accumulation = 1 if train.batch_size else preset.accumulation
+    check_bounds(config)
     train = replace(
         train,
         batch_size=train.batch_size or preset.batch_size,
-        accumulation=train.accumulation if train.accumulation != 1 else preset_accumulation,
+        accumulation=train.accumulation or (1 if train.batch_size else preset.accumulation),
         context=train.context or preset.context,
     )
-    for name in ("steps", "tokens", "batch_size", "accumulation", "context"):
-        value = getattr(train, name)
-        if value is not None and value < 1:
-            raise ValueError(f"train.{name} must be at least 1, got {value}")
     if train.tokens is not None:
         train = replace(train, steps=math.ceil(train.tokens / tokens_per_step(train)), tokens=None)
     train = replace(train, steps=train.steps or preset.steps)
@@ -83,6 +98,16 @@ def resolve(config: RunConfig) -> RunConfig:
         ),
         device=config.device or ("cuda" if torch.cuda.is_available() else "cpu"),
     )
+
+
+def check_bounds(config: RunConfig) -> None:
+    """Raises a ValueError naming the first key whose number is out of range."""
+    for key, (low, high) in BOUNDS.items():
+        group, name = key.split(".")
+        value = getattr(getattr(config, group), name)
+        if value is not None and not low <= value <= high:
+            wanted = f"at least {low}" if high == math.inf else f"in [{low}, {high}]"
+            raise ValueError(f"{key} must be {wanted}, got {value}")
 
 
 def tokens_per_step(train: Any) -> int:
@@ -154,9 +179,14 @@ def build(config: RunConfig, dataset: Dataset) -> Built:
     else:
         model, report = _new_model(config, dataset)
     hf: Any = model
+    rows = hf.get_input_embeddings().num_embeddings
+    if rows < dataset.vocab_size:
+        raise ValueError(f"the model's vocabulary of {rows} is smaller than the data's {dataset.vocab_size}")
     limit = getattr(hf.config.get_text_config(), "max_position_embeddings", None)
     if limit and config.train.context and config.train.context > limit:
         raise ValueError(f"train.context {config.train.context} exceeds the model's max_position_embeddings {limit}")
+    if config.data.document_mask:
+        check_document_mask(model)
     model.to(device).train()
     o = config.optim
     optimizer = build_optimizer(
@@ -181,9 +211,6 @@ def build(config: RunConfig, dataset: Dataset) -> Built:
 def _new_model(config: RunConfig, dataset: Dataset) -> tuple[nn.Module, FactorizeReport | None]:
     if config.model.config:
         hf = read_hf_config(config.model.config)
-        vocab_size = hf.get_text_config().vocab_size
-        if vocab_size < dataset.vocab_size:
-            raise ValueError(f"the model's vocabulary of {vocab_size} is smaller than the data's {dataset.vocab_size}")
     else:
         hf = hf_config(find_preset(config.model.preset), dataset.vocab_size, config.train.context)
     model, report = skeleton(hf), None
@@ -215,25 +242,25 @@ def _initial_model(config: RunConfig, dataset: Dataset) -> tuple[nn.Module, None
     return model, None
 
 
-def versions() -> dict[str, str]:
-    """What a run depends on, for its records."""
-    import platform
-    import subprocess
+def git_commit(folder: Path) -> str:
+    """The commit of the repository that tracks this folder; "unknown" when it only lies inside somebody else's."""
 
-    import transformers
-
-    from nativerank.version import __version__
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(folder), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     try:
-        here = Path(__file__).parent
-        commit = subprocess.run(
-            ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
+        return git("rev-parse", "HEAD") if git("ls-files", ".") else "unknown"
     except (OSError, subprocess.SubprocessError):
-        commit = "unknown"
+        return "unknown"
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """What a run depends on, for its records."""
     return {
         "nativerank": __version__,
-        "commit": commit,
+        "commit": git_commit(Path(__file__).parent),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),

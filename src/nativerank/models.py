@@ -9,6 +9,7 @@ Hidden matrices start with standard deviation init_scale / sqrt(fan_in); everyth
 architecture initialises itself.
 """
 
+import copy
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -200,11 +201,33 @@ def allocate(model: nn.Module) -> nn.Module:
     hf: Any = model
     model.to_empty(device="cpu")
     hf.tie_weights()
+    twin: Any = unfactored_twin(model)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        for module in model.modules():
+        for module in twin.modules():
             if any(True for _ in module.buffers(recurse=False)):
-                hf._init_weights(module)
+                twin._init_weights(module)
     return model
+
+
+def unfactored_twin(model: nn.Module) -> nn.Module:
+    """The stock architecture with the model's own parameters and buffers, but its hidden matrices on the meta device.
+
+    Hugging Face initialises a block by reaching for `c_proj.weight` or `experts.gate_up_proj`. Here it finds them
+    (shapes without memory), while everything else it fills belongs to the model.
+    """
+    hf: Any = model
+    twin = skeleton(copy.deepcopy(hf.config))
+    hidden = {id(getattr(m.owners[0], m.parameter)) for m in linear_modules(model).values()}
+    own: dict[str, Any] = {n: p for n, p in model.named_parameters(remove_duplicate=False) if id(p) not in hidden}
+    own |= {
+        f"{n}.bias": layer.up.bias for n, layer in factor_modules(model) if getattr(layer.up, "bias", None) is not None
+    }
+    own |= dict(model.named_buffers(remove_duplicate=False))
+    for name, module in twin.named_modules():
+        for tensors in (module._parameters, module._buffers):
+            for key in tensors:
+                tensors[key] = own.get(f"{name}.{key}" if name else key, tensors[key])
+    return twin
 
 
 def materialize(
@@ -222,11 +245,12 @@ def materialize(
     hf: Any = allocate(model)
     width = getattr(hf.config.get_text_config(), "hidden_size", 0)
     init = ("sampled" if width > SAMPLED_ABOVE else "svd") if init == "auto" else init
+    twin: Any = unfactored_twin(model)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        for name, module in model.named_modules():
+        for name, module in twin.named_modules():
             torch.manual_seed(init_seed(seed, name))
-            hf._init_weights(module)
-            if embedding_std is not None and module is hf.get_input_embeddings():
+            twin._init_weights(module)
+            if embedding_std is not None and module is twin.get_input_embeddings():
                 nn.init.normal_(module.weight, std=embedding_std)
     for name, layer in factor_modules(hf):
         d_in = layer.factors()[-1].shape[-2]

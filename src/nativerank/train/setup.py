@@ -35,6 +35,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     **{f"model.{name}": (0, math.inf) for name in ("init_scale", "embedding_std")},
     **{f"guard.{name}": (1, math.inf) for name in ("window", "max_events", "sigma_factor")},
     "guard.loss_jump": (0, math.inf),
+    "train.seed": (0, 2**63 - 1),
 }
 
 

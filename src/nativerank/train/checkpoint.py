@@ -98,8 +98,17 @@ def check(path: Path) -> None:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """state.json of a checkpoint that passed `check`."""
-    state: dict[str, Any] = json.loads((path / FILES[2]).read_text(encoding="utf-8"))
+    """state.json of a checkpoint that passed `check`.
+
+    Raises:
+        ValueError: it is not what `Run` writes.
+    """
+    try:
+        state: dict[str, Any] = json.loads((path / FILES[2]).read_text(encoding="utf-8"))
+        if missing := sorted({"step", "loader", "guard", "best", "data"} - set(state)):
+            raise ValueError(f"it lacks {missing[0]}")
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"cannot read {path / FILES[2]}: {error}") from None
     return state
 
 
@@ -110,11 +119,12 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
         ValueError: the checkpoint is damaged or belongs to another model.
     """
     check(path)
+    state = read_state(path)
     rng = torch.get_rng_state()
     read_into(named_tensors(model), path / FILES[0])
     read_into(optimizer_tensors(model, optimizer) | {RNG: rng}, path / FILES[1])
     torch.set_rng_state(rng)
-    return read_state(path)
+    return state
 
 
 def newest_usable(folder: Path, complain: Callable[[str], None]) -> Checkpoint | None:

@@ -235,6 +235,8 @@ class Run:
                     self._save(row.get("val_loss"))
                 self._record({"event": "interrupted", "step": self.step})
                 raise Interrupted(signum, self.step, self.out)
+        if self.profiler:
+            self.profiler.close()
         return self._finish()
 
     def _one_step(self) -> dict[str, Any]:

@@ -9,11 +9,13 @@ WAIT, WARMUP, ACTIVE = 3, 1, 5
 
 
 class Profiler:
-    """Profiles ACTIVE steps after WAIT + WARMUP, then writes profile/trace.json and profile/table.txt."""
+    """Profiles ACTIVE steps after WAIT + WARMUP, then writes profile/trace.json and profile/table.txt.
+
+    A shorter run gets what there is of the ACTIVE steps, or nothing.
+    """
 
     def __init__(self, out: Path, device: torch.device):
         self.folder = out / "profile"
-        self.folder.mkdir(parents=True, exist_ok=True)
         activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
         self.by = f"self_{'cuda' if device.type == 'cuda' else 'cpu'}_time_total"
         self.profile = profile(
@@ -30,12 +32,13 @@ class Profiler:
             self.profile.step()
 
     def close(self) -> None:
-        """Ends profiling; a run shorter than the schedule leaves nothing behind."""
+        """Ends profiling, so that what follows the last step is not in the trace."""
         if self.running:
             self.running = False
             self.profile.stop()
 
     def _write(self, finished: profile) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
         finished.export_chrome_trace(str(self.folder / "trace.json"))
         table = finished.key_averages().table(sort_by=self.by, row_limit=40)
         (self.folder / "table.txt").write_text(table, encoding="utf-8")

@@ -1,0 +1,237 @@
+"""A checkpoint is complete or not there, holds no code, and a damaged one costs no more than itself."""
+
+import errno
+import json
+import os
+import pickle
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from nativerank.train import checkpoint
+from nativerank.train.loop import train
+from nativerank.train.metrics import read_rows
+
+
+@pytest.fixture
+def crashed(tmp_path, run_config, listen, crash):
+    """A run folder with checkpoints at 2, 4 and 6 that crashed after step 7 of 8."""
+    out = tmp_path / "run"
+    with pytest.raises(crash):
+        train(run_config(out=out, train__checkpoint_every=2, train__keep=3), listen(crash_after=7))
+    assert [c.step for c in checkpoint.list_checkpoints(out)] == [2, 4, 6]
+    return out
+
+
+@pytest.fixture
+def resume(crashed, run_config, listen):
+    """resume(): goes on with the crashed run; returns the listener."""
+
+    def go(**changes):
+        listener = listen()
+        common = dict(out=crashed, resume="auto", train__checkpoint_every=2, train__keep=3)
+        train(run_config(**common | changes), listener)
+        return listener
+
+    return go
+
+
+@pytest.fixture
+def straight(tmp_path, run_config, listen, fingerprint, known={}):  # noqa: B006  # computed once
+    """Hashes of weights and optimizer at the end of the run that did not crash."""
+    if not known:
+        train(run_config(out=tmp_path / "straight"), listen())
+        known[0] = fingerprint(tmp_path / "straight", 8)[:2]
+    return known[0]
+
+
+class RunsCode:
+    def __init__(self, proof):
+        self.proof = proof
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.proof),)
+
+
+def truncate(file):
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+def flip_a_bit(file):
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(bytes(data))
+
+
+def step(run, number):
+    return run / "checkpoints" / f"step-{number:06d}"
+
+
+DAMAGES = {
+    "truncated weights": lambda c: truncate(c / "model.safetensors"),
+    "empty weights": lambda c: (c / "model.safetensors").write_bytes(b""),
+    "a bit of the weights": lambda c: flip_a_bit(c / "model.safetensors"),
+    "a bit of the optimizer": lambda c: flip_a_bit(c / "optimizer.safetensors"),
+    "a bit of the state": lambda c: flip_a_bit(c / "state.json"),
+    "no optimizer": lambda c: (c / "optimizer.safetensors").unlink(),
+    "no manifest": lambda c: (c / "manifest.json").unlink(),
+    "half a manifest": lambda c: truncate(c / "manifest.json"),
+    "a manifest of another shape": lambda c: (c / "manifest.json").write_text("[]"),
+    "a foreign file": lambda c: (c / "notes.txt").write_text("hello"),
+    "a file in place of the folder": lambda c: (shutil.rmtree(c), c.write_text("x")),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_falls_back_and_says_so(crashed, resume, fingerprint, straight, damage):
+    DAMAGES[damage](step(crashed, 6))
+    if step(crashed, 6).is_file():
+        step(crashed, 6).rename(crashed / "checkpoints" / "step-000007")  # no later save will take its place
+    listener = resume()
+    assert listener.facts["step"] == 4
+    (message,) = listener.said
+    assert "step-00000" in message and message.endswith("falling back to step-000004")
+    (row,) = [r for r in read_rows(crashed) if r.get("event") == "checkpoint_damaged"]
+    assert row["reason"] == message
+    assert fingerprint(crashed, 8)[:2] == straight
+    assert [r["step"] for r in read_rows(crashed) if "loss" in r] == list(range(1, 9))
+
+
+def test_all_damaged_is_one_clear_error_and_changes_nothing(crashed, resume, cli, flags):
+    for number in (2, 4, 6):
+        flip_a_bit(step(crashed, number) / "model.safetensors")
+    before = {p: p.stat().st_mtime_ns for p in crashed.rglob("*")}
+    result = cli("train", *flags(out=crashed, resume="auto", train__checkpoint_every=2, train__keep=3))
+    assert result.code == 2 and result.out == ""
+    assert result.err.count("\n") == 1 and "no usable checkpoint among 3" in result.err and "step-000006" in result.err
+    assert {p: p.stat().st_mtime_ns for p in crashed.rglob("*")} == before
+
+
+def test_a_damaged_checkpoint_by_path_is_an_error(crashed, cli, flags):
+    flip_a_bit(step(crashed, 6) / "model.safetensors")
+    common = dict(train__checkpoint_every=2, train__keep=3)
+    for out in (crashed, crashed.with_name("elsewhere")):
+        result = cli("train", *flags(out=out, resume=step(crashed, 6), **common))
+        assert result.code == 2 and result.err.count("\n") == 1
+        assert "step-000006 is damaged: the hash of model.safetensors differs" in result.err
+    assert not crashed.with_name("elsewhere").exists()
+
+
+@pytest.mark.parametrize("name", ["payload.pt", "payload.pkl", "model.safetensors", "state.json"])
+def test_a_pickle_is_refused_and_does_not_run(crashed, resume, name):
+    """Even one whose hash is in the manifest, as whoever hands on a run folder could arrange."""
+    folder, proof = step(crashed, 6), crashed / "code-ran"
+    bomb = pickle.dumps(RunsCode(proof))
+    if name.endswith(".pt"):
+        torch.save(RunsCode(proof), folder / name)
+    else:
+        (folder / name).write_bytes(bomb)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    entry = {"sha256": checkpoint.sha256_file(folder / name), "bytes": (folder / name).stat().st_size}
+    manifest["files"][name] = entry
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    try:
+        listener = resume()
+        assert listener.facts["step"] == 4 and "payload" in listener.said[0]
+    except ValueError as error:  # its hashes are right and its name is one of ours: found out at reading
+        assert name in str(error)
+    assert not proof.exists()
+
+
+def test_the_pickle_of_that_test_would_run(tmp_path):
+    pickle.loads(pickle.dumps(RunsCode(tmp_path / "code-ran")))
+    assert (tmp_path / "code-ran").exists()
+
+
+def test_a_half_written_folder_is_never_taken_for_a_checkpoint(crashed, resume):
+    partial = crashed / "checkpoints" / ".step-000008.partial-abc"
+    shutil.copytree(step(crashed, 6), partial)
+    (partial / "manifest.json").unlink()
+    listener = resume()
+    assert listener.facts["step"] == 6 and listener.said == []
+    assert not partial.exists(), "the next save removes it"
+
+
+def test_the_newest_and_the_best_stay(tmp_path, run_config, listen, monkeypatch):
+    losses = iter([3.0, 2.0, 1.0, 2.5, 2.6, 2.7, 2.8])  # by validations at 2, 4, 6, 8, 10, 12 and the end
+    loss = type("Loss", (), dict(perplexity=1.0, bits_per_byte=1.0, tokens=1))
+
+    def validate(self, max_tokens):
+        result = loss()
+        result.nats = next(losses)
+        return result
+
+    monkeypatch.setattr("nativerank.train.loop.Run._validate", validate)
+    # Step 6 has the best loss of all but no checkpoint; of those with one, step 4's is the best.
+    common = dict(train__steps=14, train__eval_every=2, train__checkpoint_every=4, train__keep=2)
+    train(run_config(out=tmp_path / "run", **common), listen())
+    assert [c.step for c in checkpoint.list_checkpoints(tmp_path / "run")] == [4, 12, 14]
+    state = checkpoint.read_state(step(tmp_path / "run", 14))
+    assert state["best"] == {"loss": 2.0, "step": 4}
+
+
+def test_a_damaged_newer_checkpoint_does_not_count_when_old_ones_are_removed(crashed, run_config, listen, crash):
+    """Else keep 1 would remove the good one just written and leave the damaged one."""
+    flip_a_bit(step(crashed, 6) / "model.safetensors")
+    common = dict(out=crashed, resume="auto", train__keep=1)
+    with pytest.raises(crash):
+        train(run_config(train__checkpoint_every=5, **common), listen(crash_after=6))
+    usable = checkpoint.newest_usable(crashed, lambda message: None)
+    assert usable is not None and usable.step == 5
+
+
+def test_no_checkpoint_holds_weights_that_are_not_finite(tmp_path, run_config, listen, built):
+    out = tmp_path / "run"
+
+    def poison():
+        with torch.no_grad():
+            built[0].model.lm_head.weight[0, 0] = float("nan")
+
+    listener = listen(at_step={4: poison})
+    with pytest.raises(ValueError, match=r"step 4: the weights are not finite any more; .*step-000002"):
+        train(run_config(out=out, train__checkpoint_every=2), listener)
+    assert [c.step for c in checkpoint.list_checkpoints(out)] == [2]
+
+
+@pytest.mark.parametrize("victim", ["write_tensors", "named_tensors"])
+def test_a_full_disk_leaves_the_earlier_ones(tmp_path, cli, flags, monkeypatch, victim):
+    calls, original = [], getattr(checkpoint, victim)
+
+    def fails_at_the_second_save(*args):
+        calls.append(1)
+        if len(calls) > (2 if victim == "write_tensors" else 1):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(*args)
+
+    monkeypatch.setattr(checkpoint, victim, fails_at_the_second_save)
+    out = tmp_path / "run"
+    result = cli("train", *flags(out=out, train__checkpoint_every=3), "--quiet")
+    assert result.code == 2 and result.out == "" and result.err.count("\n") == 1
+    assert result.err.startswith("nativerank: error: disk full")
+    assert [c.step for c in checkpoint.list_checkpoints(out)] == [3]
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step-000003"]
+    monkeypatch.undo()
+    assert cli("train", *flags(out=out, train__checkpoint_every=3, resume="auto")).code == 0
+
+
+def test_a_real_file_size_limit_is_the_same_error(tmp_path, flags):
+    """The operating system refuses to write on, in a process of its own: no patched function stands in for it."""
+    out = tmp_path / "run"
+    out.mkdir()
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+
+    command = [sys.executable, "-W", "error", "-m", "nativerank", "train", *flags(out=out, train__checkpoint_every=3)]
+    result = subprocess.run(
+        command, capture_output=True, text=True, preexec_fn=limit, env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    )
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.count("\n") == 1 and result.stderr.startswith("nativerank: error: disk full while writing")
+    assert list((out / "checkpoints").iterdir()) == []

@@ -1,0 +1,147 @@
+"""metrics.jsonl: the documented keys, JSON only, one row a step; TensorBoard mirrors it."""
+
+import json
+import math
+import re
+import sys
+
+import pytest
+
+from nativerank.train import metrics
+from nativerank.train.loop import train
+from nativerank.train.metrics import JsonLines, flatten, read_rows
+
+STEP_KEYS = {
+    "step", "tokens", "loss", "lr", "aux_lr", "grad_norm", "tokens_per_second", "seconds", "optimizer_share",
+}  # fmt: skip
+END_KEYS = {
+    "event", "step", "tokens", "val_loss", "perplexity", "bits_per_byte", "xz_bits_per_byte", "val_tokens", "prompt",
+    "sample", "seconds", "out",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def known():
+    return {}
+
+
+@pytest.fixture
+def rows(tmp_path, run_config, listen, known):
+    """Of a run of 8 steps with accumulation 2; made once."""
+    if not known:
+        common = dict(train__accumulation=2, train__eval_every=4, train__probe_every=4, train__eval_tokens=100)
+        train(run_config(out=tmp_path / "run", **common), listen())
+        known["rows"] = read_rows(tmp_path / "run")
+    return known["rows"]
+
+
+def test_a_run_begins_and_ends_with_an_event(rows):
+    assert [r["event"] for r in rows if "event" in r] == ["start", "end"]
+    assert rows[0]["event"] == "start" and rows[-1]["event"] == "end"
+    assert set(rows[-1]) == END_KEYS
+    assert {"nativerank", "commit", "torch", "transformers", "python", "machine"} == set(rows[0]["environment"])
+    assert rows[0]["parameters"]["total"] > rows[0]["parameters"]["non_embedding"] > 0
+    assert rows[0]["factorized"] == 14
+
+
+def test_every_step_has_the_documented_keys(rows):
+    steps = [r for r in rows if "loss" in r]
+    assert [r["step"] for r in steps] == list(range(1, 9))
+    for row in steps:
+        assert set(row) - {"val_loss", "probes"} == STEP_KEYS
+        assert row["tokens"] == row["step"] * 2 * 2 * 16
+        assert 0 < row["optimizer_share"] < 1 and row["seconds"] > 0
+        assert row["tokens_per_second"] == pytest.approx(64 / row["seconds"])
+        assert row["aux_lr"] / row["lr"] == pytest.approx(0.003 / 0.07)
+    documented = set(re.findall(r"\w+", metrics.__doc__))
+    assert STEP_KEYS | {"val_loss", "probes", "event", "action", "rolled_back_to"} <= documented
+
+
+def test_validations_and_probes_come_at_their_intervals(rows):
+    assert [r["step"] for r in rows if "val_loss" in r] == [4, 8]  # the last one is the end's
+    assert [r["step"] for r in rows if "probes" in r] == [4, 8]
+    probes = next(r for r in rows if "probes" in r)["probes"]
+    first, middle, last = probes
+    assert first.endswith("layers.0.self_attn.q_proj") and last.endswith("layers.1.mlp.down_proj")
+    assert middle.endswith("layers.1.self_attn.q_proj")
+    for values in probes.values():
+        assert set(values) == {"sigma_A", "sigma_B", "sigma_W", "stable_rank", "rho"}
+        assert values["sigma_W"] <= values["sigma_A"] * values["sigma_B"] * (1 + 1e-5)  # float32
+
+
+def test_rho_is_what_the_rule_says(rows):
+    """rho = lr / (sigma_A + sigma_B + 1), with norms of before the step: close to those recorded after it."""
+    row = next(r for r in rows if "probes" in r)
+    for values in row["probes"].values():
+        expected = row["lr"] / (values["sigma_A"] + values["sigma_B"] + 1)
+        assert values["rho"] == pytest.approx(expected, rel=0.1)
+
+
+def test_what_is_not_finite_stays_json(tmp_path):
+    lines = JsonLines(tmp_path, 0)
+    lines.row({"step": 1, "loss": math.nan, "probes": {"a": {"rho": -math.inf}}})
+    lines.close()
+    text = (tmp_path / "metrics.jsonl").read_text()
+    row = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert row == {"step": 1, "loss": "nan", "probes": {"a": {"rho": "-inf"}}}
+
+
+def test_resuming_drops_what_follows_the_checkpoint_and_half_a_line(tmp_path):
+    lines = JsonLines(tmp_path, 0)
+    for step in range(1, 6):
+        lines.row({"step": step})
+    lines.close()
+    with (tmp_path / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 3, "lo')
+    JsonLines(tmp_path, 3).close()
+    assert read_rows(tmp_path) == [{"step": 1}, {"step": 2}, {"step": 3}]
+
+
+def test_a_row_can_be_read_as_soon_as_it_is_written(tmp_path):
+    lines = JsonLines(tmp_path, 0)
+    lines.row({"step": 1})
+    assert read_rows(tmp_path) == [{"step": 1}]
+    lines.close()
+
+
+def test_flatten_keeps_numbers_only():
+    row = {"step": 3, "loss": 1.5, "event": "end", "flag": True, "probes": {"a": {"rho": 0.5}}, "list": [1]}
+    assert dict(flatten(row)) == {"step": 3, "loss": 1.5, "probes/a/rho": 0.5}
+
+
+def test_tensorboard_holds_the_numbers(tmp_path, run_config, listen, crash):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    common = dict(out=tmp_path / "run", track="tensorboard", train__checkpoint_every=3, train__probe_every=4)
+    with pytest.raises(crash):
+        train(run_config(**common), listen(crash_after=5))
+    train(run_config(resume="auto", **common), listen())
+    events = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
+    losses = {r["step"]: r["loss"] for r in read_rows(tmp_path / "run") if "loss" in r}
+    found = [(e.step, pytest.approx(e.value)) for e in events.Scalars("loss")]
+    assert found == list(losses.items()), "each step once, also across the crash"
+    assert "probes/model.layers.0.self_attn.q_proj/sigma_A" in events.Tags()["scalars"]
+
+
+def test_tensorboard_that_is_not_installed_is_an_error_before_anything_is_made(tmp_path, cli, flags, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    result = cli("train", *flags(out=tmp_path / "run", track="tensorboard"))
+    assert result.code == 2 and "pip install 'nativerank[track]'" in result.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_profile_is_a_trace_and_a_table(tmp_path, run_config, listen):
+    train(run_config(out=tmp_path / "run", profile=True, train__steps=11), listen())
+    trace = json.loads((tmp_path / "run/profile/trace.json").read_text())
+    assert len(trace["traceEvents"]) > 100
+    table = (tmp_path / "run/profile/table.txt").read_text()
+    assert "Self CPU" in table and "aten::mm" in table
+
+
+def test_a_profile_does_not_change_the_run(tmp_path, run_config, listen, fingerprint):
+    train(run_config(out=tmp_path / "a", profile=True), listen())
+    assert (tmp_path / "a/profile/trace.json").exists()
+    train(run_config(out=tmp_path / "short", profile=True, train__steps=3), listen())
+    assert not (tmp_path / "short/profile").exists()
+    train(run_config(out=tmp_path / "b"), listen())
+    assert fingerprint(tmp_path / "a", 8) == fingerprint(tmp_path / "b", 8)

@@ -212,6 +212,17 @@ def keys(cls: type, prefix: str = "") -> Iterator[str]:
             yield from keys(hints[f.name], f"{prefix}{f.name}.")
 
 
+def check_keys(values: Any, prefix: str = "") -> None:
+    """Raises a ValueError that names the nearest key, in full, for a key in nested mappings that RunConfig lacks."""
+    known = list(keys(RunConfig))
+    for name, value in values.items() if isinstance(values, Mapping) else ():
+        key = f"{prefix}{name}"
+        if key not in known:
+            raise ValueError(f"unknown config key {key}{nearest(key, known)}")
+        if dataclasses.is_dataclass(hint_of(key)):
+            check_keys(value, f"{key}.")
+
+
 def from_dict(cls: type[T], values: Mapping[str, Any], prefix: str = "", root: type | None = None) -> T:
     """Builds a configuration from nested mappings, strictly.
 

@@ -6,6 +6,7 @@ nativerank train --out runs/x --resume auto                # continue after a cr
 """
 
 import argparse
+import contextlib
 import json
 import re
 import shlex
@@ -15,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from nativerank.config import RunConfig, described, from_dict, hint_of, keys, nearest
+from nativerank.config import RunConfig, check_keys, described, from_dict, hint_of, keys, nearest
 
 DESCRIPTION = "Pretrain a model. Values come from the preset, then --config, then flags."
 EXAMPLE = """examples:
@@ -56,8 +57,6 @@ def explain(message: str) -> str:
     """jsonargparse's message as one line; for an unknown key, ours, with the nearest known key."""
     flat = " ".join(message.split())
     unknown = re.search(r"[Uu]nrecognized arguments: --([\w.]+)", flat)
-    unknown = unknown or re.search(r"[Kk]ey[^'\"]*['\"]([\w.]+)['\"] is not (?:expected|valid|accepted)", flat)
-    unknown = unknown or re.search(r"(?:does not accept|No action for|not accepted)[^'\"]*['\"]([\w.]+)['\"]", flat)
     if unknown:
         key = unknown.group(1)
         return f"unknown config key {key}{nearest(key, keys(RunConfig))}"
@@ -69,14 +68,28 @@ def explain(message: str) -> str:
 
 def spelled_out(argv: list[str]) -> Iterator[str]:
     """A bare switch such as --compile as the two words --compile true."""
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+    for word, following in zip(argv, [*argv[1:], "--"], strict=False):
         yield word
-        if hint_of(word.removeprefix("--")) is bool and following not in ("true", "false"):
+        if hint_of(word.removeprefix("--")) is bool and following.startswith("--"):
             yield "true"
+
+
+def config_files(argv: list[str]) -> Iterator[str]:
+    """What follows each --config."""
+    for word, following in zip(argv, [*argv[1:], ""], strict=False):
+        if word == "--config":
+            yield following
+        elif word.startswith("--config="):
+            yield word.removeprefix("--config=")
 
 
 def parse(argv: list[str]) -> tuple[RunConfig, Any]:
     """(configuration, namespace with quiet and json) from flags."""
+    import yaml
+
+    for file in config_files(argv):
+        with contextlib.suppress(OSError, UnicodeDecodeError, yaml.YAMLError):  # the parser's own words are good enough
+            check_keys(yaml.safe_load(Path(file).read_text(encoding="utf-8")))
     parser = build_parser()
     namespace = parser.parse_args(list(spelled_out(argv)))
     values = namespace.as_dict()

@@ -50,7 +50,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} is not a model folder: {error}") from None
+        raise ValueError(f"{folder} is not a model folder, its {CONFIG} cannot be read: {error}") from None
     if not isinstance(config, dict):
         raise ValueError(f"{folder} is not a model folder: {CONFIG} holds no keys")
     return config

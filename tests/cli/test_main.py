@@ -1,0 +1,258 @@
+"""The command line as a whole: help, versions, output streams, speed of the first answer."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+
+import pytest
+
+import nativerank
+from nativerank.cli.main import COMMANDS
+from nativerank.train.metrics import JsonLines
+
+ESCAPE = "\x1b"
+
+
+def python(*words, **options):
+    command = [sys.executable, "-W", "error", *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True, **options)
+
+
+def imported_by(code):
+    out = python("-c", f"{code}\nimport sys; print(*sys.modules, file=sys.stderr)").stderr
+    return {name.partition(".")[0] for name in out.split()}
+
+
+def test_importing_the_package_is_light():
+    heavy = {"torch", "transformers", "numpy", "tokenizers", "jsonargparse", "rich"}
+    assert not heavy & imported_by("import nativerank")
+    assert not heavy & imported_by("from nativerank.cli.main import main; main(['--help'])")
+    assert "torch" in imported_by("import nativerank; nativerank.linalg"), "else this test sees nothing"
+
+
+def test_help_comes_within_a_second():
+    """Best of three, with room for a busy machine."""
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        out = python("-m", "nativerank", "--help").stdout
+        seconds.append(time.perf_counter() - began)
+    assert min(seconds) < 1.5
+    assert all(command in out for command in COMMANDS)
+
+
+def test_the_public_api_is_there():
+    for name in nativerank.__all__:
+        assert getattr(nativerank, name) is not None
+    assert set(nativerank.__all__) <= set(dir(nativerank))
+    assert nativerank.layers.LowRankLinear and nativerank.linalg.orthogonalize
+    with pytest.raises(AttributeError, match="no attribute 'factorise'"):
+        _ = nativerank.factorise
+
+
+def test_version(cli):
+    result = cli("--version")
+    assert (result.code, result.out, result.err) == (0, f"nativerank {nativerank.__version__}\n", "")
+
+
+def test_no_command_is_the_overview(cli):
+    assert cli().out == cli("--help").out == cli("-h").out != ""
+
+
+HELPS = [["train"], ["data"], ["data", "prepare"], ["data", "info"], ["data", "verify"], ["generate"], ["bench"]]
+
+
+@pytest.mark.parametrize("words", HELPS, ids=" ".join)
+def test_every_help_ends_with_examples_that_parse(cli, monkeypatch, words):
+    result = cli(*words, "--help")
+    assert (result.code, result.err) == (0, "")
+    lines = [line.strip() for line in result.out.splitlines()]
+    start = max(i for i, line in enumerate(lines) if re.fullmatch(r"examples?:", line))
+    examples = [line for line in lines[start + 1 :] if line]
+    assert examples and all(line.startswith("nativerank ") for line in examples)
+    for example in examples:
+        parse_only(shlex.split(example)[1:], monkeypatch)
+
+
+def test_the_overview_has_examples_that_parse(cli, monkeypatch):
+    examples = re.findall(r"^  (nativerank [^#\n]+)", cli("--help").out, re.M)
+    assert len(examples) == 3
+    for example in examples:
+        parse_only(shlex.split(example)[1:], monkeypatch)
+
+
+def parse_only(words, monkeypatch):
+    """Takes the words as far as the function that would do the work."""
+    import argparse
+    import importlib
+
+    from nativerank.cli.main import Parser
+    from nativerank.cli.train import parse
+    from nativerank.train.setup import resolve
+
+    if words[0] == "train":
+        config, _ = parse(words[1:])
+        assert resolve(config).train.steps
+        return
+    parser = Parser(prog="nativerank", add_help=False)
+    importlib.import_module(f"nativerank.cli.{words[0]}").add_parser(parser.add_subparsers(parser_class=Parser))
+    arguments = parser.parse_args(words)
+    assert isinstance(arguments, argparse.Namespace) and callable(arguments.run)
+
+
+def test_every_command_has_a_line_and_a_module():
+    import importlib.util
+
+    assert all(importlib.util.find_spec(f"nativerank.cli.{command}") for command in COMMANDS)
+
+
+# -- output
+
+
+def test_json_prints_json_and_nothing_else(tmp_path, cli, flags):
+    result = cli("train", *flags(out=tmp_path / "a"), "--json")
+    summary = json.loads(result.out)
+    assert result.code == 0 and summary["step"] == 8 and summary["out"] == str(tmp_path / "a")
+    assert "validation loss" in result.err, "what people read goes to the other stream"
+    last = json.loads((tmp_path / "a/metrics.jsonl").read_text().splitlines()[-1])
+    assert summary == last
+
+
+def test_json_to_a_file_and_quiet_is_silent(tmp_path, cli, flags):
+    result = cli("train", *flags(out=tmp_path / "a"), "--quiet", "--json", tmp_path / "result.json")
+    assert (result.code, result.out, result.err) == (0, "", "")
+    assert json.loads((tmp_path / "result.json").read_text())["step"] == 8
+
+
+def test_quiet_holds_for_a_corpus_that_is_prepared_on_the_way(tmp_path, cli, flags, prepared, monkeypatch):
+    from nativerank.train import setup
+
+    asked = []
+    monkeypatch.setattr(setup, "prepared_demo", lambda vocab_size, quiet: asked.append(quiet) or prepared)
+    words = [
+        w for pair in zip(*[iter(flags(out=tmp_path / "a"))] * 2, strict=True) if pair[0] != "--data.path" for w in pair
+    ]
+    assert cli("train", *words, "--quiet").err == ""
+    assert asked == [True]
+
+
+def test_quiet_holds_when_a_signal_ends_the_run(tmp_path, cli, flags, monkeypatch):
+    import signal
+
+    original = JsonLines.row
+
+    def row(self, row):
+        original(self, row)
+        if row["step"] == 2 and "loss" in row:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(JsonLines, "row", row)
+    result = cli("train", *flags(out=tmp_path / "a"), "--quiet")
+    assert (result.code, result.out, result.err) == (130, "", "")
+
+
+def test_piped_output_has_no_escape_codes_and_long_lines_stay_whole(tmp_path, cli, flags, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    out = tmp_path / ("long-" * 20)
+    result = cli("train", *flags(out=out))
+    assert result.code == 0 and ESCAPE not in result.out + result.err
+    assert any(line.endswith(f"cpu -> {out}") for line in result.out.splitlines())
+    assert "step 1/8" in result.out and "validation loss" in result.out and "bits per byte" in result.out
+
+
+@pytest.mark.parametrize("no_color", [False, True])
+def test_no_color_is_honoured(monkeypatch, capsys, no_color):
+    from nativerank.cli.console import TrainConsole
+
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if no_color:
+        monkeypatch.setenv("NO_COLOR", "1")
+    facts = dict(
+        model="m", method="spectron", parameters={"total": 1, "non_embedding": 1}, factorized=1, steps=4,
+        tokens_per_step=8, lr=0.1, aux_lr=0.1, device="cpu", out="runs/x", warnings=["w"] * 9, event="start", step=0,
+    )  # fmt: skip
+    with TrainConsole() as console:
+        console.begin(facts)
+        for step in range(1, 5):
+            console.row({"step": step, "loss": 1.0, "tokens_per_second": 5.0})
+    out = capsys.readouterr().out
+    colours = re.findall(r"\x1b\[(?:\d+;)*(?:3[0-8]|9\d)[;\d]*m", out)
+    assert bool(colours) != no_color
+    assert out.count("note: w") == 3 and "6 more like these" in out
+
+
+def test_a_reader_that_leaves_is_no_error(tmp_path):
+    process = subprocess.Popen(
+        f"{shlex.quote(sys.executable)} -W error -m nativerank --help | head -c 1 > /dev/null; exit ${{PIPESTATUS[0]}}",
+        shell=True, executable="/bin/bash", stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "")
+
+
+def test_an_interrupt_before_training_is_one_word(cli, flags, tmp_path, monkeypatch):
+    from nativerank.train import loop
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "open_data", interrupted)
+    result = cli("train", *flags(out=tmp_path / "a"))
+    assert (result.code, result.err) == (130, "nativerank: interrupted\n")
+
+
+def test_telemetry_is_off(cli, monkeypatch):
+    monkeypatch.delenv("HF_HUB_DISABLE_TELEMETRY", raising=False)
+    cli("--version")
+    assert os.environ["HF_HUB_DISABLE_TELEMETRY"] == "1"
+
+
+# -- flags
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--compile"], True),
+        (["--compile", "--train.steps", "3"], True),
+        (["--compile", "true"], True),
+        (["--compile", "True"], True),
+        (["--compile", "false"], False),
+        (["--compile=false"], False),
+        ([], False),
+    ],
+)
+def test_switches(words, expected):
+    from nativerank.cli.train import parse
+
+    assert parse(words)[0].compile is expected
+
+
+def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path):
+    from nativerank.cli.train import parse
+
+    (tmp_path / "run.yaml").write_text("optim:\n  lr: 1e-3\n  aux_lr: 0.5\ntrain:\n  steps: 7\n")
+    config, _ = parse(["--config", str(tmp_path / "run.yaml"), "--optim.lr", "0.02"])
+    assert (config.optim.lr, config.optim.aux_lr, config.train.steps) == (0.02, 0.5, 7)
+
+
+def test_lists_and_tables_as_flags():
+    from nativerank.cli.train import parse
+
+    words = [
+        "--rank.exclude",
+        "[down_proj, '*.0.*']",
+        "--rank.overrides",
+        '{"q_proj": 4}',
+        "--optim.betas",
+        "[0.8, 0.9]",
+    ]
+    config, _ = parse(words)
+    assert config.rank.exclude == ["down_proj", "*.0.*"] and config.rank.overrides == {"q_proj": 4}
+    assert config.optim.betas == (0.8, 0.9)

@@ -40,14 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    if not argv or argv[0] in ("-h", "--help"):
-        print(overview())
-        return 0
-    if argv[0] == "--version":
-        print(f"nativerank {__version__}")
-        return 0
     try:
-        return run(argv)
+        code = run(argv)
+        sys.stdout.flush()  # here, so that a reader who left is noticed here
+        return code
     except KeyboardInterrupt:
         print("nativerank: interrupted", file=sys.stderr)
         return 130
@@ -64,14 +60,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(argv: Sequence[str]) -> int:
     """Dispatches to the command's module."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(overview())
+        return 0
+    if argv[0] == "--version":
+        print(f"nativerank {__version__}")
+        return 0
     command = argv[0]
     if command not in COMMANDS:
         raise UsageError(f"unknown command {command!r}{nearest(command, COMMANDS)} (commands: {', '.join(COMMANDS)})")
     parser = Parser(prog="nativerank", add_help=False)
     subparsers = parser.add_subparsers(parser_class=Parser)
     importlib.import_module(f"nativerank.cli.{command}").add_parser(subparsers)
-    arguments = parser.parse_args(argv)
-    return int(arguments.run(arguments) or 0)
+    try:
+        arguments = parser.parse_args(argv)
+        return int(arguments.run(arguments) or 0)
+    except SystemExit as stop:  # after --help
+        return int(stop.code or 0)
 
 
 def overview() -> str:

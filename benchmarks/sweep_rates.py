@@ -4,7 +4,7 @@
     python benchmarks/sweep_rates.py demo --jobs 2 --stages 1 --steps 320      # about 40 minutes
 
 Coordinate search, per method: the matrix rate over a grid of factor 1.6, then the auxiliary rate at the best of it,
-then the init scale, then the matrix rate's neighbours once more. Starts where earlier experiments pointed; the demo
+then the init scale, then the matrix rate's neighbours twice more. Starts where earlier experiments pointed; the demo
 preset starts from the best of pocket. One seed; single-seed differences below 0.02 nats are noise. Writes
 benchmarks/results/sweep-PRESET.json; its best rows stand in `SWEPT` of src/nativerank/methods.py, and a test compares
 the two.
@@ -34,6 +34,7 @@ STAGES = (  # which coordinate, times what
     ("optim.aux_lr", (0.5, 1)),
     ("model.init_scale", (0.5, 1, 2)),
     ("optim.lr", (1 / FACTOR, 1, FACTOR)),
+    ("optim.lr", (1 / FACTOR, 1, FACTOR)),  # for a best rate that was at the edge of its grid
 )
 
 

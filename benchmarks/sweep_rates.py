@@ -3,11 +3,11 @@
     python benchmarks/sweep_rates.py pocket --jobs 2                           # about 40 minutes on two cores
     python benchmarks/sweep_rates.py demo --jobs 2 --stages 1 --steps 320      # about 40 minutes
 
-Coordinate search, per method: the matrix rate over a grid of factor 1.6, then the auxiliary rate at the best of it,
-then the init scale, then the matrix rate's neighbours twice more. Starts where earlier experiments pointed; the demo
-preset starts from the best of pocket. One seed; single-seed differences below 0.02 nats are noise. Writes
-benchmarks/results/sweep-PRESET.json; its best rows stand in `SWEPT` of src/nativerank/methods.py, and a test compares
-the two.
+Per method a line search along one coordinate after the other: matrix rate (factor 1.6), auxiliary rate (2), init
+scale (2), matrix rate again. A line search tries both neighbours of the best value until the best has both. It starts
+where earlier experiments pointed; the demo preset starts from the best of pocket. One seed; single-seed differences
+below 0.02 nats are noise. Writes benchmarks/results/sweep-PRESET.json; its best rows stand in `SWEPT` of
+src/nativerank/methods.py, and a test compares the two.
 """
 
 import argparse
@@ -27,15 +27,9 @@ START = {
     "dense-muon": (0.014, 0.02, 0.25),
     "dense-adamw": (0.003, 0.02, 0.25),
 }
-FACTOR = 1.6
 KEYS = ("optim.lr", "optim.aux_lr", "model.init_scale")
-STAGES = (  # which coordinate, times what
-    ("optim.lr", (1 / FACTOR, 1, FACTOR)),
-    ("optim.aux_lr", (0.5, 1)),
-    ("model.init_scale", (0.5, 1, 2)),
-    ("optim.lr", (1 / FACTOR, 1, FACTOR)),
-    ("optim.lr", (1 / FACTOR, 1, FACTOR)),  # for a best rate that was at the edge of its grid
-)
+STAGES = (("optim.lr", 1.6), ("optim.aux_lr", 2.0), ("model.init_scale", 2.0), ("optim.lr", 1.6))  # coordinate, factor
+Points = dict[str, dict[str, float]]
 
 
 def cell(fixed: dict[str, Any], method: str, point: dict[str, float]) -> Cell:
@@ -44,15 +38,19 @@ def cell(fixed: dict[str, Any], method: str, point: dict[str, float]) -> Cell:
     return Cell(tuple(sorted({**fixed, **point}.items())))
 
 
-def stage(
-    folder: Path, fixed: dict[str, Any], best: dict[str, dict[str, float]], key: str, factors: tuple, jobs: int
-) -> None:
+def line_search(folder: Path, fixed: dict[str, Any], best: Points, key: str, factor: float, jobs: int) -> None:
     """Moves every method's best point along one coordinate, in place."""
-    points = {m: [{**p, key: float(f"{p[key] * f:.3g}")} for f in factors] for m, p in best.items()}
-    cells = [cell(fixed, m, p) for m, ps in points.items() for p in ps]
-    losses = {row["cell"]: row.get("val_loss", float("inf")) for row in run_grid(cells, folder, jobs)}
-    for m, ps in points.items():
-        best[m] = min(ps, key=lambda p: losses[cell(fixed, m, p).name])
+    losses: dict[Cell, float] = {}
+
+    def neighbours(method: str) -> list[Cell]:
+        values = [best[method][key] * f for f in (1, 1 / factor, factor)]
+        return [cell(fixed, method, {**best[method], key: float(f"{value:.3g}")}) for value in values]
+
+    while missing := [c for method in best for c in neighbours(method) if c not in losses]:
+        rows = run_grid(missing, folder, jobs)
+        losses |= {c: row.get("val_loss", float("inf")) for c, row in zip(missing, rows, strict=True)}
+        for method in best:
+            best[method][key] = dict(min(neighbours(method), key=losses.__getitem__).settings)[key]
 
 
 def main() -> None:
@@ -66,10 +64,10 @@ def main() -> None:
     args = parser.parse_args()
     folder = args.out or Path("runs") / f"sweep-{args.preset}"
     start = START if args.preset == "pocket" else best_of("pocket")
-    best: dict[str, dict[str, float]] = {m: dict(zip(KEYS, start[m], strict=True)) for m in args.methods.split(",")}
+    best: Points = {m: dict(zip(KEYS, start[m], strict=True)) for m in args.methods.split(",")}
     fixed = {"model.preset": args.preset} | ({"train.steps": args.steps} if args.steps else {})
-    for key, factors in STAGES[: args.stages]:
-        stage(folder, fixed, best, key, factors, args.jobs)
+    for key, factor in STAGES[: args.stages]:
+        line_search(folder, fixed, best, key, factor, args.jobs)
     write(args.preset, folder, best)
 
 
@@ -79,9 +77,10 @@ def best_of(preset: str) -> dict[str, tuple[float, float, float]]:
     return {method: tuple(point[key] for key in KEYS) for method, point in best.items()}
 
 
-def write(preset: str, folder: Path, best: dict[str, dict[str, float]]) -> None:
-    """Every cell that was run, and each method's best."""
-    rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+def write(preset: str, folder: Path, best: Points) -> None:
+    """Every cell's last result, and each method's best."""
+    lines = (folder / "results.jsonl").read_text().splitlines()
+    rows = list({row["cell"]: row for row in map(json.loads, lines)}.values())
     result: dict[str, Any] = {
         "script": f"benchmarks/sweep_rates.py {preset}",
         "version": __version__,

@@ -89,6 +89,7 @@ class OptimConfig:
         orthogonalizer_steps: iterations of it.
         norm: how Spectron gets the factors' spectral norms: warm-started power iteration, or exactly.
         power_iterations: power iterations per factor and step.
+        certified: Spectron with measured norms: the change of W stays within lr, proven, at a small cost.
     """
 
     lr: float | None = None
@@ -108,6 +109,7 @@ class OptimConfig:
     orthogonalizer_steps: int = 5
     norm: Literal["power", "exact"] = "power"
     power_iterations: int = 1
+    certified: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

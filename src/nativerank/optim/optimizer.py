@@ -28,6 +28,7 @@ DEFAULTS: dict[str, Any] = {
     "orthogonalizer_steps": 5,
     "norm": "power",
     "power_iterations": 1,
+    "certified": False,
 }
 
 
@@ -175,7 +176,9 @@ def _check(group: dict[str, Any]) -> None:
         raise ValueError(f"power_iterations must be at least 1, got {options['power_iterations']}")
     if options["norm"] not in ("power", "exact"):
         raise ValueError(f"norm must be power or exact, got {options['norm']!r}")
-    if options["rule"] == "spectron" and options["lr"] > 1:
+    if options["certified"] and options["rule"] != "spectron":
+        raise ValueError(f"certified belongs to the rule spectron, got {options['rule']}")
+    if options["rule"] == "spectron" and options["lr"] > 1 and not options["certified"]:
         raise ValueError(
             f"spectron's lr is a bound on ||dW|| and must be at most 1 (its proof needs rho <= 1), got {options['lr']}"
         )

@@ -10,7 +10,7 @@ spectron  the same M and orth for both factors of W = A B^T, and
           lr: bound on the spectral norm of W's change (Janson et al. 2026, arXiv 2602.12429, Algorithm 1), since
               ||dW|| <= rho (||A|| + ||B||) + rho^2 <= lr   for ||orth|| <= 1, exact norms and rho <= 1.
           Newton-Schulz reaches 1.2 and one power iteration sees sigma from below, so the published form keeps the
-          bound in ordinary training, not in the worst case.
+          bound in ordinary training, not in the worst case; `certified` keeps it always (see `certified_rho`).
 
 A new rule is a function here, an entry in RULES and a test.
 """
@@ -27,6 +27,7 @@ from nativerank.linalg.norms import power_iteration, spectral_norm
 from nativerank.linalg.orthogonalize import orthogonalize, orthogonalizing_factor
 
 Options = Mapping[str, Any]
+MARGIN = 1 + 2e-5  # on certified norms
 State = dict[str, Tensor]
 
 
@@ -83,11 +84,36 @@ def spectron(A: Stack, B: Stack, options: Options) -> tuple[Tensor, Tensor, Stat
     G = torch.stack([gram(M_A), gram(M_B)])
     Q_A, Q_B = orthogonalizing_factor(G, options["orthogonalizer"], options["orthogonalizer_steps"])
     sigma_A, sigma_B = factor_norm(A, options), factor_norm(B, options)
-    rho = options["lr"] / (sigma_A + sigma_B + 1)
     scale_A, scale_B = (shape_scale(options["shape_scale"], *side.shape) for side in (A, B))
+    if options["certified"]:
+        O_A, O_B = scale_A * (M_A @ Q_A), scale_B * (M_B @ Q_B)
+        rho = certified_rho(O_A, O_B, A.weight, B.weight, options["lr"])
+        D_A, D_B = O_A * rho[..., None, None], O_B * rho[..., None, None]
+        return D_A, D_B, {"sigma_A": sigma_A, "sigma_B": sigma_B, "rho": rho}
+    rho = options["lr"] / (sigma_A + sigma_B + 1)
     D_A = M_A @ (Q_A * (scale_A * rho)[..., None, None])
     D_B = M_B @ (Q_B * (scale_B * rho)[..., None, None])
     return D_A, D_B, {"sigma_A": sigma_A, "sigma_B": sigma_B, "rho": rho}
+
+
+def certified_rho(O_A: Tensor, O_B: Tensor, A: Tensor, B: Tensor, eta: float) -> Tensor:
+    """The largest rho (...) for which ||dW||_2 <= eta is proven, whatever made O_A and O_B, at any eta.
+
+    Proof. Let c_A >= ||O_A||, c_B >= ||O_B||, a >= ||A||, b >= ||B||.
+      1. dW = (A - rho O_A)(B - rho O_B)^T - A B^T = -rho (O_A B^T + A O_B^T) + rho^2 O_A O_B^T.
+      2. By the triangle inequality and ||X Y^T|| <= ||X|| ||Y||,
+         ||dW|| <= rho (c_A b + c_B a) + rho^2 c_A c_B.
+      3. The right side grows with rho >= 0 and equals eta at the positive root of c_A c_B rho^2 + (c_A b + c_B a) rho
+         = eta, which is returned. Nothing else was assumed: no bound on rho, no quality of O.
+
+    The four norms are measured, not trusted: largest eigenvalues of float64 Gram matrices, whose rounding error
+    (below 1e-9 for d r < 1e6) and that of rho O in float32 (below 1e-5 for r < 1e4) the factor MARGIN covers. Weight
+    decay and the rounding of the stored factors after the step are outside the bound.
+    """
+    c_A, c_B, a, b = (MARGIN * spectral_norm(X.double()) for X in (O_A, O_B, A, B))
+    linear, quadratic = c_A * b + c_B * a, c_A * c_B
+    root = 2 * eta / (linear + (linear.square() + 4 * quadratic * eta).sqrt()).clamp_min(torch.finfo(linear.dtype).tiny)
+    return torch.where(linear + quadratic > 0, root, 0.0).to(O_A.dtype)
 
 
 def factor_norm(side: Stack, options: Options) -> Tensor:
@@ -104,7 +130,7 @@ class Rule:
     """How the shell drives an update function.
 
     `update` takes one Stack (kind "matrix") or two (kind "pair"); kind "elementwise" is AdamW, which the shell hands
-    to torch whole. `state` names the tensors kept per parameter, `needs` the state of a group's options.
+    to torch whole. `state` names the tensors kept per parameter.
     """
 
     kind: str

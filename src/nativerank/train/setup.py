@@ -205,6 +205,7 @@ def build(config: RunConfig, dataset: Dataset) -> Built:
         orthogonalizer_steps=o.orthogonalizer_steps,
         norm=o.norm,
         power_iterations=o.power_iterations,
+        certified=o.certified,
     )
     return Built(model, optimizer, report)
 

@@ -32,7 +32,8 @@ FAMILIES = {
 
 
 def family(name, **changes):
-    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2)
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2)
+    sizes |= dict(num_attention_heads=2, num_key_value_heads=2)
     sizes |= dict(max_position_embeddings=32, bos_token_id=0, eos_token_id=0, pad_token_id=0)
     values = {"model_type": name, "vocab_size": 64, **({} if name == "gpt2" else sizes), **FAMILIES[name], **changes}
     return make_hf_config(values | ({"bos_token_id": 0, "eos_token_id": 0} if name == "gpt2" else {}), "test")

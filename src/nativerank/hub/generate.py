@@ -33,7 +33,7 @@ def generate(
     Raises:
         ValueError: a number out of range, or a prompt that fills the context.
     """
-    if max_new_tokens < 1 or temperature < 0 or top_k < 0:
+    if max_new_tokens < 1 or not temperature >= 0 or top_k < 0:  # not >=: NaN too
         raise ValueError(
             f"max_new_tokens must be >= 1, temperature and top_k >= 0; got {max_new_tokens}, {temperature}, {top_k}"
         )

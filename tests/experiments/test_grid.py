@@ -1,0 +1,103 @@
+"""A grid computes nothing twice, and one bad cell does not stop the others."""
+
+import json
+import subprocess
+from types import SimpleNamespace
+
+import pytest
+
+from nativerank.experiments import grid
+from nativerank.experiments.grid import RESULTS, Cell, finished, run_grid
+
+CELLS = [Cell.of(method="spectron", optim__lr=lr) for lr in (0.01, 0.02, 0.03)]
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """Stands in for the processes: answers with a loss, fails for the rates in `broken`; lists what was run."""
+    state = SimpleNamespace(ran=[], broken=set(), stdout=None)
+
+    def run(command, **options):
+        lr = float(command[command.index("--optim.lr") + 1])
+        state.ran.append(lr)
+        state.command, state.environment = command, options["env"]
+        if lr in state.broken:
+            return SimpleNamespace(returncode=2, stdout="", stderr="noise\nnativerank: error: it broke\n")
+        summary = dict(val_loss=lr, bits_per_byte=1.0, step=8, tokens=256, seconds=0.1)
+        return SimpleNamespace(returncode=0, stdout=state.stdout or json.dumps(summary), stderr="")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    return state
+
+
+def test_a_failed_cell_is_reported_and_stops_nothing(tmp_path, fake):
+    fake.broken, said = {0.02}, []
+    rows = run_grid(CELLS, tmp_path, say=said.append)
+    assert [row.get("val_loss") for row in rows] == [0.01, None, 0.03]
+    assert rows[1]["error"] == "nativerank: error: it broke"
+    assert sum("error: nativerank: error: it broke" in line for line in said) == 1 and len(said) == 3
+    assert said[-1].startswith("[3/3] ")
+
+
+def test_output_that_is_no_json_is_a_failed_cell(tmp_path, fake):
+    fake.stdout = "Segmentation fault"
+    rows = run_grid(CELLS[:1], tmp_path, say=lambda line: None)
+    assert "no JSON but 'Segmentation fault'" in rows[0]["error"]
+
+
+def test_finished_cells_are_not_computed_again_and_failed_ones_are(tmp_path, fake):
+    fake.broken = {0.02}
+    run_grid(CELLS, tmp_path, say=lambda line: None)
+    fake.broken, fake.ran = set(), []
+    rows = run_grid([*CELLS, Cell.of(method="spectron", optim__lr=0.04)], tmp_path, say=lambda line: None)
+    assert sorted(fake.ran) == [0.02, 0.04]
+    assert [row["val_loss"] for row in rows] == [0.01, 0.02, 0.03, 0.04]
+
+
+@pytest.mark.parametrize("keep", [1, 25, -1])
+def test_a_torn_last_line_costs_that_cell_only(tmp_path, fake, keep):
+    run_grid(CELLS[:2], tmp_path, say=lambda line: None)
+    first, second = (tmp_path / RESULTS).read_text().splitlines()
+    (tmp_path / RESULTS).write_text(f"{first}\n{second[:keep]}")
+    fake.ran = []
+    run_grid(CELLS[:2], tmp_path, say=lambda line: None)
+    torn = json.loads(second)["settings"]["optim.lr"]
+    assert fake.ran == [torn]
+    # What was appended after the torn line can be read too.
+    assert len(finished(tmp_path)) == 2
+    fake.ran = []
+    run_grid(CELLS[:2], tmp_path, say=lambda line: None)
+    assert fake.ran == []
+
+
+def test_duplicates_run_once_and_names_depend_on_settings_alone(tmp_path, fake):
+    same = Cell.of(optim__lr=0.01, method="spectron")
+    assert same == CELLS[0] and same.name == CELLS[0].name and len({c.name for c in CELLS}) == 3
+    rows = run_grid([CELLS[0], same], tmp_path, say=lambda line: None)
+    assert fake.ran == [0.01] and len(rows) == 1
+
+
+def test_a_cell_is_a_resumable_run_with_its_share_of_the_threads(tmp_path, fake, monkeypatch):
+    monkeypatch.setattr(grid.os, "cpu_count", lambda: 8)
+    run_grid(CELLS[:1], tmp_path, jobs=4, say=lambda line: None)
+    words = fake.command[3:]
+    assert words[0] == "train" and words[words.index("--resume") + 1] == "auto"
+    assert words[words.index("--out") + 1] == str(tmp_path / "cells" / CELLS[0].name)
+    assert fake.environment["OMP_NUM_THREADS"] == "2"
+
+
+def test_flags_are_what_train_reads():
+    from nativerank.cli.train import parse
+
+    cell = Cell.of(compile=True, optim__lr=0.5, rank__exclude=["down_proj"], model__preset="pocket")
+    config, _ = parse(cell.flags())
+    assert config.compile and config.optim.lr == 0.5
+    assert config.rank.exclude == ["down_proj"] and config.model.preset == "pocket"
+
+
+def test_a_real_cell(tmp_path, settings):
+    """One process, the real command: a good row and the line of an error."""
+    good = Cell(tuple(sorted(settings(train__steps=2).items())))
+    rows = run_grid([good], tmp_path, say=lambda line: None)
+    assert rows[0]["step"] == 2 and rows[0]["val_loss"] > 0 and rows[0]["cell"] == good.name
+    assert (tmp_path / "cells" / good.name / "model").is_dir()

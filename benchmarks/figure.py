@@ -27,7 +27,11 @@ def lines(sweep: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
     found: dict[str, list[tuple[float, float]]] = {}
     for method, best in sweep["best"].items():
         others = {k: v for k, v in best.items() if k != "optim.lr"}
-        rows = [c for c in sweep["cells"] if c["method"] == method and all(c[k] == v for k, v in others.items())]
+        rows = [
+            c
+            for c in sweep["cells"]
+            if c["method"] == method and c["seed"] == 0 and all(c[k] == v for k, v in others.items())
+        ]
         found[method] = sorted((c["optim.lr"], c["val_loss"]) for c in rows if "val_loss" in c)
     return found
 

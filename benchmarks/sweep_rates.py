@@ -1,13 +1,13 @@
 """Finds the default rates of a preset: matrix rate, auxiliary rate and init scale, for every method alike.
 
     python benchmarks/sweep_rates.py pocket --jobs 2                           # about 40 minutes on two cores
-    python benchmarks/sweep_rates.py demo --jobs 2 --stages 1 --steps 320      # about 40 minutes
+    python benchmarks/sweep_rates.py demo --jobs 2 --stages 1 --steps 320 --seeds 1
 
 Per method a line search along one coordinate after the other: matrix rate (factor 1.6), auxiliary rate (2), init
 scale (2), matrix rate again. A line search tries both neighbours of the best value until the best has both. It starts
-where earlier experiments pointed; the demo preset starts from the best of pocket. One seed; single-seed differences
-below 0.02 nats are noise. Writes benchmarks/results/sweep-PRESET.json; its best rows stand in `SWEPT` of
-src/nativerank/methods.py, and a test compares the two.
+where earlier experiments pointed; the demo preset starts from the best of pocket. The search runs one seed (there
+differences below 0.02 nats are noise), the best points run --seeds. Writes benchmarks/results/sweep-PRESET.json; its
+best points stand in `SWEPT` of src/nativerank/methods.py, and a test compares the two.
 """
 
 import argparse
@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("--methods", default=",".join(START))
     parser.add_argument("--stages", type=int, default=len(STAGES), help="fewer for a coarser, shorter search")
     parser.add_argument("--steps", type=int, help="length of every run (default: the preset's)")
+    parser.add_argument("--seeds", type=int, default=3, help="runs at each method's best point")
     parser.add_argument("--out", type=Path, help="grid folder (default runs/sweep-PRESET)")
     args = parser.parse_args()
     folder = args.out or Path("runs") / f"sweep-{args.preset}"
@@ -68,7 +69,13 @@ def main() -> None:
     fixed = {"model.preset": args.preset} | ({"train.steps": args.steps} if args.steps else {})
     for key, factor in STAGES[: args.stages]:
         line_search(folder, fixed, best, key, factor, args.jobs)
-    write(args.preset, folder, best)
+    seeded = {
+        m: [cell({**fixed, **({"train.seed": s} if s else {})}, m, p) for s in range(args.seeds)]
+        for m, p in best.items()
+    }
+    rows = {row["cell"]: row for row in run_grid([c for cells in seeded.values() for c in cells], folder, args.jobs)}
+    at_best = {m: [rows[c.name].get("val_loss") for c in cells] for m, cells in seeded.items()}
+    write(args.preset, folder, best, at_best)
 
 
 def best_of(preset: str) -> dict[str, tuple[float, float, float]]:
@@ -77,18 +84,19 @@ def best_of(preset: str) -> dict[str, tuple[float, float, float]]:
     return {method: tuple(point[key] for key in KEYS) for method, point in best.items()}
 
 
-def write(preset: str, folder: Path, best: Points) -> None:
-    """Every cell's last result, and each method's best."""
+def write(preset: str, folder: Path, best: Points, at_best: dict[str, list[float | None]]) -> None:
+    """Every cell's last result, each method's best point, and the losses of the seeds there."""
     lines = (folder / "results.jsonl").read_text().splitlines()
     rows = list({row["cell"]: row for row in map(json.loads, lines)}.values())
     result: dict[str, Any] = {
         "script": f"benchmarks/sweep_rates.py {preset}",
         "version": __version__,
         "machine": f"{platform.machine()} {platform.processor()}, two cores, one thread per run",
-        "seeds": 1,
         "best": best,
+        "val_loss_at_best_by_seed": at_best,
         "cells": [
             {k: row["settings"][k] for k in ("method", *KEYS)}
+            | {"seed": row["settings"].get("train.seed", 0)}
             | (
                 {"error": row["error"]}
                 if "error" in row

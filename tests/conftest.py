@@ -30,7 +30,7 @@ def make_data(folder, seed=0, vocab=300, **options):
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "book.txt").write_text(some_text(seed))
-    options = {"val_fraction": 0.1, "chunk_bytes": 1500, "workers": 1, "quiet": True} | options
+    options = {"val_fraction": 0.05, "chunk_bytes": 700, "workers": 1, "quiet": True} | options
     prepare([str(folder / "book.txt")], folder / "data", f"train:{vocab}", **options)
     return folder / "data"
 

@@ -95,9 +95,18 @@ def test_flags_are_what_train_reads():
     assert config.rank.exclude == ["down_proj"] and config.model.preset == "pocket"
 
 
-def test_a_real_cell(tmp_path, settings):
-    """One process, the real command: a good row and the line of an error."""
-    good = Cell(tuple(sorted(settings(train__steps=2).items())))
-    rows = run_grid([good], tmp_path, say=lambda line: None)
-    assert rows[0]["step"] == 2 and rows[0]["val_loss"] > 0 and rows[0]["cell"] == good.name
+def test_a_real_cell(tmp_path, settings, cli, monkeypatch):
+    """The real command line behind a cell, in this process: a good row, and an error's one line."""
+
+    def run(command, **options):
+        assert command[1:3] == ["-m", "nativerank"]
+        result = cli(*command[3:])
+        return SimpleNamespace(returncode=result.code, stdout=result.out, stderr=result.err)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    good, bad = (Cell(tuple(sorted(settings(train__steps=2, rank__value=r).items()))) for r in (4, 99))
+    rows = run_grid([bad, good], tmp_path, say=lambda line: None)
+    assert rows[0]["error"].startswith("nativerank: error: rank of model.layers.0.self_attn.q_proj must be")
+    assert rows[1]["step"] == 2 and rows[1]["val_loss"] > 0 and rows[1]["cell"] == good.name
     assert (tmp_path / "cells" / good.name / "model").is_dir()
+    assert not (tmp_path / "cells" / bad.name).exists()

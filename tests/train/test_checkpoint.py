@@ -235,3 +235,23 @@ def test_a_real_file_size_limit_is_the_same_error(tmp_path, flags):
     assert result.returncode == 2, result.stderr
     assert result.stderr.count("\n") == 1 and result.stderr.startswith("nativerank: error: disk full while writing")
     assert list((out / "checkpoints").iterdir()) == []
+
+
+def test_a_disk_that_is_full_for_the_records_is_one_line_too(tmp_path, cli, flags, monkeypatch):
+    from nativerank.train.metrics import JsonLines
+
+    original = JsonLines.row
+
+    def full(self, row):
+        if row["step"] == 5:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(self, row)
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(JsonLines, "row", full)
+        result = cli("train", *flags(out=out, train__checkpoint_every=3), "--quiet")
+    assert (result.code, result.out) == (2, "") and "No space left on device" in result.err
+    assert result.err.count("\n") == 1
+    assert cli("train", *flags(out=out, train__checkpoint_every=3, resume="auto")).code == 0
+    assert [r["step"] for r in read_rows(out) if "loss" in r] == list(range(1, 9))

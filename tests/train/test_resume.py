@@ -250,3 +250,22 @@ def test_resume_on_other_data_is_refused(tmp_path, run_config, listen, other_pre
     train(run_config(out=tmp_path / "a"), listen())
     with pytest.raises(ValueError, match="was trained on other data"):
         train(run_config(out=tmp_path / "a", resume="auto", data__path=str(other_prepared), train__steps=9), listen())
+
+
+def test_a_second_signal_acts_at_once_and_nothing_is_lost(tmp_path, cli, flags, monkeypatch, fingerprint):
+    written = JsonLines.row
+
+    def row_then_signals(self, row):
+        written(self, row)
+        if row["step"] == 5 and "loss" in row:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+    common = dict(out=tmp_path / "a", train__checkpoint_every=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(JsonLines, "row", row_then_signals)
+        stopped = cli("train", *flags(**common))
+    assert (stopped.code, stopped.err) == (130, "nativerank: interrupted\n")
+    assert [p.name for p in (tmp_path / "a/checkpoints").iterdir()] == ["step-000003"]
+    assert cli("train", *flags(**common, resume="auto")).code == 0
+    assert steps_of(tmp_path / "a") == list(range(1, 9))

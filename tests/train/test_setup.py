@@ -107,9 +107,9 @@ def test_compile_takes_the_repeated_blocks_only(run_config, monkeypatch):
 
 
 def test_a_short_context_still_ends_with_a_summary(tmp_path, run_config, listen):
-    for context in (1, 7, 8, 15):
+    for context in (1, 8):
         out = tmp_path / str(context)
-        summary = train(run_config(out=out, train__context=context, train__steps=2), listen())
+        summary = train(run_config(out=out, train__context=context, train__steps=2, train__batch_size=64), listen())
         assert summary["step"] == 2 and (summary["sample"] == "" or context >= 8)
 
 

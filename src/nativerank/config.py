@@ -182,7 +182,7 @@ class RunConfig:
         method: row of the method table, e.g. spectron, lowrank-adamw, dense-muon; None is the preset's.
         out: run folder; None takes the first free runs/PRESET-METHOD, -2, -3 ...
         resume: "never", "auto" (continue what the folder holds, or start), or the path of a checkpoint.
-        init: folder with a factored model whose weights are trained on.
+        init: run or model folder whose weights are trained on.
         device: cpu, cuda or mps; None takes cuda, then cpu.
         compile: torch.compile each transformer block.
         track: mirror metrics.jsonl into a tracker.

@@ -98,7 +98,7 @@ def test_a_number_out_of_range(refused, key):
         (["--config", "nowhere.yaml"], r"nowhere\.yaml"),
         (["--model.config", "nowhere.json"], r"cannot read the model config nowhere\.json"),
         (["--data.path", "nowhere"], "nowhere is not a prepared data folder; make one with: nativerank data prepare"),
-        (["--init", "nowhere"], "nowhere is not a model folder"),
+        (["--init", "nowhere"], "no such folder: nowhere"),
         (["--guard.action", "pray"], "guard.action must be one of off, skip, rollback"),
         (["stray"], "unrecognized arguments: stray"),
         (["--out"], "expected one argument"),

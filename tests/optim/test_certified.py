@@ -50,7 +50,10 @@ def change(A, B, G_A, G_B, certified, dtype, u=None, **options):
     stacks = []
     for i, (X, G) in enumerate(((A, G_A), (B, G_B))):
         cold = torch.randn(len(X), generator=torch.Generator().manual_seed(5 + i), dtype=dtype) if u is None else u[i]
-        state = {"momentum": torch.zeros_like(X, dtype=dtype)[None], "power_vector": (cold / cold.norm())[None].to(dtype)}
+        state = {
+            "momentum": torch.zeros_like(X, dtype=dtype)[None],
+            "power_vector": (cold / cold.norm())[None].to(dtype),
+        }
         stacks.append(Stack(X[None].to(dtype), G[None].to(dtype), state, (len(X), R)))
     D_A, D_B, record = RULES["spectron"].update(*stacks, group)
     A, B = (s.weight[0].double() for s in stacks)
@@ -71,8 +74,16 @@ def test_the_bound_holds_on_adversarial_factors_and_gradients(dtype, kind, direc
             assert change(-A, B, G_A, G_B, True, dtype) <= ETA
 
 
-@pytest.mark.parametrize("options", [{"orthogonalizer": "polar-express", "orthogonalizer_steps": 9}, {"nesterov": True},
-                                     {"shape_scale": "original"}, {"shape_scale": "match_rms_adamw"}, {"lr": 25.0}])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"orthogonalizer": "polar-express", "orthogonalizer_steps": 9},
+        {"nesterov": True},
+        {"shape_scale": "original"},
+        {"shape_scale": "match_rms_adamw"},
+        {"lr": 25.0},
+    ],
+)
 def test_the_bound_holds_for_any_orthogonalizer_scale_and_eta(options):
     for kind in ("flat", "spike"):
         A, B = factors(kind, 7.0)

@@ -7,9 +7,9 @@ import torch
 
 from nativerank.config import DataConfig, ModelConfig, RankConfig, RunConfig, TrainConfig
 from nativerank.layers import LowRankLinear
-from nativerank.train.loop import compile_blocks, train
+from nativerank.train.loop import train
 from nativerank.train.metrics import read_rows
-from nativerank.train.setup import build, free_folder, git_commit, open_data, resolve, tokens_per_step
+from nativerank.train.setup import build, compile_blocks, free_folder, git_commit, open_data, resolve, tokens_per_step
 
 
 def resolved(**changes):
@@ -33,7 +33,7 @@ def test_tokens_become_steps_rounded_up():
 def test_ranks_come_from_the_flag_then_the_preset_then_a_quarter():
     assert resolved(model=ModelConfig(preset="pocket")).rank.value == 32
     assert resolved(model=ModelConfig(preset="pocket"), rank=RankConfig(ratio=0.5)).rank.value is None
-    assert resolved(model=ModelConfig(config="c.json")).rank == RankConfig(ratio=0.25)
+    assert resolved(model=ModelConfig(config="c.json"), train=TrainConfig(context=8)).rank == RankConfig(ratio=0.25)
     assert resolved(method="dense-muon").rank == RankConfig()
 
 
@@ -135,10 +135,10 @@ def test_other_architectures_train(tmp_path, run_config, write_hf_config, listen
 
 def test_long_validation_text_is_not_handed_to_xz(tmp_path, run_config, listen, monkeypatch):
     from nativerank.cli.console import TrainConsole
-    from nativerank.train import loop
+    from nativerank.train import closing
 
-    monkeypatch.setattr(loop, "XZ_BYTES", 10)
-    monkeypatch.setattr(loop, "xz_bits_per_byte", lambda text: pytest.fail("it was"))
+    monkeypatch.setattr(closing, "XZ_BYTES", 10)
+    monkeypatch.setattr(closing, "xz_bits_per_byte", lambda text: pytest.fail("it was"))
     summary = train(run_config(out=tmp_path / "a", train__steps=2), listen())
     assert summary["xz_bits_per_byte"] is None
     TrainConsole(quiet=True).summary(summary)

@@ -33,7 +33,7 @@ def run(flags: argparse.Namespace) -> int:
     """Prints prompt and continuation."""
     from nativerank.data.tokenizer import end_of_text_id, load_tokenizer
     from nativerank.hub.generate import generate
-    from nativerank.hub.load import TOKENIZER, load
+    from nativerank.hub.load import TOKENIZER, load, model_folder
 
     folder = model_folder(Path(flags.model))
     if not (folder / TOKENIZER).exists():
@@ -57,20 +57,3 @@ def run(flags: argparse.Namespace) -> int:
     else:
         sys.stdout.write(f"{flags.prompt}{text}\n")
     return 0
-
-
-def model_folder(path: Path) -> Path:
-    """The folder with the weights: the path itself, or the model/ of a run folder.
-
-    Raises:
-        ValueError: there is no such folder, or the run has not finished.
-    """
-    if not path.is_dir():
-        raise ValueError(f"no such folder: {path}")
-    if (path / "config.json").exists():
-        return path
-    if (path / "model").is_dir():
-        return path / "model"
-    if (path / "metrics.jsonl").exists():
-        raise ValueError(f"the run in {path} has not finished, so it has no model/ yet; continue it with --resume auto")
-    raise ValueError(f"{path} is neither a run nor a model folder")

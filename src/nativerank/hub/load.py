@@ -24,12 +24,12 @@ def load(folder: str | Path) -> nn.Module:
     """The model saved in a folder, in evaluation mode on the CPU.
 
     Args:
-        folder: written by `nativerank.save`, the `model/` folder of a run, or a stock Hugging Face folder.
+        folder: a run folder, one written by `nativerank.save`, or a stock Hugging Face folder.
 
     Raises:
         ValueError: not a model folder, a damaged file, or tensors that do not fit the config.
     """
-    folder = Path(folder)
+    folder = model_folder(Path(folder))
     config = read_config(folder)
     if config.get("model_type") != MODEL_TYPE:
         return _filled(skeleton(read_hf_config(str(folder))), folder)
@@ -39,6 +39,23 @@ def load(folder: str | Path) -> nn.Module:
     model = skeleton(make_hf_config(config["base"], folder / CONFIG))
     factorize_modules(model, kind=config["kind"], overrides=config["ranks"], include=list(config["ranks"]))
     return _filled(model, folder)
+
+
+def model_folder(path: Path) -> Path:
+    """The folder with the weights: the path itself, or the model/ of a run folder.
+
+    Raises:
+        ValueError: there is no such folder, or the run has not finished.
+    """
+    if not path.is_dir():
+        raise ValueError(f"no such folder: {path}")
+    if (path / CONFIG).exists():
+        return path
+    if (path / "model").is_dir():
+        return path / "model"
+    if (path / "metrics.jsonl").exists():
+        raise ValueError(f"the run in {path} has not finished, so it has no model/ yet; continue it with --resume auto")
+    raise ValueError(f"{path} is neither a run nor a model folder")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -57,8 +74,9 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def tokenizer_fingerprint(folder: Path) -> str | None:
-    """The hash of a model folder's tokenizer, comparable with a data folder's, or None without one."""
-    return tokenizer_hash(load_tokenizer(folder / TOKENIZER)) if (folder / TOKENIZER).exists() else None
+    """The hash of a model's or run's tokenizer, comparable with a data folder's, or None without one."""
+    file = model_folder(folder) / TOKENIZER
+    return tokenizer_hash(load_tokenizer(file)) if file.exists() else None
 
 
 def _filled(model: nn.Module, folder: Path) -> nn.Module:

@@ -169,7 +169,8 @@ def _check(group: dict[str, Any]) -> None:
         raise ValueError(f"unknown optimizer option {sorted(unknown)[0]!r}; known are {', '.join(DEFAULTS)}")
     options = {**DEFAULTS, **group}
     if options["lr"] < 0 or options["weight_decay"] < 0 or options["eps"] <= 0:
-        raise ValueError(f"lr and weight_decay must be >= 0 and eps > 0, got {group}")
+        got = ", ".join(f"{k} {options[k]}" for k in ("lr", "weight_decay", "eps"))
+        raise ValueError(f"lr and weight_decay must be >= 0 and eps > 0, got {got}")
     if not all(0 <= x < 1 for x in (*options["betas"], options["momentum"])):
         raise ValueError(f"betas and momentum must lie in [0, 1), got {options['betas']}, {options['momentum']}")
     if options["power_iterations"] < 1:

@@ -10,64 +10,42 @@ one thread count). SIGINT and SIGTERM finish the step, save, and raise `Interrup
 """
 
 import os
-import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import yaml
-from tokenizers import Tokenizer
-from torch import nn
 
-from nativerank.config import RunConfig, differences, from_dict, to_dict
+from nativerank.config import RunConfig
 from nativerank.data.loader import Loader, document_positions
 from nativerank.data.shards import Dataset
-from nativerank.evaluate.loss import Loss, validation_loss, xz_bits_per_byte
+from nativerank.evaluate.loss import Loss, validation_loss
 from nativerank.evaluate.probes import probe, probed_names
-from nativerank.hub.generate import generate
 from nativerank.hub.save import save as save_model
 from nativerank.layers import init_seed
 from nativerank.models import count_parameters
 from nativerank.optim.roles import factor_modules
 from nativerank.optim.schedule import multiplier
 from nativerank.train import checkpoint
+from nativerank.train.closing import sample_text, xz_of_validation
+from nativerank.train.folder import refuse_or_resume, write_config
 from nativerank.train.guard import Diverged, Guard
 from nativerank.train.metrics import JsonLines, TensorBoard, Tracker, require_tensorboard
 from nativerank.train.profile import Profiler
 from nativerank.train.setup import (
     Built,
     build,
+    compile_blocks,
     data_fingerprint,
     open_data,
     resolve,
     tokens_per_step,
     versions,
 )
+from nativerank.train.signals import Interrupted, catch_signals
 from nativerank.train.step import Batch, train_step
-
-CONFIG = "config.yaml"
-PARTIAL_CONFIG = f".{CONFIG}.partial"
-PROMPT_TOKENS = 16  # of the validation text, for the sample at the end
-XZ_BYTES = 1 << 25  # text longer than this is not handed to xz, which would take minutes
-# What may differ between a run and its continuation: none of it changes the next step's numbers, except the number
-# of steps, through the schedule, which is how a finished run is extended.
-FREE: tuple[str, ...] = (
-    "out",
-    "resume",
-    "device",
-    "compile",
-    "track",
-    "profile",
-    "data.path",
-    "guard",
-    "train.steps",
-    "train.tokens",
-)
-FREE += ("train.eval_every", "train.eval_tokens", "train.checkpoint_every", "train.keep", "train.probe_every")
 
 
 class Listener(Protocol):
@@ -80,14 +58,6 @@ class Listener(Protocol):
     def row(self, row: dict[str, Any]) -> None: ...
 
     def say(self, message: str) -> None: ...
-
-
-class Interrupted(Exception):
-    """A signal ended the run after a saved step."""
-
-    def __init__(self, signum: int, step: int, out: Path):
-        super().__init__(f"stopped after step {step}")
-        self.signum, self.step, self.out = signum, step, out
 
 
 def train(config: RunConfig, listener: Listener) -> dict[str, Any]:
@@ -117,66 +87,6 @@ def train(config: RunConfig, listener: Listener) -> dict[str, Any]:
         return run.to_the_end(stopping)
 
 
-def refuse_or_resume(config: RunConfig, out: Path) -> None:
-    """Decides whether the run folder may be used.
-
-    Raises:
-        ValueError: it holds another run, or a run and resuming was not asked for.
-    """
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file; choose another --out")
-    if not out.exists() or all(path.name == PARTIAL_CONFIG for path in out.iterdir()):
-        if config.resume not in ("auto", "never") and not Path(config.resume).is_dir():
-            raise ValueError(f"--resume {config.resume}: no such checkpoint folder")
-        return
-    if not (out / CONFIG).is_file():
-        raise ValueError(f"{out} exists and is not a run folder; choose another --out")
-    if config.resume == "never":
-        raise ValueError(f"{out} already holds a run; continue it with --resume auto, or choose another --out")
-    before = read_config(out)
-    changed = [key for key in differences(before, config) if not key.startswith(FREE)]
-    if changed:
-        raise ValueError(f"{out} holds another run: {', '.join(changed)} differ; choose another --out")
-
-
-def read_config(out: Path) -> RunConfig:
-    """The resolved configuration that a run folder keeps.
-
-    Raises:
-        ValueError: it is damaged, or of a version with other keys.
-    """
-    try:
-        values = yaml.safe_load((out / CONFIG).read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError("it holds no keys")
-        return from_dict(RunConfig, values)
-    except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"cannot read {out / CONFIG}: {' '.join(str(error).split())}") from None
-
-
-@contextmanager
-def catch_signals() -> Iterator[Callable[[], int | None]]:
-    """While inside, SIGINT and SIGTERM are remembered instead of obeyed; a second one acts at once."""
-    caught: list[int] = []
-    previous: dict[int, Any] = {}
-
-    def remember(signum: int, frame: Any) -> None:
-        caught.append(signum)
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-    try:
-        for wanted in (signal.SIGINT, signal.SIGTERM):
-            previous[wanted] = signal.signal(wanted, remember)
-    except ValueError:  # not the main thread: whoever runs us there handles signals
-        previous.clear()
-    try:
-        yield lambda: caught[0] if caught else None
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
 class Run:
     """The moving parts of one run: what a checkpoint holds, and the means to go on from there."""
 
@@ -200,7 +110,7 @@ class Run:
         damaged: list[str] = []
         resumed = self._resume(damaged.append)
         out.mkdir(parents=True, exist_ok=True)
-        self._write_config()
+        write_config(config, out)
         self.trackers.append(JsonLines(out, self.step))
         if config.track == "tensorboard":
             self.trackers.append(TensorBoard(out, self.step))
@@ -403,13 +313,6 @@ class Run:
         self.saved_at = self.step if newest and newest.step == self.step else None
         return path
 
-    def _write_config(self) -> None:
-        header = "".join(f"# {name}: {value}\n" for name, value in versions().items())
-        text = header + yaml.safe_dump(to_dict(replace(self.config, out=str(self.out))), sort_keys=False)
-        partial = self.out / PARTIAL_CONFIG
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(self.out / CONFIG)
-
     # -- begin and end ----------------------------------------------------------------------------------------
 
     def _announce(self, resumed: Path | None) -> None:
@@ -442,9 +345,8 @@ class Run:
         loss = self._validate(None)
         if self.saved_at != self.step:
             self._save(loss.nats)
-        tokenizer = self.dataset.tokenizer()
-        save_model(self.model, self.out / "model", tokenizer=tokenizer, replace=True)
-        prompt, sample = self._sample(tokenizer)
+        save_model(self.model, self.out / "model", tokenizer=self.dataset.tokenizer(), replace=True)
+        prompt, sample = sample_text(self.model, self.dataset, self.config)
         summary = {
             "event": "end",
             "step": self.step,
@@ -452,7 +354,7 @@ class Run:
             "val_loss": loss.nats,
             "perplexity": loss.perplexity,
             "bits_per_byte": loss.bits_per_byte,
-            "xz_bits_per_byte": self._xz(tokenizer),
+            "xz_bits_per_byte": xz_of_validation(self.dataset),
             "val_tokens": loss.tokens,
             "prompt": prompt,
             "sample": sample,
@@ -463,38 +365,9 @@ class Run:
             tracker.row(summary)
         return summary
 
-    def _xz(self, tokenizer: Tokenizer) -> float | None:
-        """What a compressor needs for the text that was just predicted, None if that is too long to ask."""
-        val = self.dataset.split("val")
-        if val.text_bytes > XZ_BYTES:
-            return None
-        ids = [int(i) for i in val.read(0, val.tokens) if i != self.dataset.eot_id]
-        return xz_bits_per_byte(tokenizer.decode(ids, skip_special_tokens=False).encode())
-
-    def _sample(self, tokenizer: Tokenizer) -> tuple[str, str]:
-        """The first tokens of the validation text and how the model goes on; empty in a context too short for both."""
-        val, context = self.dataset.split("val"), self.config.train.context
-        assert context
-        # Text cut inside a character is encoded with up to three tokens for one, hence the quarter.
-        length = min(PROMPT_TOKENS, context // 4, val.tokens - 1)
-        prompt = tokenizer.decode([int(i) for i in val.read(1, length)])
-        if context < 8:
-            return prompt, ""
-        seed = self.config.train.seed
-        return prompt, generate(self.model, tokenizer, prompt, eot_id=self.dataset.eot_id, seed=seed)
-
     def close(self) -> None:
         """Ends the records."""
         if self.profiler:
             self.profiler.close()
         for tracker in self.trackers:
             tracker.close()
-
-
-def compile_blocks(model: nn.Module) -> None:
-    """torch.compile of each repeated block: the members of the first ModuleList, which share one compilation."""
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList):
-            for block in module:
-                block.compile()
-            return

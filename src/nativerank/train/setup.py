@@ -13,14 +13,14 @@ import torch
 import transformers
 from torch import nn
 
-from nativerank.config import RunConfig
+from nativerank.config import RankConfig, RunConfig, TrainConfig, differences
 from nativerank.data.demo import prepared_demo
 from nativerank.data.shards import Dataset
 from nativerank.evaluate.loss import check_document_mask
 from nativerank.hub.load import load, tokenizer_fingerprint
-from nativerank.layers import FactorizeReport
+from nativerank.layers import DEFAULT_RATIO, FactorizeReport
 from nativerank.methods import build_optimizer, default_rates, factorize, find_method
-from nativerank.models import DENSE, find_preset, hf_config, materialize, read_hf_config, skeleton
+from nativerank.models import DENSE, Preset, find_preset, hf_config, materialize, read_hf_config, skeleton
 from nativerank.optim.optimizer import LowRankOptimizer
 from nativerank.version import __version__
 
@@ -52,27 +52,9 @@ def resolve(config: RunConfig) -> RunConfig:
         raise ValueError(
             f"preset {config.model.preset} is dense and method {method_name} is not; drop {DENSE} or --method"
         )
-    train, rank = config.train, config.rank
-    if train.steps is not None and train.tokens is not None:
-        raise ValueError(f"give train.steps or train.tokens, not both: {train.steps}, {train.tokens}")
-    if rank.ratio is not None and rank.value is not None:
-        raise ValueError(f"give rank.ratio or rank.value, not both: {rank.ratio}, {rank.value}")
     check_bounds(config)
-    train = replace(
-        train,
-        batch_size=train.batch_size or preset.batch_size,
-        accumulation=train.accumulation or (1 if train.batch_size else preset.accumulation),
-        context=train.context or preset.context,
-    )
-    if train.tokens is not None:
-        train = replace(train, steps=math.ceil(train.tokens / tokens_per_step(train)), tokens=None)
-    train = replace(train, steps=train.steps or preset.steps)
-    if method.layer and rank.ratio is None and rank.value is None:
-        own = config.model.config is None
-        rank = replace(rank, value=preset.value if own else None, ratio=(preset.ratio if own else None))
-        rank = rank if rank.value or rank.ratio else replace(rank, ratio=0.25)
-    swept = "" if config.model.config else config.model.preset.removesuffix(DENSE)
-    rates = default_rates(method_name, swept)
+    own_architecture = config.model.config is not None
+    rates = default_rates(method_name, "" if own_architecture else config.model.preset.removesuffix(DENSE))
     optim, model = config.optim, config.model
     optim = replace(
         optim,
@@ -81,24 +63,59 @@ def resolve(config: RunConfig) -> RunConfig:
         nesterov=method.options.get("nesterov", False) if optim.nesterov is None else optim.nesterov,
         shape_scale=optim.shape_scale or method.options.get("shape_scale", "none"),
     )
-    model = replace(
-        model,
-        init_scale=rates.init_scale if model.init_scale is None else model.init_scale,
-        embedding_std=preset.embedding_std if model.embedding_std is None and not model.config else model.embedding_std,
-    )
+    if model.init_scale is None:
+        model = replace(model, init_scale=rates.init_scale)
+    if model.embedding_std is None and not own_architecture:
+        model = replace(model, embedding_std=preset.embedding_std)
+    name = Path(model.config).stem if model.config else model.preset
     return replace(
         config,
         method=method_name,
         model=model,
-        rank=rank,
+        rank=resolve_rank(config, preset, method_name),
         optim=optim,
-        train=train,
-        out=config.out
-        or free_folder(
-            f"{Path(config.model.config).stem if config.model.config else config.model.preset}-{method_name}"
-        ),
+        train=resolve_train(config, preset),
+        out=config.out or free_folder(f"{name}-{method_name}"),
         device=config.device or ("cuda" if torch.cuda.is_available() else "cpu"),
     )
+
+
+def resolve_train(config: RunConfig, preset: Preset) -> TrainConfig:
+    """Batch, context and number of steps: the preset's where they are not given; the context fits the model."""
+    train = config.train
+    if train.steps is not None and train.tokens is not None:
+        raise ValueError(f"give train.steps or train.tokens, not both: {train.steps}, {train.tokens}")
+    context = train.context or preset.context
+    if config.model.config and not train.context:
+        limit = getattr(read_hf_config(config.model.config).get_text_config(), "max_position_embeddings", None)
+        context = min(context, limit or context)
+    train = replace(
+        train,
+        batch_size=train.batch_size or preset.batch_size,
+        accumulation=train.accumulation or (1 if train.batch_size else preset.accumulation),
+        context=context,
+    )
+    if train.tokens is not None:
+        return replace(train, steps=math.ceil(train.tokens / tokens_per_step(train)), tokens=None)
+    return replace(train, steps=train.steps or preset.steps)
+
+
+def resolve_rank(config: RunConfig, preset: Preset, method: str) -> RankConfig:
+    """The preset's rank where none is given; a quarter of the width for other architectures."""
+    rank = config.rank
+    if find_method(method).layer is None:
+        if rank != RankConfig():
+            raise ValueError(
+                f"{method} keeps dense matrices, so rank.{differences(rank, RankConfig())[0]} has no meaning"
+            )
+        return rank
+    if rank.ratio is not None and rank.value is not None:
+        raise ValueError(f"give rank.ratio or rank.value, not both: {rank.ratio}, {rank.value}")
+    if rank.ratio is not None or rank.value is not None:
+        return rank
+    if config.model.config or preset.value is None:
+        return replace(rank, ratio=DEFAULT_RATIO if config.model.config else preset.ratio)
+    return replace(rank, value=preset.value)
 
 
 def check_bounds(config: RunConfig) -> None:
@@ -242,6 +259,15 @@ def _initial_model(config: RunConfig, dataset: Dataset) -> tuple[nn.Module, None
             f"{config.init} was trained with another tokenizer than the data in {dataset.path} was made with"
         )
     return model, None
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """torch.compile of each repeated block: the members of the first ModuleList, which share one compilation."""
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList):
+            for block in module:
+                block.compile()
+            return
 
 
 def git_commit(folder: Path) -> str:

@@ -1,0 +1,37 @@
+"""What a run says at its end besides its loss: a sample, and what a compressor needs for the same text."""
+
+from contextlib import nullcontext
+
+import torch
+from torch import nn
+
+from nativerank.config import RunConfig
+from nativerank.data.shards import Dataset
+from nativerank.evaluate.loss import xz_bits_per_byte
+from nativerank.hub.generate import generate
+
+PROMPT_TOKENS = 16  # of the validation text
+XZ_BYTES = 1 << 25  # text longer than this is not handed to xz, which would take minutes
+
+
+def xz_of_validation(dataset: Dataset) -> float | None:
+    """Bits per byte that `xz -9` needs for the validation text, None if that is too long to ask."""
+    val = dataset.split("val")
+    if val.text_bytes > XZ_BYTES:
+        return None
+    ids = [int(i) for i in val.read(0, val.tokens) if i != dataset.eot_id]
+    return xz_bits_per_byte(dataset.tokenizer().decode(ids, skip_special_tokens=False).encode())
+
+
+def sample_text(model: nn.Module, dataset: Dataset, config: RunConfig) -> tuple[str, str]:
+    """The first tokens of the validation text and how the model goes on; empty in a context too short for both."""
+    val, context, tokenizer = dataset.split("val"), config.train.context, dataset.tokenizer()
+    assert context
+    # Text cut inside a character is encoded with up to three tokens for one, hence the quarter.
+    length = min(PROMPT_TOKENS, context // 4, val.tokens - 1)
+    prompt = tokenizer.decode([int(i) for i in val.read(1, length)])
+    if context < 8:
+        return prompt, ""
+    # Generation's growing shapes would make compiled blocks compile again for every token.
+    with torch.compiler.set_stance("force_eager") if config.compile else nullcontext():
+        return prompt, generate(model, tokenizer, prompt, eot_id=dataset.eot_id, seed=config.train.seed)

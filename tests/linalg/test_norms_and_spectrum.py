@@ -102,3 +102,14 @@ def test_product_spectrum_of_degenerate_factors():
 def test_gram_root_preserves_lengths():
     X, y = torch.randn(30, 5, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
     assert_close((gram_root(X) @ y).norm(), (X @ y).norm())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_gives_nan_and_leaves_its_neighbours_alone(bad):
+    X = torch.randn(3, 20, 4)
+    X[1, 5, 2] = bad
+    B = torch.randn(3, 10, 4)
+    sigma, spectrum = spectral_norm(X), product_spectrum(X, B)
+    assert torch.isnan(sigma[1]) and torch.isnan(spectrum[1]).all()
+    assert_close(sigma[[0, 2]], torch.linalg.matrix_norm(X[[0, 2]], 2), rtol=1e-5, atol=0)
+    assert_close(spectrum[[0, 2]], torch.linalg.svdvals((X @ B.mT)[[0, 2]].double())[..., :4], rtol=1e-5, atol=1e-5)

@@ -96,3 +96,14 @@ def test_errors_name_the_value():
         orthogonalize(torch.ones(3, 2), steps=0)
     with pytest.raises(ValueError, match="must be tall"):
         orthogonalize(torch.ones(2, 3), reduce=lambda G: G)
+
+
+@pytest.mark.parametrize(
+    "method, steps, low, high",
+    [("newton-schulz", 5, 0.67, 1.21), ("polar-express", 5, 0.85, 1.13), ("polar-express", 7, 0.99, 1.01)],
+)
+def test_singular_values_land_where_the_docstring_says(method, steps, low, high):
+    for smallest in (0.02, 0.1, 0.5):
+        M = with_spectrum(200, 2, [1.0, smallest * 1.02]).float()  # so that s / ||M||_F >= smallest
+        sigma = torch.linalg.svdvals(orthogonalize(M, method, steps).double())
+        assert low <= sigma.min() and sigma.max() <= high, sigma

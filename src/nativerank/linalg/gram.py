@@ -22,12 +22,12 @@ def full_precision(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
+    matmul = torch.backends.cuda.matmul  # allow_tf32, the older name, raises once a user has touched the newer one
+    before, matmul.fp32_precision = matmul.fp32_precision, "ieee"
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        matmul.fp32_precision = before
 
 
 def at_least_float32(X: Tensor) -> Tensor:
@@ -51,9 +51,21 @@ def gram(X: Tensor, reduce: Reduce | None = None) -> Tensor:
 def gram_root(X: Tensor, reduce: Reduce | None = None) -> Tensor:
     """Some S (..., r, r) in float64 with S^T S = X^T X, so that X y and S y have the same length for every y.
 
-    From the eigenvalues of the float64 Gram matrix: works for zero and rank-deficient X, where Cholesky stops.
+    From the eigenvalues of the float64 Gram matrix: works for zero and rank-deficient X, where Cholesky stops; NaN for
+    an X that is not finite.
     Singular values of X below about 1e-8 of the largest are lost. MPS has no float64, so there it runs on the CPU.
     """
     X = X.cpu() if X.device.type == "mps" else X
-    eigenvalues, vectors = torch.linalg.eigh(gram(X.double(), reduce))
-    return eigenvalues.clamp_min(0).sqrt().unsqueeze(-1) * vectors.mT
+    G, finite = split_finite(gram(X.double(), reduce))
+    eigenvalues, vectors = torch.linalg.eigh(G)
+    root = eigenvalues.clamp_min(0).sqrt().unsqueeze(-1) * vectors.mT
+    return root.masked_fill(~finite[..., None, None], torch.nan)
+
+
+def split_finite(G: Tensor) -> tuple[Tensor, Tensor]:
+    """(G with zeros in the place of matrices that are not finite, which of them (...) are).
+
+    Eigenvalue routines raise on NaN and infinity; whoever calls them puts NaN back where it belongs.
+    """
+    finite = G.isfinite().all(-1).all(-1)
+    return G.masked_fill(~finite[..., None, None], 0.0), finite

@@ -10,18 +10,19 @@ warm by a few percent, because X moves little in one step.
 import torch
 from torch import Tensor
 
-from nativerank.linalg.gram import Reduce, at_least_float32, gram
+from nativerank.linalg.gram import Reduce, at_least_float32, full_precision, gram, split_finite
 
 
 def spectral_norm(X: Tensor, reduce: Reduce | None = None) -> Tensor:
-    """sigma_max (...) of X (..., d, r), exact up to rounding (relative error about r eps)."""
+    """sigma_max (...) of X (..., d, r), exact up to rounding (relative error about r eps); NaN where X is not finite."""
     if X.shape[-2] < X.shape[-1]:
         if reduce:
             raise ValueError("a sharded matrix must be tall: pass its transpose")
         X = X.mT
-    G = gram(X, reduce)
+    G, finite = split_finite(gram(X, reduce))
     on_host = G.cpu() if G.device.type == "mps" else G  # MPS has no eigenvalues
-    return torch.linalg.eigvalsh(on_host)[..., -1].clamp_min(0).sqrt().to(G.device)
+    sigma = torch.linalg.eigvalsh(on_host)[..., -1].clamp_min(0).sqrt().to(G.device)
+    return sigma.masked_fill(~finite, torch.nan)
 
 
 def power_iteration(X: Tensor, u: Tensor, steps: int = 1, reduce: Reduce | None = None) -> tuple[Tensor, Tensor]:
@@ -40,13 +41,14 @@ def power_iteration(X: Tensor, u: Tensor, steps: int = 1, reduce: Reduce | None 
     total = reduce or (lambda t: t)
     X = at_least_float32(X)
     w = u.to(X.dtype).unsqueeze(-1)
-    v = _normalised(total(X.mT @ w))
-    for _ in range(steps):
-        Xv = X @ v
-        length = total(Xv.square().sum((-2, -1), keepdim=True)).sqrt()
-        w = torch.where(length > 0, Xv / length.clamp_min(_tiny(X)), w)
-        Xw = total(X.mT @ w)
-        v = _normalised(Xw)
+    with full_precision(X.device):
+        v = _normalised(total(X.mT @ w))
+        for _ in range(steps):
+            Xv = X @ v
+            length = total(Xv.square().sum((-2, -1), keepdim=True)).sqrt()
+            w = torch.where(length > 0, Xv / length.clamp_min(_tiny(X)), w)
+            Xw = total(X.mT @ w)
+            v = _normalised(Xw)
     sigma = (Xw * v).sum((-2, -1))  # u^T X v
     return sigma, w.squeeze(-1).to(u.dtype)
 

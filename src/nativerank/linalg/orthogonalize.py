@@ -6,13 +6,15 @@ An odd polynomial of M is M times a polynomial of G = M^T M. All iterations ther
 product M Q follows, against two tall products per step in the usual form: 2 d r^2 + O(steps r^3) + 2 d r^2 FLOPs
 instead of about 6 steps d r^2. M (..., d, r), d >= r; wide matrices are transposed.
 
-Where the singular values land, for s / ||M||_F in [1e-3, 1]:
-    newton-schulz, 5 steps   0.68 to 1.21 (small s below that); coefficients of Muon (Jordan et al. 2024)
-    polar-express, 5 steps   up to 1.13;  7 steps: 1 +- 2e-3; coefficients of Amsel et al. 2025 (arXiv 2505.16932)
+Where the singular values s of M land, for s >= 0.02 ||M||_F (smaller ones land lower, zero stays zero):
+    newton-schulz, 5 steps   0.68 to 1.21   coefficients of Muon (Jordan et al. 2024)
+    polar-express, 5 steps   0.85 to 1.13   coefficients of Amsel et al. 2025 (arXiv 2505.16932)
+    polar-express, 7 steps   0.99 to 1.01
 
 Rounding: G carries errors of about eps trace(G), so a rank-deficient M has slightly negative eigenvalues there, which
 an aggressive polynomial magnifies without bound (1e10 was seen). A ridge of `RIDGE` eps on the normalised G keeps
-them positive; then f stays bounded for every input, and only s below about 1e-3 ||M||_F feel it.
+them positive; then f stays bounded for every input. It lowers f by half for s near 1e-3 ||M||_F in float32 and by 1%
+at 1e-2 ||M||_F. In float32 the squares in G want ||M||_F between 1e-18 and 1e18.
 `orthogonalize_plain` is the textbook form in float64 and the oracle of the tests.
 """
 

@@ -9,18 +9,19 @@ Values below about 1e-8 ||A|| ||B|| are lost to rounding.
 import torch
 from torch import Tensor
 
-from nativerank.linalg.gram import Reduce, gram_root
+from nativerank.linalg.gram import Reduce, gram_root, split_finite
 
 
 def product_spectrum(A: Tensor, B: Tensor, reduce: Reduce | None = None) -> Tensor:
-    """The r largest singular values (..., r) of A B^T, descending, in float64.
+    """The r largest singular values (..., r) of A B^T, descending, in float64; NaN where a factor is not finite.
 
     Args:
         A: (..., m, r).
         B: (..., n, r).
         reduce: sums Gram matrices over the processes that hold the other rows of A and B.
     """
-    return torch.linalg.svdvals(gram_root(A, reduce) @ gram_root(B, reduce).mT)
+    S, finite = split_finite(gram_root(A, reduce) @ gram_root(B, reduce).mT)
+    return torch.linalg.svdvals(S).masked_fill(~finite[..., None], torch.nan)
 
 
 def stable_rank(spectrum: Tensor) -> Tensor:

@@ -95,7 +95,7 @@ def factorize(
     Args:
         model: the module whose layers are replaced.
         method: a low-rank row of the method table; it decides the layer kind.
-        rank_ratio: r = int(ratio * d_in), see RankConfig; 0.25 when neither ratio nor rank is given.
+        rank_ratio: r = int(ratio * d_in), see RankConfig; a quarter when neither ratio nor rank is given.
         rank: one rank for all.
         rank_rule: "auto" or "code".
         include, exclude: glob patterns over module names (or dotted suffixes of them).
@@ -114,8 +114,6 @@ def factorize(
         raise ValueError(f"{method} keeps dense matrices; factorize takes a low-rank method")
     if rank is not None and rank_ratio is not None:
         raise ValueError(f"give rank or rank_ratio, not both: rank={rank}, rank_ratio={rank_ratio}")
-    if rank is None and rank_ratio is None:
-        rank_ratio = 0.25
     return factorize_modules(
         model,
         kind=row.layer,

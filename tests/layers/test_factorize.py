@@ -174,3 +174,13 @@ def test_a_zero_weight_is_reported_because_it_cannot_learn():
 def test_importing_the_room_does_not_load_transformers():
     code = "import sys, nativerank.layers; assert 'transformers' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_weight_that_is_not_finite_is_named_and_nothing_is_replaced():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    with torch.no_grad():
+        model[1].weight[2, 3] = float("nan")
+    before = [type(m) for m in model]
+    with pytest.raises(ValueError, match="1 holds NaN or infinity"):
+        factorize_modules(model, value=2)
+    assert [type(m) for m in model] == before and model[0].weight is not None

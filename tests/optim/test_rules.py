@@ -225,8 +225,53 @@ def test_state_exists_before_the_first_step_and_is_complete():
         ({"rule": "muon", "lrr": 1.0}, "'lrr'"),
         ({"rule": "spectron", "power_iterations": 0}, "got 0"),
         ({"rule": "spectron", "norm": "frobenius"}, "'frobenius'"),
+        ({"rule": "muon", "orthogonalizer": "svd"}, "'svd'"),
+        ({"rule": "spectron", "orthogonalizer_steps": 0}, "got 0"),
+        ({"rule": "spectron", "shape_scale": "rms"}, "'rms'"),
     ],
 )
 def test_bad_options_are_named(group, message):
     with pytest.raises(ValueError, match=message):
         LowRankOptimizer([{"params": pair_problem()[0], **group}])
+
+
+@pytest.mark.parametrize("rule", ["spectron", "muon"])
+def test_small_stacks_give_what_large_ones_give(rule, monkeypatch):
+    """Splitting equal shapes over several stacks is a matter of memory alone."""
+    results = []
+    for limit in (1 << 25, 1):
+        monkeypatch.setattr("nativerank.optim.optimizer.STACK_BYTES", limit)
+        factors, loss = pair_problem(pairs=3)
+        run(LowRankOptimizer([{"params": factors, "rule": rule, "lr": 0.1}]), loss, 4)
+        results.append([p.detach() for p in factors])
+    assert_close(*results)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("rule", ["spectron", "muon", "adamw"])
+def test_cuda_gives_what_the_cpu_gives(rule):
+    results = []
+    for device in ("cpu", "cuda"):
+        factors, loss = pair_problem()
+        moved = [nn.Parameter(p.detach().to(device)) for p in factors]
+        optimizer = LowRankOptimizer([{"params": moved, "rule": rule, "lr": 0.1}])
+        for _ in range(4):
+            for p, q in zip(factors, moved, strict=True):
+                p.data, p.grad = q.detach().cpu(), None
+            loss().backward()
+            for p, q in zip(factors, moved, strict=True):
+                q.grad = p.grad.to(device)
+            optimizer.step()
+            optimizer.load_state_dict(optimizer.state_dict())
+        results.append([p.detach().cpu() for p in moved])
+    assert_close(*results)
+
+
+def test_infinite_gradients_never_raise():
+    """A guard or a scaler decides what to do about them; the optimizer must not stop the program."""
+    factors, _ = pair_problem()
+    optimizer = LowRankOptimizer([{"params": factors, "rule": "spectron", "lr": 0.1, "certified": True}])
+    for p in factors:
+        p.grad = torch.full_like(p, float("inf"))
+    optimizer.step()
+    assert any(torch.isnan(p).any() for p in factors)

@@ -82,10 +82,19 @@ def factorize_modules(
     if require_all and not include:
         check_nothing_large_stays(model, exclude)
     ranks = plan_ranks(matrices, ratio, value, rule, overrides or {})
+    if init is not None:
+        check_finite(matrices)
     surgeon = _Surgeon(model, KINDS[kind], init, seed)
     before = _num_parameters(model)
     entries = tuple(surgeon.replace(matrix, ranks[name]) for name, matrix in matrices.items())
     return FactorizeReport(entries, before, _num_parameters(model))
+
+
+def check_finite(matrices: Mapping[str, Matrix]) -> None:
+    """Refuses weights that cannot be truncated, before any of them is replaced."""
+    for name, matrix in matrices.items():
+        if matrix.weight.device.type != "meta" and not bool(torch.isfinite(matrix.weight).all()):
+            raise ValueError(f"{name} holds NaN or infinity, so it cannot be factorized")
 
 
 def plan_ranks(

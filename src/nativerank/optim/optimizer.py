@@ -1,35 +1,33 @@
 """The one optimizer: every parameter in exactly one group, every group with one update rule.
 
-A group's `rule` names an entry of `rules.RULES`. Matrices of equal shape are updated as one stack: the momentum of a
-stack is stored side by side and each parameter's state is a view of it, so that state_dict() looks like any other
-optimizer's and no gathering happens at a step. Gradients are never written, state exists from construction on, and
-no value is read back to the host.
+A group's `rule` names an entry of `rules.RULES`. Matrices of equal shape are updated as one stack: their state is
+stored side by side for good and each parameter's state is a view of it, so that state_dict() looks like any other
+optimizer's; gradients, and the weights where a rule needs them, are copied side by side at a step, in stacks of at
+most STACK_BYTES, beyond which stacking stops paying. Gradients are never written, state exists from construction on,
+and no value is read back to the host.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from nativerank.optim.rules import RULES, Options, Rule, Stack, State, initial_state
+from nativerank.config import OptimConfig
+from nativerank.linalg.gram import full_precision
+from nativerank.linalg.orthogonalize import coefficients
+from nativerank.optim.rules import RULES, Options, Rule, Stack, State, initial_state, shape_scale, step_device
 
-DEFAULTS: dict[str, Any] = {
-    "lr": 1e-3,
-    "weight_decay": 0.0,
-    "betas": (0.9, 0.95),
-    "eps": 1e-8,
-    "momentum": 0.95,
-    "nesterov": False,
-    "shape_scale": "none",
-    "orthogonalizer": "newton-schulz",
-    "orthogonalizer_steps": 5,
-    "norm": "power",
-    "power_iterations": 1,
-    "certified": False,
-}
+# Shared with the configuration, which is their one home; what a method decides is set here for direct use.
+RULE_OPTIONS = (
+    *("weight_decay", "betas", "eps", "momentum", "norm", "power_iterations", "certified"),
+    *("orthogonalizer", "orthogonalizer_steps"),
+)
+DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(OptimConfig) if f.name in RULE_OPTIONS}
+DEFAULTS |= {"lr": 1e-3, "nesterov": False, "shape_scale": "none"}
+STACK_BYTES = 1 << 25  # of one side of a stack
 
 
 @dataclass
@@ -109,6 +107,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
+        for p, state in self.state.items():
+            if "step" in state:
+                state["step"] = state["step"].to(step_device(p))
         self._buckets = {}  # the loaded tensors are not views of our stacks any more: stack them again when needed
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -146,7 +147,10 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 unit = tuple(group["params"][start : start + width])
                 members.setdefault(tuple((p.shape, p.dtype, p.device) for p in unit), []).append(unit)
             self._buckets[index] = [
-                self._bucket([list(side) for side in zip(*units, strict=True)]) for units in members.values()
+                self._bucket([list(side) for side in zip(*units[i : i + size], strict=True)])
+                for units in members.values()
+                for size in [_members_per_stack(units[0])]
+                for i in range(0, len(units), size)
             ]
         return self._buckets[index]
 
@@ -159,6 +163,10 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 self.state[p].update({key: value[i] for key, value in stacked.items()})
             states.append(stacked)
         return Bucket(sides, states)
+
+
+def _members_per_stack(unit: tuple[Tensor, ...]) -> int:
+    return max(1, STACK_BYTES // max(p.numel() * p.element_size() for p in unit))
 
 
 def _check(group: dict[str, Any]) -> None:
@@ -175,6 +183,9 @@ def _check(group: dict[str, Any]) -> None:
         raise ValueError(f"betas and momentum must lie in [0, 1), got {options['betas']}, {options['momentum']}")
     if options["power_iterations"] < 1:
         raise ValueError(f"power_iterations must be at least 1, got {options['power_iterations']}")
+    if options["rule"] != "adamw":  # unknown names and counts below 1 are errors now, not at the first step
+        coefficients(options["orthogonalizer"], options["orthogonalizer_steps"])
+        shape_scale(options["shape_scale"], 1, 1)
     if options["norm"] not in ("power", "exact"):
         raise ValueError(f"norm must be power or exact, got {options['norm']!r}")
     if options["certified"] and options["rule"] != "spectron":
@@ -196,11 +207,13 @@ def _step_bucket(bucket: Bucket, rule: Rule, options: Options) -> None:
     sides = bucket.sides if everyone else [[side[i] for i in active] for side in bucket.sides]
     rows = None if everyone else torch.tensor(active, device=sides[0][0].device)
     states = bucket.states if rows is None else [{k: v[rows] for k, v in s.items()} for s in bucket.states]
-    stacks = [_stack(side, state, tall=i == 1) for i, (side, state) in enumerate(zip(sides, states, strict=True))]
+    pair = rule.kind == "pair"
+    stacks = [_stack(side, state, i == 1, pair) for i, (side, state) in enumerate(zip(sides, states, strict=True))]
     assert rule.update is not None
-    result = rule.update(*stacks, options)
-    changes = [result] if rule.kind == "matrix" else result[:2]
-    if rule.kind == "pair":
+    with full_precision(sides[0][0].device):
+        result = rule.update(*stacks, options)
+    changes = result[:2] if pair else [result]
+    if pair:
         bucket.record = result[2] if everyone else {}
     if rows is not None:
         for whole, part in zip(bucket.states, states, strict=True):
@@ -212,16 +225,17 @@ def _step_bucket(bucket: Bucket, rule: Rule, options: Options) -> None:
         torch._foreach_sub_(side, list((change.mT if i == 1 else change).to(side[0].dtype)))
 
 
-def _stack(side: list[Tensor], state: State, tall: bool) -> Stack:
-    """The parameters as a Stack; `tall` turns a `down` (r, d_in) into the view B (d_in, r), momentum included."""
-    weight, grad = torch.stack([p.detach() for p in side]), torch.stack([_gradient(p) for p in side])
+def _stack(side: list[Tensor], state: State, down: bool, with_weight: bool) -> Stack:
+    """The parameters as a Stack; a `down` (r, d_in) becomes the tall view B (d_in, r), momentum included."""
+    weight = _side_by_side([p.detach() for p in side]) if with_weight else None
+    grad = _side_by_side([p.grad for p in side if p.grad is not None])
     rows, cols = side[0].shape[-2:]
-    if tall:
-        weight, grad = weight.mT, grad.mT
+    if down:
+        weight, grad = None if weight is None else weight.mT, grad.mT
         state = {k: v.mT if k == "momentum" else v for k, v in state.items()}
     return Stack(weight, grad, state, (rows, cols))
 
 
-def _gradient(p: Tensor) -> Tensor:
-    assert p.grad is not None
-    return p.grad
+def _side_by_side(tensors: list[Tensor]) -> Tensor:
+    """A stack; of a single tensor a view, so that large matrices are not copied at all."""
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)

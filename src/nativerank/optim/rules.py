@@ -36,10 +36,10 @@ class Stack:
     """Equal-shaped matrices side by side: weight, grad and every state tensor start with the same batch dimensions.
 
     `shape` is that of the parameter as stored (rows, cols); the tensors of a factor are tall views (..., d, r).
-    Rules write to `state` in place and leave weight and grad alone.
+    `weight` is there for pair rules only. Rules write to `state` in place and leave weight and grad alone.
     """
 
-    weight: Tensor
+    weight: Tensor | None
     grad: Tensor
     state: State
     shape: tuple[int, int]
@@ -76,14 +76,14 @@ def muon(side: Stack, options: Options) -> Tensor:
 def spectron(A: Stack, B: Stack, options: Options) -> tuple[Tensor, Tensor, State]:
     """(D_A, D_B, record) for stacks of pairs A (n, ..., d_out, r), B (n, ..., d_in, r).
 
-    Both factors' r x r iterations run as one batch, and rho is folded into the r x r factor of the tall product, so
-    that the tall matrices are read three times in all: momentum, Gram, product. The record holds sigma_A, sigma_B
-    and rho (n, ...), left on the device.
+    Both factors' r x r iterations run as one batch, and rho is folded into the r x r factor of the tall product. The
+    record holds sigma_A, sigma_B and rho (n, ...), left on the device.
     """
+    assert A.weight is not None and B.weight is not None
     M_A, M_B = at_least_float32(averaged(A, options)), at_least_float32(averaged(B, options))
     G = torch.stack([gram(M_A), gram(M_B)])
     Q_A, Q_B = orthogonalizing_factor(G, options["orthogonalizer"], options["orthogonalizer_steps"])
-    sigma_A, sigma_B = factor_norm(A, options), factor_norm(B, options)
+    sigma_A, sigma_B = factor_norm(A.weight, A.state, options), factor_norm(B.weight, B.state, options)
     scale_A, scale_B = (shape_scale(options["shape_scale"], *side.shape) for side in (A, B))
     if options["certified"]:
         O_A, O_B = scale_A * (M_A @ Q_A), scale_B * (M_B @ Q_B)
@@ -110,18 +110,20 @@ def certified_rho(O_A: Tensor, O_B: Tensor, A: Tensor, B: Tensor, eta: float) ->
     (below 1e-9 for d r < 1e6) and that of rho O in float32 (below 1e-5 for r < 1e4) the factor MARGIN covers. Weight
     decay and the rounding of the stored factors after the step are outside the bound.
     """
-    c_A, c_B, a, b = (MARGIN * spectral_norm(X.double()) for X in (O_A, O_B, A, B))
+    # MPS has no float64: there the norms are measured on the host.
+    on_host = [X.cpu() if X.device.type == "mps" else X for X in (O_A, O_B, A, B)]
+    c_A, c_B, a, b = (MARGIN * spectral_norm(X.double()) for X in on_host)
     linear, quadratic = c_A * b + c_B * a, c_A * c_B
     root = 2 * eta / (linear + (linear.square() + 4 * quadratic * eta).sqrt()).clamp_min(torch.finfo(linear.dtype).tiny)
-    return torch.where(linear + quadratic > 0, root, 0.0).to(O_A.dtype)
+    return torch.where(linear + quadratic > 0, root, 0.0).to(O_A)
 
 
-def factor_norm(side: Stack, options: Options) -> Tensor:
+def factor_norm(X: Tensor, state: State, options: Options) -> Tensor:
     """sigma_max (n, ...) of the factors before their update; power iteration advances its state in place."""
     if options["norm"] == "exact":
-        return spectral_norm(side.weight)
-    sigma, u = power_iteration(side.weight, side.state["power_vector"], options["power_iterations"])
-    side.state["power_vector"].copy_(u)
+        return spectral_norm(X)
+    sigma, u = power_iteration(X, state["power_vector"], options["power_iterations"])
+    state["power_vector"].copy_(u)
     return sigma
 
 
@@ -145,10 +147,15 @@ RULES: dict[str, Rule] = {
 }
 
 
+def step_device(parameter: Tensor) -> torch.device:
+    """Where AdamW's step count lives: on the GPU for torch's fused CUDA kernel, on the host for all others."""
+    return parameter.device if parameter.device.type == "cuda" else torch.device("cpu")
+
+
 def initial_state(name: str, parameter: Tensor, shape_tall: int, seed: int) -> Tensor:
     """One state tensor at step 0: zeros, or a random unit vector over the tall side for power iteration."""
     if name == "step":
-        return torch.zeros((), dtype=torch.float32)
+        return torch.zeros((), dtype=torch.float32, device=step_device(parameter))
     if name != "power_vector":
         return torch.zeros_like(parameter, memory_format=torch.contiguous_format)
     generator = torch.Generator().manual_seed(seed)

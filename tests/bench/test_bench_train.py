@@ -42,6 +42,7 @@ def test_json_on_stdout_is_json_alone(capsys):
     assert json.loads(capsys.readouterr().out)["benchmark"] == "train"
 
 
-def test_bad_repeats_is_one_line(capsys):
-    assert main(["bench", "train", "--repeats", "0"]) == 2
-    assert capsys.readouterr().err == "nativerank: error: --repeats must be at least 1, got 0\n"
+@pytest.mark.parametrize("name", ["repeats", "d_model", "layers", "batch_size"])
+def test_sizes_below_one_are_one_line(name, capsys):
+    assert main(["bench", "train", f"--{name}", "0"]) == 2
+    assert capsys.readouterr().err == f"nativerank: error: --{name} must be at least 1, got 0\n"

@@ -91,8 +91,10 @@ def bench_train(
     Returns:
         Both sides' medians, and `speedup`: dense step seconds over low-rank step seconds (median of paired ratios).
     """
-    if repeats < 1:
-        raise ValueError(f"--repeats must be at least 1, got {repeats}")
+    given = {"repeats": repeats, "d_model": d_model, "layers": layers, "batch_size": batch_size}
+    for name, value in given.items():
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} must be at least 1, got {value}")
     if find_method(method).layer is None or find_method(dense_method).layer is not None:
         raise ValueError(f"bench train compares a low-rank method with a dense one, got {method} and {dense_method}")
     preset = scaled(find_preset(preset_name.removesuffix(DENSE)), d_model, layers)

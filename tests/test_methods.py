@@ -114,7 +114,7 @@ def test_unknown_names_are_errors():
 @pytest.mark.parametrize("preset", [n + d for n in PRESETS for d in ("", "-dense")])
 def test_the_default_configuration_of_every_preset_resolves(preset):
     from nativerank.config import ModelConfig, RunConfig
-    from nativerank.train.setup import resolve, tokens_per_step
+    from nativerank.train.resolve import resolve, tokens_per_step
 
     config = resolve(RunConfig(model=ModelConfig(preset=preset), out="x", device="cpu"))
     assert resolve(config) == config, "what is written into a run folder means the same when read back"

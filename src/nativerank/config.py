@@ -2,7 +2,7 @@
 
     nativerank train --config run.yaml --optim.lr 0.02
 
-A value of None means "what the preset or the method says"; `train.setup.resolve` fills it in, and the filled-in
+A value of None means "what the preset or the method says"; `train.resolve.resolve` fills it in, and the filled-in
 form is what a run folder keeps as `config.yaml`. Units: lengths in tokens, batches in sequences, rates per step.
 No torch here, so that `--help` stays fast.
 """

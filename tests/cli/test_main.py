@@ -92,7 +92,7 @@ def parse_only(words, monkeypatch):
 
     from nativerank.cli.main import Parser
     from nativerank.cli.train import parse
-    from nativerank.train.setup import resolve
+    from nativerank.train.resolve import resolve
 
     if words[0] == "train":
         config, _ = parse(words[1:])

@@ -189,7 +189,8 @@ def test_training_uses_the_mask(tmp_path, run_config, listen):
     """The first loss of a masked run is the masked loss of its first batch, with the weights of step 0."""
     from nativerank.data.loader import Loader
     from nativerank.train.loop import train
-    from nativerank.train.setup import build, open_data, resolve
+    from nativerank.train.resolve import resolve
+    from nativerank.train.setup import build, open_data
 
     losses = {}
     for mask in (True, False):

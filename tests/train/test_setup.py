@@ -9,7 +9,8 @@ from nativerank.config import DataConfig, ModelConfig, RankConfig, RunConfig, Tr
 from nativerank.layers import LowRankLinear
 from nativerank.train.loop import train
 from nativerank.train.metrics import read_rows
-from nativerank.train.setup import build, compile_blocks, free_folder, git_commit, open_data, resolve, tokens_per_step
+from nativerank.train.resolve import free_folder, resolve, tokens_per_step
+from nativerank.train.setup import build, compile_blocks, git_commit, open_data
 
 
 def resolved(**changes):

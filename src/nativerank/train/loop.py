@@ -34,14 +34,13 @@ from nativerank.train.folder import refuse_or_resume, write_config
 from nativerank.train.guard import Diverged, Guard
 from nativerank.train.metrics import JsonLines, TensorBoard, Tracker, require_tensorboard
 from nativerank.train.profile import Profiler
+from nativerank.train.resolve import resolve, tokens_per_step
 from nativerank.train.setup import (
     Built,
     build,
     compile_blocks,
     data_fingerprint,
     open_data,
-    resolve,
-    tokens_per_step,
     versions,
 )
 from nativerank.train.signals import Interrupted, catch_signals

@@ -1,0 +1,130 @@
+"""Every default of a configuration filled in, every conflict named before work starts."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nativerank.config import RankConfig, RunConfig, TrainConfig, differences
+from nativerank.layers import DEFAULT_RATIO
+from nativerank.methods import default_rates, find_method
+from nativerank.models import DENSE, Preset, find_preset, read_hf_config
+
+# What nothing else would notice before the run folder exists.
+BOUNDS: dict[str, tuple[float, float]] = {
+    **{f"train.{name}": (1, math.inf) for name in ("steps", "tokens", "batch_size", "accumulation", "context")},
+    **{f"train.{name}": (0, math.inf) for name in ("eval_every", "checkpoint_every", "probe_every")},
+    **{f"train.{name}": (1, math.inf) for name in ("eval_tokens", "keep")},
+    **{f"optim.{name}": (0, math.inf) for name in ("lr", "aux_lr", "weight_decay", "clip")},
+    **{f"optim.{name}": (0, 1) for name in ("warmup", "decay", "final_lr")},
+    **{f"optim.{name}": (1, math.inf) for name in ("orthogonalizer_steps", "power_iterations")},
+    **{f"model.{name}": (0, math.inf) for name in ("init_scale", "embedding_std")},
+    **{f"guard.{name}": (1, math.inf) for name in ("window", "max_events", "sigma_factor")},
+    "guard.loss_jump": (0, math.inf),
+    "train.seed": (0, 2**63 - 1),
+}
+
+
+def resolve(config: RunConfig) -> RunConfig:
+    """The same configuration with every None that a preset or method decides filled in.
+
+    Raises:
+        ValueError: an unknown method or preset, or values that contradict each other.
+    """
+    preset = find_preset(config.model.preset)
+    method_name = config.method or preset.method
+    method = find_method(method_name)
+    if config.model.preset.endswith(DENSE) and method.layer:
+        raise ValueError(
+            f"preset {config.model.preset} is dense and method {method_name} is not; drop {DENSE} or --method"
+        )
+    check_bounds(config)
+    own_architecture = config.model.config is not None
+    rates = default_rates(method_name, "" if own_architecture else config.model.preset.removesuffix(DENSE))
+    optim, model = config.optim, config.model
+    optim = replace(
+        optim,
+        lr=rates.lr if optim.lr is None else optim.lr,
+        aux_lr=rates.aux_lr if optim.aux_lr is None else optim.aux_lr,
+        nesterov=method.options.get("nesterov", False) if optim.nesterov is None else optim.nesterov,
+        shape_scale=optim.shape_scale or method.options.get("shape_scale", "none"),
+    )
+    if model.init_scale is None:
+        model = replace(model, init_scale=rates.init_scale)
+    if model.embedding_std is None and not own_architecture:
+        model = replace(model, embedding_std=preset.embedding_std)
+    name = Path(model.config).stem if model.config else model.preset
+    return replace(
+        config,
+        method=method_name,
+        model=model,
+        rank=resolve_rank(config, preset, method_name),
+        optim=optim,
+        train=resolve_train(config, preset),
+        out=config.out or free_folder(f"{name}-{method_name}"),
+        device=config.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+    )
+
+
+def resolve_train(config: RunConfig, preset: Preset) -> TrainConfig:
+    """Batch, context and number of steps: the preset's where they are not given; the context fits the model."""
+    train = config.train
+    if train.steps is not None and train.tokens is not None:
+        raise ValueError(f"give train.steps or train.tokens, not both: {train.steps}, {train.tokens}")
+    context = train.context or preset.context
+    if config.model.config and not train.context:
+        limit = getattr(read_hf_config(config.model.config).get_text_config(), "max_position_embeddings", None)
+        context = min(context, limit or context)
+    train = replace(
+        train,
+        batch_size=train.batch_size or preset.batch_size,
+        accumulation=train.accumulation or (1 if train.batch_size else preset.accumulation),
+        context=context,
+    )
+    if train.tokens is not None:
+        return replace(train, steps=math.ceil(train.tokens / tokens_per_step(train)), tokens=None)
+    return replace(train, steps=train.steps or preset.steps)
+
+
+def resolve_rank(config: RunConfig, preset: Preset, method: str) -> RankConfig:
+    """The preset's rank where none is given; a quarter of the width for other architectures."""
+    rank = config.rank
+    if find_method(method).layer is None:
+        if rank != RankConfig():
+            raise ValueError(
+                f"{method} keeps dense matrices, so rank.{differences(rank, RankConfig())[0]} has no meaning"
+            )
+        return rank
+    if rank.ratio is not None and rank.value is not None:
+        raise ValueError(f"give rank.ratio or rank.value, not both: {rank.ratio}, {rank.value}")
+    if rank.ratio is not None or rank.value is not None:
+        return rank
+    if config.model.config or preset.value is None:
+        return replace(rank, ratio=DEFAULT_RATIO if config.model.config else preset.ratio)
+    return replace(rank, value=preset.value)
+
+
+def check_bounds(config: RunConfig) -> None:
+    """Raises a ValueError naming the first key whose number is out of range."""
+    for key, (low, high) in BOUNDS.items():
+        group, name = key.split(".")
+        value = getattr(getattr(config, group), name)
+        if value is not None and not low <= value <= high:
+            wanted = f"at least {low}" if high == math.inf else f"in [{low}, {high}]"
+            raise ValueError(f"{key} must be {wanted}, got {value}")
+
+
+def tokens_per_step(train: Any) -> int:
+    """batch_size * accumulation * context."""
+    return int(train.batch_size * train.accumulation * train.context)
+
+
+def free_folder(name: str, parent: str = "runs") -> str:
+    """runs/NAME, or the first of runs/NAME-2, -3, ... that does not exist."""
+    candidate, number = Path(parent) / name, 1
+    while candidate.exists():
+        number += 1
+        candidate = Path(parent) / f"{name}-{number}"
+    return str(candidate)

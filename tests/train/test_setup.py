@@ -53,6 +53,13 @@ def test_a_run_without_out_takes_the_first_free_folder(tmp_path, monkeypatch):
     assert resolve(RunConfig(model=ModelConfig(preset="pocket"))).out == "runs/pocket-spectron-2"
 
 
+def test_runs_of_ones_own_architecture_are_named_after_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for file, name in (("mine/config.json", "mine"), ("small.json", "small"), ("mine", "mine")):
+        config = resolved(model=ModelConfig(config=file), train=TrainConfig(context=8), out=None)
+        assert config.out == f"runs/{name}-spectron"
+
+
 def test_the_model_takes_context_and_vocabulary_of_the_data(prepared):
     config = resolved(
         model=ModelConfig(preset="pocket"), data=DataConfig(path=str(prepared)), train=TrainConfig(context=24)

@@ -1,23 +1,32 @@
-"""The run folder: whether it may be used, and the configuration it keeps.
+"""The run folder: whether it may be used, by one run at a time, and the configuration it keeps.
 
-    config.yaml   metrics.jsonl   checkpoints/step-NNNNNN/   model/
+    config.yaml   metrics.jsonl   checkpoints/step-NNNNNN/   model/   .lock
 
 config.yaml is the resolved configuration, below comments with versions and commit, so `--config RUN/config.yaml` makes
-the same run again.
+the same run again. A run holds .lock from before it reads its data to its end; the system frees the lock of a process
+that dies.
 """
 
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
 import yaml
 
 from nativerank.config import RunConfig, differences, from_dict, to_dict
+from nativerank.train.resolve import free_folder, run_name
 from nativerank.train.setup import versions
 
 CONFIG = "config.yaml"
 PARTIAL_CONFIG = f".{CONFIG}.partial"
-# What may differ between a run and its continuation: none of it changes the next step's numbers, except the number
-# of steps, through the schedule, which is how a finished run is extended.
+LOCK = ".lock"
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # a file system without locks
+# What may differ between a run and its continuation. Most of it leaves the next step's numbers alone. A device or
+# torch.compile changes their last digits, the guard which steps count, the number of steps the rates that follow:
+# whoever moves a run to another machine, saves it from spikes or extends it wants just that.
 FREE: tuple[str, ...] = (
     "out",
     "resume",
@@ -33,6 +42,76 @@ FREE: tuple[str, ...] = (
 FREE += ("train.eval_every", "train.eval_tokens", "train.checkpoint_every", "train.keep", "train.probe_every")
 
 
+@contextmanager
+def claim(config: RunConfig, own_name: bool) -> Iterator[RunConfig]:
+    """The run folder, made and locked for the block; the configuration with the name that it got.
+
+    Where the block leaves nothing in it, a folder that was made here goes again.
+
+    Args:
+        config: resolved.
+        own_name: the user named the folder; else the next free name is taken if another run was faster.
+
+    Raises:
+        ValueError: the folder holds another run, or is in use by one.
+    """
+    assert config.out is not None and config.method is not None
+    if own_name:
+        refuse_or_resume(config, Path(config.out))  # before anything is made
+    out, made = _make(Path(config.out), None if own_name else run_name(config, config.method))
+    with _lock(out) as lock:
+        try:
+            refuse_or_resume(config, out)  # again: a run may have begun and ended meanwhile
+            yield replace(config, out=str(out))
+        finally:
+            if lock is not None and [path.name for path in out.glob("*")] == [LOCK]:
+                lock.unlink()
+            for folder in made:
+                with suppress(OSError):  # not empty
+                    folder.rmdir()
+
+
+def _make(out: Path, name: str | None) -> tuple[Path, list[Path]]:
+    """(the folder, every folder that had to be made, innermost first); with a name, one that nobody else made."""
+    while True:
+        missing = [path for path in (out, *out.parents) if not path.exists()]
+        out.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            out.mkdir()
+            return out, missing
+        except FileExistsError:
+            if name is None:
+                return out, []
+            out = Path(free_folder(name))
+
+
+@contextmanager
+def _lock(out: Path) -> Iterator[Path | None]:
+    """The lock file, held; None where there are no locks."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield None
+        return
+    file = out / LOCK
+    while True:
+        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"{out} is in use by another run") from None
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+            # A run that ended without a trace may have removed the file between our opening and locking it.
+            if file.exists() and os.path.samestat(os.fstat(handle), file.stat()):
+                yield file
+                return
+        finally:
+            os.close(handle)
+
+
 def refuse_or_resume(config: RunConfig, out: Path) -> None:
     """Decides whether the run folder may be used.
 
@@ -41,7 +120,7 @@ def refuse_or_resume(config: RunConfig, out: Path) -> None:
     """
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; choose another --out")
-    if not out.exists() or all(path.name == PARTIAL_CONFIG for path in out.iterdir()):
+    if not out.exists() or all(path.name in (PARTIAL_CONFIG, LOCK) for path in out.iterdir()):
         if config.resume not in ("auto", "never") and not Path(config.resume).is_dir():
             raise ValueError(f"--resume {config.resume}: no such checkpoint folder")
         return

@@ -30,7 +30,7 @@ from nativerank.optim.roles import factor_modules
 from nativerank.optim.schedule import multiplier
 from nativerank.train import checkpoint
 from nativerank.train.closing import sample_text, xz_of_validation
-from nativerank.train.folder import refuse_or_resume, write_config
+from nativerank.train.folder import claim, write_config
 from nativerank.train.guard import Diverged, Guard
 from nativerank.train.metrics import JsonLines, TensorBoard, Tracker, require_tensorboard
 from nativerank.train.profile import Profiler
@@ -69,15 +69,15 @@ def train(config: RunConfig, listener: Listener) -> dict[str, Any]:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("this version trains in one process; start nativerank train without torchrun")
+    own_name = config.out is not None
     config = resolve(config)
-    assert config.out is not None
-    out = Path(config.out)
-    refuse_or_resume(config, out)
     if config.track == "tensorboard":
         require_tensorboard()
-    dataset = open_data(config, listener.quiet)
-    built = build(config, dataset)
     with ExitStack() as stack:
+        config = stack.enter_context(claim(config, own_name))
+        out = Path(config.out or "")
+        dataset = open_data(config, listener.quiet)
+        built = build(config, dataset)
         stack.enter_context(torch.random.fork_rng(devices=[]))
         torch.manual_seed(init_seed(config.train.seed, "training"))  # dropout, where an architecture has it
         run = Run(config, out, dataset, built, listener)
@@ -108,7 +108,6 @@ class Run:
         self.trackers: list[Tracker] = []
         damaged: list[str] = []
         resumed = self._resume(damaged.append)
-        out.mkdir(parents=True, exist_ok=True)
         write_config(config, out)
         self.trackers.append(JsonLines(out, self.step))
         if config.track == "tensorboard":

@@ -55,7 +55,6 @@ def resolve(config: RunConfig) -> RunConfig:
         model = replace(model, init_scale=rates.init_scale)
     if model.embedding_std is None and not own_architecture:
         model = replace(model, embedding_std=preset.embedding_std)
-    name = Path(model.config).stem if model.config else model.preset
     return replace(
         config,
         method=method_name,
@@ -63,7 +62,7 @@ def resolve(config: RunConfig) -> RunConfig:
         rank=resolve_rank(config, preset, method_name),
         optim=optim,
         train=resolve_train(config, preset),
-        out=config.out or free_folder(f"{name}-{method_name}"),
+        out=config.out or free_folder(run_name(config, method_name)),
         device=config.device or ("cuda" if torch.cuda.is_available() else "cpu"),
     )
 
@@ -128,3 +127,12 @@ def free_folder(name: str, parent: str = "runs") -> str:
         number += 1
         candidate = Path(parent) / f"{name}-{number}"
     return str(candidate)
+
+
+def run_name(config: RunConfig, method: str) -> str:
+    """PRESET-METHOD; for an architecture of one's own the name of its config.json, or of the folder that holds it."""
+    m = config.model
+    if m.config is None:
+        return f"{m.preset}-{method}"
+    path = Path(m.config).absolute()
+    return f"{path.parent.name if path.name == 'config.json' else path.stem}-{method}"

@@ -94,6 +94,7 @@ def settings(prepared, tiny_config):
             "model.config": tiny_config,
             "train.context": 16,
             "train.batch_size": 2,
+            "train.accumulation": 1,
             "train.steps": 8,
             "device": "cpu",
         }

@@ -132,7 +132,9 @@ class TrainConfig:
     Args:
         steps: optimizer steps; tokens: the same as a token count, rounded up to whole steps (set at most one).
         batch_size: sequences of one forward and backward pass.
-        accumulation: passes per optimizer step; tokens_per_step = batch_size * accumulation * context.
+        accumulation: passes per optimizer step; tokens_per_step = batch_size * accumulation * context. None keeps the
+            preset's sequences per step at another batch_size (a larger batch than a preset without accumulation has
+            is one pass).
         context: tokens of one sequence.
         eval_every: steps between validations, 0 for the one at the end only.
         eval_tokens: tokens of a validation during the run; the one at the end reads the whole split.

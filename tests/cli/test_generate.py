@@ -75,3 +75,32 @@ def test_bad_folders(cli, run, tmp_path):
     for text in ("{", "[]", '{"model_type": "nativerank"}', "{}"):
         (copy / "config.json").write_text(text)
         assert "config" in error(copy)
+
+
+def test_an_end_of_text_token_with_a_name_of_its_own(cli, flags, prepared, tmp_path):
+    """The model's config knows it, the tokenizer alone would not say which of its tokens it is."""
+    from nativerank.data.prepare import prepare
+
+    text = (prepared / "tokenizer.json").read_text()
+    (tmp_path / "tokenizer.json").write_text(text.replace("<|endoftext|>", "<|finis|>"))
+    (tmp_path / "book.txt").write_text("low rank factors of a matrix\n\n" * 900)
+    options = dict(eot="<|finis|>", workers=1, quiet=True, val_fraction=0.2, chunk_bytes=700)
+    prepare([str(tmp_path / "book.txt")], tmp_path / "data", str(tmp_path / "tokenizer.json"), **options)
+    assert cli("train", *flags(out=tmp_path / "run", data__path=tmp_path / "data", train__steps=2)).code == 0
+    result = cli("generate", tmp_path / "run", "--prompt", "low rank", "--max_new_tokens", "5")
+    assert (result.code, result.err) == (0, "") and result.out.startswith("low rank")
+    config = json.loads((tmp_path / "run/model/config.json").read_text())
+    config["base"]["eos_token_id"] = None
+    (tmp_path / "run/model/config.json").write_text(json.dumps(config))
+    assert "none of <|endoftext|>" in cli("generate", tmp_path / "run").err
+
+
+def test_the_end_of_text_is_the_configs_where_the_tokenizer_has_it(prepared, tiny_config):
+    from nativerank.data.shards import Dataset
+    from nativerank.hub.generate import end_of_text
+    from nativerank.models import read_hf_config, skeleton
+
+    data, model = Dataset.open(prepared), skeleton(read_hf_config(tiny_config))
+    for named, expected in ((7, 7), ([9, 7], 9), (50256, data.eot_id), ([50256, 5], 5), (None, data.eot_id)):
+        model.config.eos_token_id = named
+        assert end_of_text(model, data.tokenizer()) == expected

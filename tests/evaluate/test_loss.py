@@ -128,7 +128,7 @@ def test_the_mode_of_the_model_is_kept(model, data):
 
 
 def test_no_token_no_loss(model, data):
-    with pytest.raises(ValueError, match="holds no tokens"):
+    with pytest.raises(ValueError, match="at least 2 are needed to predict one"):
         validation_loss(model, Piece(data.split("val"), 1), CONTEXT, 8)
 
 

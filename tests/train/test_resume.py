@@ -269,3 +269,48 @@ def test_a_second_signal_acts_at_once_and_nothing_is_lost(tmp_path, cli, flags, 
     assert [p.name for p in (tmp_path / "a/checkpoints").iterdir()] == ["step-000003"]
     assert cli("train", *flags(**common, resume="auto")).code == 0
     assert steps_of(tmp_path / "a") == list(range(1, 9))
+
+
+@pytest.mark.parametrize(("at_step", "at_batch", "validated"), [(8, None, 0), (None, 0, 1), (None, 3, 4)])
+def test_a_signal_at_the_end_stops_with_all_steps_saved(
+    tmp_path, cli, flags, monkeypatch, fingerprint, at_step, at_batch, validated
+):
+    """At the last step, at the first batch of the validation, and between two of them."""
+    from nativerank.evaluate import loss
+
+    written, batches, seen = JsonLines.row, loss.sequential_batches, []
+
+    def row_then_signal(self, row):
+        written(self, row)
+        if row["step"] == at_step and "loss" in row:
+            signal.raise_signal(signal.SIGINT)
+
+    def batches_then_signal(*args):
+        for i, batch in enumerate(batches(*args)):
+            if i == at_batch:
+                signal.raise_signal(signal.SIGINT)
+            seen.append(batch)
+            yield batch
+
+    common = dict(out=tmp_path / "a", train__eval_every=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(JsonLines, "row", row_then_signal)
+        patch.setattr(loss, "sequential_batches", batches_then_signal)
+        stopped = cli("train", *flags(**common))
+    assert stopped.code == 130 and len(seen) == validated
+    assert "stopped after step 8, saved" in stopped.out and not (tmp_path / "a/model").exists()
+    words = shlex.split(stopped.out.strip().splitlines()[-1])[1:]
+    saved = fingerprint(tmp_path / "a", 8)
+    assert cli(*words).code == 0
+    assert fingerprint(tmp_path / "a", 8) == saved and (tmp_path / "a/model").is_dir()
+    assert read_rows(tmp_path / "a")[-1]["event"] == "end" and steps_of(tmp_path / "a") == list(range(1, 9))
+
+
+def test_a_run_that_cannot_validate_at_the_end_has_saved_its_steps(tmp_path, run_config, listen, crash, monkeypatch):
+    def fails(*args, **options):
+        raise crash
+
+    monkeypatch.setattr("nativerank.train.loop.validation_loss", fails)
+    with pytest.raises(crash):
+        train(run_config(out=tmp_path / "a", train__eval_every=0), listen())
+    assert [p.name for p in (tmp_path / "a/checkpoints").iterdir()] == ["step-000008"]

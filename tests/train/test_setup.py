@@ -17,13 +17,28 @@ def resolved(**changes):
     return resolve(RunConfig(**{"out": "x", "device": "cpu"} | changes))
 
 
-def test_a_batch_size_of_ones_own_is_not_accumulated():
-    preset = resolved(model=ModelConfig(preset="spectron-s")).train
-    assert (preset.batch_size, preset.accumulation) == (8, 64)
-    own = resolved(model=ModelConfig(preset="spectron-s"), train=TrainConfig(batch_size=2)).train
-    assert (own.batch_size, own.accumulation) == (2, 1)
-    one = resolved(model=ModelConfig(preset="spectron-s"), train=TrainConfig(accumulation=1)).train
-    assert (one.batch_size, one.accumulation) == (8, 1)
+@pytest.mark.parametrize(
+    ("preset", "given", "expected"),
+    [
+        ("spectron-s", {}, (8, 64)),
+        ("spectron-s", {"batch_size": 2}, (2, 256)),
+        ("spectron-s", {"batch_size": 512}, (512, 1)),
+        ("spectron-s", {"accumulation": 1}, (8, 1)),
+        ("spectron-s", {"batch_size": 3, "accumulation": 5}, (3, 5)),
+        ("demo", {"batch_size": 4}, (4, 2)),
+        ("demo", {"batch_size": 12}, (12, 1)),
+    ],
+)
+def test_another_batch_size_keeps_the_sequences_of_a_step(preset, given, expected):
+    for model in (ModelConfig(preset=preset), ModelConfig(preset=preset, config="c.json")):
+        train = resolved(model=model, train=TrainConfig(context=8, **given)).train
+        assert (train.batch_size, train.accumulation) == expected
+
+
+@pytest.mark.parametrize(("preset", "batch_size"), [("spectron-s", 3), ("spectron-s", 1024), ("demo", 3)])
+def test_a_batch_size_that_does_not_divide_them_is_refused(preset, batch_size):
+    with pytest.raises(ValueError, match=rf"{batch_size} does not divide the preset's \d+ .*give --train.accumulation"):
+        resolved(model=ModelConfig(preset=preset), train=TrainConfig(batch_size=batch_size))
 
 
 def test_tokens_become_steps_rounded_up():
@@ -68,6 +83,18 @@ def test_the_model_takes_context_and_vocabulary_of_the_data(prepared):
     assert built.model.config.vocab_size == 300 and built.model.config.max_position_embeddings == 24
     assert built.report is not None and set(built.report.ranks.values()) == {32}
     assert built.model.training
+
+
+def test_the_end_of_text_of_the_data_is_the_models(prepared, run_config, tmp_path, listen):
+    """As padding it would never be trained, though it is what every document begins with."""
+    config = resolved(
+        model=ModelConfig(preset="pocket"), data=DataConfig(path=str(prepared)), train=TrainConfig(context=24)
+    )
+    dataset = open_data(config)
+    for given in (config, resolve(run_config(out="x"))):
+        hf = build(given, dataset).model
+        assert hf.config.eos_token_id == hf.config.bos_token_id == dataset.eot_id
+        assert hf.config.pad_token_id is None and hf.get_input_embeddings().padding_idx is None
 
 
 def test_options_reach_the_layers_and_the_optimizer(run_config):

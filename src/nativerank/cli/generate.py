@@ -31,19 +31,20 @@ def add_parser(subparsers: Any) -> None:
 
 def run(flags: argparse.Namespace) -> int:
     """Prints prompt and continuation."""
-    from nativerank.data.tokenizer import end_of_text_id, load_tokenizer
-    from nativerank.hub.generate import generate
+    from nativerank.data.tokenizer import load_tokenizer
+    from nativerank.hub.generate import end_of_text, generate
     from nativerank.hub.load import TOKENIZER, load, model_folder
 
     folder = model_folder(Path(flags.model))
     if not (folder / TOKENIZER).exists():
         raise ValueError(f"{folder} holds no {TOKENIZER}, so there is no way to read the prompt")
     tokenizer = load_tokenizer(folder / TOKENIZER)
+    model = load(folder)
     text = generate(
-        load(folder),
+        model,
         tokenizer,
         flags.prompt,
-        eot_id=end_of_text_id(tokenizer),
+        eot_id=end_of_text(model, tokenizer),
         max_new_tokens=flags.max_new_tokens,
         temperature=flags.temperature,
         top_k=flags.top_k,

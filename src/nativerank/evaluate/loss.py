@@ -8,6 +8,7 @@ first (an end-of-text id) is predicted exactly once, from at most `context` toke
 
 import lzma
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -91,6 +92,7 @@ def validation_loss(
     *,
     max_tokens: int | None = None,
     mask_eot: int | None = None,
+    between: Callable[[], None] = lambda: None,
 ) -> Loss:
     """The model's loss on a split, or on a fixed evenly spread part of it.
 
@@ -100,17 +102,18 @@ def validation_loss(
         context: window length in tokens. batch_size: windows at once.
         max_tokens: about how many tokens to predict; None for all.
         mask_eot: end-of-text id at which attention restarts, or None.
+        between: called before each batch; what it raises ends the validation.
 
     Raises:
         ValueError: a split without a token to predict.
     """
-    if split.tokens < 2:
-        raise ValueError("the validation split holds no tokens; prepare the data with a larger --val_fraction")
+    batches = sequential_batches(split, context, batch_size, max_tokens)
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     total, tokens = torch.zeros((), dtype=torch.float64), 0
-    for inputs, targets, valid in sequential_batches(split, context, batch_size, max_tokens):
+    for inputs, targets, valid in batches:
+        between()
         positions = None if mask_eot is None else torch.from_numpy(document_positions(inputs, mask_eot)).to(device)
         with autocast(device):
             losses = token_losses(

@@ -6,6 +6,22 @@ import torch
 from tokenizers import Tokenizer
 from torch import nn
 
+from nativerank.data.tokenizer import end_of_text_id
+
+
+def end_of_text(model: nn.Module, tokenizer: Tokenizer) -> int:
+    """The id that separates documents: the config's, else that of the tokenizer's token with a usual name.
+
+    Raises:
+        ValueError: neither has one.
+    """
+    hf: Any = model
+    named = hf.config.get_text_config().eos_token_id  # a stock folder may name several, or one of another vocabulary
+    for token_id in named if isinstance(named, list) else [named]:
+        if token_id is not None and tokenizer.id_to_token(token_id) is not None:
+            return int(token_id)
+    return end_of_text_id(tokenizer)
+
 
 def generate(
     model: nn.Module,

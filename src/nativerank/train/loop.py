@@ -2,11 +2,12 @@
 
 Fill in the configuration, open the data, build the model and optimizer, take up a checkpoint if there is one. Then
 for each step: set the rate, read the micro-batches, forward and backward, let the guard look at the loss, update,
-record. At intervals validate, probe the factors, save. At the end validate on the whole split, save, export.
+record. At intervals validate, probe the factors, save. At the end save, validate on the whole split, export.
 
 A run is a function of its configuration and data: step, data cursor, guard and random state are in every checkpoint,
 the rate is a function of the step, so a run that was killed and resumed ends with the same bits (on one machine, at
-one thread count). SIGINT and SIGTERM finish the step, save, and raise `Interrupted`.
+one thread count). SIGINT and SIGTERM finish the step, save, and raise `Interrupted`; so they do in the validation at
+the end, which a resumed run then makes again.
 """
 
 import os
@@ -136,16 +137,19 @@ class Run:
             if due(t.eval_every, row) and self.step < self.steps:
                 row["val_loss"] = self._validate(t.eval_tokens).nats
             self._record(row)
-            if due(t.checkpoint_every, row) and self.step < self.steps:
-                self._save(row.get("val_loss"))
-            if (signum := stopping()) is not None and self.step < self.steps:
+            if due(t.checkpoint_every, row) or self.step >= self.steps or stopping() is not None:
                 if self.saved_at != self.step:
                     self._save(row.get("val_loss"))
-                self._record({"event": "interrupted", "step": self.step})
-                raise Interrupted(signum, self.step, self.out)
+            self._heed(stopping)
         if self.profiler:
             self.profiler.close()
-        return self._finish()
+        return self._finish(stopping)
+
+    def _heed(self, stopping: Callable[[], int | None]) -> None:
+        """Ends the run, whose last step is saved, if a signal came."""
+        if (signum := stopping()) is not None:
+            self._record({"event": "interrupted", "step": self.step})
+            raise Interrupted(signum, self.step, self.out)
 
     def _one_step(self) -> dict[str, Any]:
         """One update, or one that the guard refused; advances the step counter and returns the row."""
@@ -244,7 +248,7 @@ class Run:
 
     # -- validation, records, checkpoints ---------------------------------------------------------------------
 
-    def _validate(self, max_tokens: int | None) -> Loss:
+    def _validate(self, max_tokens: int | None, between: Callable[[], None] = lambda: None) -> Loss:
         t = self.config.train
         assert t.context and t.batch_size
         return validation_loss(
@@ -254,6 +258,7 @@ class Run:
             t.batch_size,
             max_tokens=max_tokens,
             mask_eot=self.dataset.eot_id if self.config.data.document_mask else None,
+            between=between,
         )
 
     def _record(self, row: dict[str, Any]) -> None:
@@ -338,11 +343,14 @@ class Run:
             tracker.row(facts)
         self.listener.begin(facts)
 
-    def _finish(self) -> dict[str, Any]:
-        """The whole validation split, the last checkpoint, the factored export, a sample, the summary."""
-        loss = self._validate(None)
-        if self.saved_at != self.step:
-            self._save(loss.nats)
+    def _finish(self, stopping: Callable[[], int | None]) -> dict[str, Any]:
+        """The whole validation split, the factored export, a sample, the summary.
+
+        The loss on the whole split is not compared with those on a part of it, so it says nothing about the best.
+        """
+        if self.saved_at != self.step:  # this run took up the last step of another one
+            self._save()
+        loss = self._validate(None, lambda: self._heed(stopping))
         save_model(self.model, self.out / "model", tokenizer=self.dataset.tokenizer(), replace=True)
         prompt, sample = sample_text(self.model, self.dataset, self.config)
         summary = {

@@ -79,12 +79,29 @@ def resolve_train(config: RunConfig, preset: Preset) -> TrainConfig:
     train = replace(
         train,
         batch_size=train.batch_size or preset.batch_size,
-        accumulation=train.accumulation or (1 if train.batch_size else preset.accumulation),
+        accumulation=train.accumulation or accumulation(train.batch_size, preset),
         context=context,
     )
     if train.tokens is not None:
         return replace(train, steps=math.ceil(train.tokens / tokens_per_step(train)), tokens=None)
     return replace(train, steps=train.steps or preset.steps)
+
+
+def accumulation(batch_size: int | None, preset: Preset) -> int:
+    """Passes per step that keep the preset's sequences per step at another batch size.
+
+    Raises:
+        ValueError: they are no whole number of passes.
+    """
+    if batch_size is None or (preset.accumulation == 1 and batch_size > preset.batch_size):
+        return preset.accumulation
+    sequences = preset.batch_size * preset.accumulation
+    if sequences % batch_size:
+        raise ValueError(
+            f"train.batch_size {batch_size} does not divide the preset's {sequences} sequences per step; "
+            "give --train.accumulation too"
+        )
+    return sequences // batch_size
 
 
 def resolve_rank(config: RunConfig, preset: Preset, method: str) -> RankConfig:

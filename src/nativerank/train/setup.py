@@ -114,6 +114,7 @@ def _new_model(config: RunConfig, dataset: Dataset) -> tuple[nn.Module, Factoriz
         hf = read_hf_config(config.model.config)
     else:
         hf = hf_config(find_preset(config.model.preset), dataset.vocab_size, config.train.context)
+    name_end_of_text(hf, dataset.eot_id)
     model, report = skeleton(hf), None
     if find_method(config.method or "").layer:
         r = config.rank
@@ -132,6 +133,15 @@ def _new_model(config: RunConfig, dataset: Dataset) -> tuple[nn.Module, Factoriz
     return materialize(model, config.train.seed, m.init_scale, config.rank.init, m.embedding_std), report
 
 
+def name_end_of_text(hf: Any, eot_id: int) -> None:
+    """Writes the data's end-of-text id into a Hugging Face config, which is saved with the model.
+
+    Not as pad_token_id, which would keep the token's embedding from being trained.
+    """
+    for part in (hf, hf.get_text_config()):
+        part.bos_token_id = part.eos_token_id = eot_id
+
+
 def _initial_model(config: RunConfig, dataset: Dataset) -> tuple[nn.Module, None]:
     assert config.init is not None
     model = load(config.init)
@@ -140,6 +150,7 @@ def _initial_model(config: RunConfig, dataset: Dataset) -> tuple[nn.Module, None
         raise ValueError(
             f"{config.init} was trained with another tokenizer than the data in {dataset.path} was made with"
         )
+    name_end_of_text(model.config, dataset.eot_id)
     return model, None
 
 

@@ -56,7 +56,15 @@ METHODS: dict[str, Method] = {
     ),
 }
 
-SWEPT: dict[str, dict[str, Rates]] = {}
+SWEPT: dict[str, dict[str, Rates]] = {
+    "pocket": {
+        "spectron": Rates(0.08, 0.01, 0.577),
+        "lowrank-muon": Rates(0.0256, 0.02, 0.577),
+        "lowrank-adamw": Rates(0.0048, 0.02, 0.577),
+        "dense-muon": Rates(0.0358, 0.02, 0.0625),
+        "dense-adamw": Rates(0.0048, 0.01, 0.25),
+    },
+}
 
 
 def find_method(name: str) -> Method:

@@ -98,6 +98,8 @@ def settings(prepared, tiny_config):
             "train.steps": 8,
             "device": "cpu",
         }
+        if "init" in changes:  # it brings its architecture along
+            del base["model.config"]
         return base | {key.replace("__", "."): value for key, value in changes.items()}
 
     return make
@@ -144,7 +146,7 @@ class Listener:
             if row["step"] == self.crash_after:
                 raise Crash
 
-    def say(self, message):
+    def warn(self, message):
         self.said.append(message)
 
 

@@ -165,7 +165,8 @@ class GuardConfig:
         action: "skip" leaves the update out, "rollback" returns to the last good state, "off" never looks.
         loss_jump: a loss this many nats above its running mean is a spike.
         sigma_factor: a factor norm this many times its last recorded value is a spike.
-        window: steps the running mean remembers; nothing is judged before the first window is over.
+        window: steps the running mean remembers; no loss is called a spike before the first window is over (a factor
+            norm may be one from its second record on).
         max_events: spikes in a row after which the run stops.
     """
 
@@ -184,7 +185,7 @@ class RunConfig:
         method: row of the method table, e.g. spectron, lowrank-adamw, dense-muon; None is the preset's.
         out: run folder; None takes the first free runs/PRESET-METHOD, -2, -3 ...
         resume: "never", "auto" (continue what the folder holds, or start), or the path of a checkpoint.
-        init: run or model folder whose weights are trained on.
+        init: run or model folder whose weights are trained on; it decides architecture and ranks, the preset the rest.
         device: cpu, cuda or mps; None takes cuda, then cpu.
         compile: torch.compile each transformer block.
         track: mirror metrics.jsonl into a tracker.

@@ -22,6 +22,7 @@ from nativerank.config import nearest
 from nativerank.layers import init_factor_layer, init_seed, linear_modules
 from nativerank.optim.roles import factor_modules
 
+MODEL_TYPE = "nativerank"  # of our factored folders' config.json, which holds the architecture's under "base"
 DENSE = "-dense"
 SAMPLED_ABOVE = 2048  # d_model above which factors are sampled instead of truncated: an SVD there takes minutes
 
@@ -167,6 +168,8 @@ def make_hf_config(values: Any, file: Path) -> Any:
 
     if not isinstance(values, dict) or "model_type" not in values:
         raise ValueError(f"{file} names no model_type, so it is not a Hugging Face config.json")
+    if values["model_type"] == MODEL_TYPE:
+        raise ValueError(f"{file} belongs to a model in low rank; train its weights on with --init {file.parent}")
     try:
         return AutoConfig.for_model(**values)
     except Exception as error:  # transformers raises what it likes on values it does not accept

@@ -98,7 +98,7 @@ def test_a_number_out_of_range(refused, key):
         (["--config", "nowhere.yaml"], r"nowhere\.yaml"),
         (["--model.config", "nowhere.json"], r"cannot read the model config nowhere\.json"),
         (["--data.path", "nowhere"], "nowhere is not a prepared data folder; make one with: nativerank data prepare"),
-        (["--init", "nowhere"], "no such folder: nowhere"),
+        (["--init", "nowhere"], "--init nowhere brings architecture and ranks along, so model.config has no meaning"),
         (["--guard.action", "pray"], "guard.action must be one of off, skip, rollback"),
         (["stray"], "unrecognized arguments: stray"),
         (["--out"], "expected one argument"),
@@ -225,6 +225,10 @@ def test_another_run_in_the_output_folder(cli, flags, tmp_path, tmp_path_factory
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
 
 
+def test_weights_that_are_not_there(refused):
+    assert refused(init="nowhere") == "no such folder: nowhere"
+
+
 def test_weights_of_another_tokenizer(refused, cli, flags, other_prepared, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "run"
     assert cli("train", *flags(out=out)).code == 0
@@ -255,3 +259,27 @@ def test_an_unknown_command(cli):
 def test_many_processes_are_refused_for_now(refused, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "one process" in refused()
+
+
+def test_a_model_of_ours_is_no_architecture(refused, tmp_path_factory, tiny_config):
+    import nativerank as nr
+    from nativerank.models import materialize, read_hf_config, skeleton
+
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    model = skeleton(read_hf_config(tiny_config))
+    nr.factorize(model)
+    nr.save(materialize(model, 0, 1.0), folder)
+    for path in (folder, folder / "config.json"):
+        assert refused(model__config=path).endswith(f"train its weights on with --init {folder}")
+
+
+def test_a_damaged_built_in_corpus_says_how_to_mend_it(refused, prepared, tmp_path_factory, monkeypatch):
+    from nativerank.train import setup
+
+    data = tmp_path_factory.mktemp("demo") / "data"
+    shutil.copytree(prepared, data)
+    cut(data / "val-00000.bin")
+    monkeypatch.setattr(setup, "prepared_demo", lambda vocab_size, quiet: data)
+    message = refused(data__path="null")
+    assert "val-00000.bin is truncated" in message
+    assert message.endswith(f"the built-in corpus is made again if you delete {data}")

@@ -50,6 +50,9 @@ def test_prepare_info_and_verify(tmp_path, book, capsys):
 
     assert run("data", "verify", out) == 0
     assert "as the manifest says" in capsys.readouterr().out
+    assert run("data", "verify", out, "--json") == 0
+    verified = json.loads(capsys.readouterr().out)
+    assert (verified["path"], verified["shards"]) == (str(out), len(list(out.glob("*.bin"))))
     (out / "val-00000.bin").write_bytes(b"")
     with pytest.raises(ValueError, match=r"val-00000\.bin is truncated"):
         run("data", "verify", out)
@@ -73,7 +76,7 @@ def test_every_help_ends_with_an_example_that_parses(command, capsys):
     assert text.strip().splitlines()[-1].startswith("  nativerank data ")
 
 
-WRONG_USAGE = [["prepare", "a.txt"], ["prepare", "--out", "x"], ["info", "x", "--wrokers", "2"], ["verify"], []]
+WRONG_USAGE = [["prepare", "a.txt"], ["prepare", "--out", "x"], ["info", "x", "--wrokers", "2"], ["verify"]]
 
 
 @pytest.mark.parametrize("words", WRONG_USAGE)

@@ -140,7 +140,8 @@ def test_quiet_holds_for_a_corpus_that_is_prepared_on_the_way(tmp_path, cli, fla
     assert asked == [True]
 
 
-def test_quiet_holds_when_a_signal_ends_the_run(tmp_path, cli, flags, monkeypatch):
+@pytest.mark.parametrize("words", [["--quiet"], ["--quiet", "--json"]])
+def test_a_quiet_run_still_says_how_to_go_on_after_a_signal(tmp_path, cli, flags, monkeypatch, words):
     import signal
 
     original = JsonLines.row
@@ -151,8 +152,34 @@ def test_quiet_holds_when_a_signal_ends_the_run(tmp_path, cli, flags, monkeypatc
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(JsonLines, "row", row)
-    result = cli("train", *flags(out=tmp_path / "a"), "--quiet")
-    assert (result.code, result.out, result.err) == (130, "", "")
+    result = cli("train", *flags(out=tmp_path / "a"), *words)
+    assert (result.code, result.out) == (130, "")
+    assert result.err.startswith("stopped after step 2, saved") and "--resume auto" in result.err
+
+
+def test_a_quiet_run_still_says_what_it_passed_over(tmp_path, cli, flags):
+    common = dict(out=tmp_path / "a", train__checkpoint_every=4)
+    assert cli("train", *flags(**common)).code == 0
+    (tmp_path / "a/checkpoints/step-000008/model.safetensors").write_bytes(b"")
+    result = cli("train", *flags(**common, resume="auto"), "--quiet", "--json")
+    assert result.code == 0 and json.loads(result.out)["step"] == 8
+    assert result.err.count("\n") == 1 and "falling back to step-000004" in result.err
+
+
+def test_a_result_that_could_not_be_written_is_refused_before_the_work(tmp_path, cli, flags, prepared):
+    for target, said in ((tmp_path / "no/result.json", "there is no folder"), (tmp_path, "is a folder")):
+        for words in (
+            ["train", *flags(out=tmp_path / "run")],
+            ["generate", tmp_path],
+            ["data", "verify", prepared],
+            ["data", "info", prepared],
+            ["data", "prepare", "x.txt", "--out", tmp_path / "data"],
+            ["bench", "train", "--model.preset", "pocket"],
+        ):
+            result = cli(*words, "--json", target)
+            assert (result.code, result.out) == (2, "") and said in result.err
+            assert result.err.startswith(f"nativerank: error: --json {target}") and result.err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_piped_output_has_no_escape_codes_and_long_lines_stay_whole(tmp_path, cli, flags, monkeypatch):
@@ -162,6 +189,17 @@ def test_piped_output_has_no_escape_codes_and_long_lines_stay_whole(tmp_path, cl
     assert result.code == 0 and ESCAPE not in result.out + result.err
     assert any(line.endswith(f"cpu -> {out}") for line in result.out.splitlines())
     assert "step 1/8" in result.out and "validation loss" in result.out and "bits per byte" in result.out
+    summary = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    sample = f"{summary['prompt']} ...{summary['sample']}"
+    shown = re.sub("[\x07\x08\x0b\x0c\r]", "", sample)  # rich takes out what would move the cursor
+    assert len(sample) > 40 and f"sample           {shown}\n" in result.out
+
+
+def test_the_start_says_how_many_matrices_stay_dense(tmp_path, cli, flags):
+    common = dict(train__steps=1, train__eval_every=0)
+    some = cli("train", *flags(out=tmp_path / "a", rank__exclude="[down_proj]", **common)).out
+    assert "12 matrices in low rank, 2 left dense" in some
+    assert "left dense" not in cli("train", *flags(out=tmp_path / "b", **common)).out
 
 
 @pytest.mark.parametrize("no_color", [False, True])
@@ -174,7 +212,7 @@ def test_no_color_is_honoured(monkeypatch, capsys, no_color):
     if no_color:
         monkeypatch.setenv("NO_COLOR", "1")
     facts = dict(
-        model="m", method="spectron", parameters={"total": 1, "non_embedding": 1}, factorized=1, steps=4,
+        model="m", method="spectron", parameters={"total": 1, "non_embedding": 1}, factorized=1, left_dense=0, steps=4,
         tokens_per_step=8, lr=0.1, aux_lr=0.1, device="cpu", out="runs/x", warnings=["w"] * 9, event="start", step=0,
     )  # fmt: skip
     with TrainConsole() as console:
@@ -258,3 +296,86 @@ def test_lists_and_tables_as_flags():
     config, _ = parse(words)
     assert config.rank.exclude == ["down_proj", "*.0.*"] and config.rank.overrides == {"q_proj": 4}
     assert config.optim.betas == (0.8, 0.9)
+
+
+def parsed(tmp_path, file, *words):
+    from nativerank.cli.train import parse
+
+    (tmp_path / "run.yaml").write_text(file)
+    return parse(["--config", str(tmp_path / "run.yaml"), *words])[0]
+
+
+@pytest.mark.parametrize(
+    ("file", "flag", "value", "gone"),
+    [
+        ("rank: {value: 8}", "rank.ratio", 0.5, "rank.value"),
+        ("rank: {ratio: 0.5}", "rank.value", 8, "rank.ratio"),
+        ("train: {steps: 7}", "train.tokens", 1000, "train.steps"),
+        ("train: {tokens: 7}", "train.steps", 3, "train.tokens"),
+        ("model: {config: x.json}\nrank: {ratio: 0.5}", "init", "runs/a", "model.config"),
+        ("model: {config: x.json}\nrank: {ratio: 0.5}", "init", "runs/a", "rank.ratio"),
+    ],
+)
+def test_a_flag_beats_its_rival_in_the_file(tmp_path, file, flag, value, gone):
+    from operator import attrgetter
+
+    for words in ([f"--{flag}", str(value)], [f"--{flag}={value}"]):
+        config = parsed(tmp_path, file, *words)
+        assert attrgetter(flag)(config) == value and attrgetter(gone)(config) is None
+
+
+def test_two_rival_flags_are_both_seen(tmp_path):
+    rank = parsed(tmp_path, "rank: {value: 8}", "--rank.ratio", "0.5", "--rank.value", "4").rank
+    assert (rank.ratio, rank.value) == (0.5, 4)
+
+
+def test_a_runs_own_file_with_another_method_takes_that_ones_rates(tmp_path):
+    import yaml
+
+    from nativerank.cli.train import parse
+    from nativerank.config import to_dict
+    from nativerank.train.resolve import resolve
+
+    def resolved(*words):
+        return resolve(parse(["--model.preset", "pocket", "--out", "x", *words])[0])
+
+    file = yaml.safe_dump(to_dict(resolved("--method", "dense-muon")))
+    config = resolve(parsed(tmp_path, file, "--method", "lowrank-adamw"))
+    assert config == resolved("--method", "lowrank-adamw")
+    assert resolve(parsed(tmp_path, file, "--method", "dense-muon")) == resolved("--method", "dense-muon")
+
+
+def test_a_rate_chosen_for_another_method_is_not_taken_along(tmp_path, cli):
+    file = "method: spectron\noptim: {lr: 0.0123}"
+    (tmp_path / "run.yaml").write_text(file)
+    result = cli("train", "--config", tmp_path / "run.yaml", "--method", "lowrank-adamw")
+    assert result.code == 2 and result.err.count("\n") == 1
+    assert "optim.lr 0.0123 was chosen for spectron; give --optim.lr too (null: lowrank-adamw's own)" in result.err
+    assert parsed(tmp_path, file, "--method", "lowrank-adamw", "--optim.lr", "0.5").optim.lr == 0.5
+    assert parsed(tmp_path, file, "--method", "lowrank-adamw", "--optim.lr", "null").optim.lr is None
+
+
+@pytest.mark.parametrize("file", ["# nothing but words\n", "", "---\n"])
+def test_a_file_without_keys_sets_none(tmp_path, file):
+    from nativerank.config import RunConfig
+
+    assert parsed(tmp_path, file) == RunConfig()
+    (tmp_path / "run.yaml").write_text(file)
+    from nativerank.cli.train import parse
+
+    assert parse([f"--config={tmp_path / 'run.yaml'}", "--train.steps", "3"])[0].train.steps == 3
+
+
+@pytest.mark.parametrize(
+    ("file", "said"), [("- a\n", "holds a list"), ("words", "holds a text"), ("a: [", "cannot read")]
+)
+def test_a_file_that_holds_no_keys_is_named(tmp_path, cli, file, said):
+    (tmp_path / "run.yaml").write_text(file)
+    result = cli("train", "--config", tmp_path / "run.yaml")
+    assert result.code == 2 and result.err.count("\n") == 1
+    assert str(tmp_path / "run.yaml") in result.err and said in result.err
+
+
+def test_data_without_a_command_lists_them(cli):
+    result = cli("data")
+    assert (result.code, result.err) == (2, "nativerank: error: data needs a command: prepare, info or verify\n")

@@ -1,7 +1,8 @@
 """A grid computes nothing twice, and one bad cell does not stop the others."""
 
 import json
-import subprocess
+import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -17,16 +18,16 @@ def fake(monkeypatch):
     """Stands in for the processes: answers with a loss, fails for the rates in `broken`; lists what was run."""
     state = SimpleNamespace(ran=[], broken=set(), stdout=None)
 
-    def run(command, **options):
+    def run(self, command, environment):
         lr = float(command[command.index("--optim.lr") + 1])
         state.ran.append(lr)
-        state.command, state.environment = command, options["env"]
+        state.command, state.environment = command, environment
         if lr in state.broken:
-            return SimpleNamespace(returncode=2, stdout="", stderr="noise\nnativerank: error: it broke\n")
+            return 2, "", "noise\nnativerank: error: it broke\n"
         summary = dict(val_loss=lr, bits_per_byte=1.0, step=8, tokens=256, seconds=0.1)
-        return SimpleNamespace(returncode=0, stdout=state.stdout or json.dumps(summary), stderr="")
+        return 0, state.stdout or json.dumps(summary), ""
 
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(grid.Children, "run", run)
     return state
 
 
@@ -98,15 +99,48 @@ def test_flags_are_what_train_reads():
 def test_a_real_cell(tmp_path, settings, cli, monkeypatch):
     """The real command line behind a cell, in this process: a good row, and an error's one line."""
 
-    def run(command, **options):
+    def run(self, command, environment):
         assert command[1:3] == ["-m", "nativerank"]
         result = cli(*command[3:])
-        return SimpleNamespace(returncode=result.code, stdout=result.out, stderr=result.err)
+        return result.code, result.out, result.err
 
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(grid.Children, "run", run)
     good, bad = (Cell(tuple(sorted(settings(train__steps=2, rank__value=r).items()))) for r in (4, 99))
     rows = run_grid([bad, good], tmp_path, say=lambda line: None)
     assert rows[0]["error"].startswith("nativerank: error: rank of model.layers.0.self_attn.q_proj must be")
     assert rows[1]["step"] == 2 and rows[1]["val_loss"] > 0 and rows[1]["cell"] == good.name
     assert (tmp_path / "cells" / good.name / "model").is_dir()
     assert not (tmp_path / "cells" / bad.name).exists()
+
+
+SLEEPER = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+open(sys.argv[1], "w").close()
+time.sleep(60)
+"""
+
+
+def test_an_interrupt_ends_what_runs_and_starts_no_more(tmp_path, monkeypatch):
+    """The first cell ends by itself; the interrupt comes while its row is taken and the second one runs."""
+    run, codes = grid.Children.run, []
+    started = tmp_path / "started"
+
+    def stand_in(self, command, environment):
+        if command[command.index("--optim.lr") + 1] == "0.01":
+            while not started.exists():
+                time.sleep(0.01)
+            return 2, "", "it broke"
+        code, *texts = run(self, [sys.executable, "-c", SLEEPER, str(started)], environment)
+        codes.append(code)
+        return code, *texts
+
+    def interrupt(line):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(grid.Children, "run", stand_in)
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run_grid([*CELLS, *(Cell.of(optim__lr=lr) for lr in (0.04, 0.05, 0.06))], tmp_path, jobs=2, say=interrupt)
+    assert time.monotonic() - began < 30 and len(codes) <= 2
+    assert 143 in codes and set(codes) <= {143, -15}, "one was there to hear it, a second one perhaps not yet"

@@ -221,3 +221,9 @@ def test_half_precision_comes_back_as_float32(tmp_path):
     assert load_file(tmp_path / "m/model.safetensors")[name].dtype == torch.bfloat16
     assert again.get_parameter(name).dtype == torch.float32
     assert torch.equal(again.get_parameter(name), model.get_parameter(name).float())
+
+
+def test_a_module_without_a_config_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="Sequential has no Hugging Face config"):
+        nr.save(torch.nn.Sequential(torch.nn.Linear(2, 2)), tmp_path / "m")
+    assert list(tmp_path.iterdir()) == []

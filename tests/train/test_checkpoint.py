@@ -255,3 +255,56 @@ def test_a_disk_that_is_full_for_the_records_is_one_line_too(tmp_path, cli, flag
     assert result.err.count("\n") == 1
     assert cli("train", *flags(out=out, train__checkpoint_every=3, resume="auto")).code == 0
     assert [r["step"] for r in read_rows(out) if "loss" in r] == list(range(1, 9))
+
+
+@pytest.fixture
+def on_cuda(monkeypatch):
+    """random_state and its inverse as on a CUDA device, whose generator is the list returned."""
+    generator, original = [torch.arange(16, dtype=torch.uint8)], checkpoint.random_state
+
+    def set_random_state(model, state):
+        torch.set_rng_state(state[checkpoint.RNG])
+        generator[0] = state.get(checkpoint.CUDA_RNG, generator[0])
+
+    with_cuda = lambda model: original(model) | {checkpoint.CUDA_RNG: generator[0].clone()}  # noqa: E731
+    monkeypatch.setattr(checkpoint, "random_state", with_cuda)
+    monkeypatch.setattr(checkpoint, "set_random_state", set_random_state)
+    return generator
+
+
+def small():
+    model = torch.nn.Linear(3, 3)
+    return model, torch.optim.AdamW(model.parameters())
+
+
+STATE = {"step": 1, "loader": {}, "guard": {}, "best": {}, "data": ""}
+
+
+def test_the_cuda_generator_is_kept(tmp_path, on_cuda):
+    saved = checkpoint.save(tmp_path, 1, *small(), STATE)
+    on_cuda[0] = torch.zeros(16, dtype=torch.uint8)
+    checkpoint.load(saved.path, *small())
+    assert on_cuda[0].tolist() == list(range(16))
+
+
+def test_a_checkpoint_of_cuda_is_read_on_the_cpu(tmp_path, on_cuda, monkeypatch):
+    saved = checkpoint.save(tmp_path, 1, *small(), STATE)
+    monkeypatch.undo()
+    assert checkpoint.load(saved.path, *small()) == STATE
+
+
+def test_a_checkpoint_of_the_cpu_is_read_on_cuda(tmp_path, request):
+    saved = checkpoint.save(tmp_path, 1, *small(), STATE)
+    assert "rng/cuda" not in checkpoint.shapes_of(saved.path / "optimizer.safetensors")
+    generator = request.getfixturevalue("on_cuda")
+    assert checkpoint.load(saved.path, *small()) == STATE
+    assert generator[0].tolist() == list(range(16)), "left alone"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_the_cuda_generator_is_that_of_the_models_device(tmp_path):
+    model, optimizer = small()
+    model.cuda()
+    saved, wanted = checkpoint.save(tmp_path, 1, model, optimizer, STATE), torch.rand(4, device="cuda")
+    checkpoint.load(saved.path, model, optimizer)
+    assert torch.equal(torch.rand(4, device="cuda"), wanted)

@@ -212,6 +212,9 @@ def test_a_finished_run_can_be_finished_again_and_not_shortened(tmp_path, run_co
     before = fingerprint(tmp_path / "a", 8)
     two = train(run_config(out=tmp_path / "a", resume="auto"), listen())
     assert fingerprint(tmp_path / "a", 8) == before and one["val_loss"] == two["val_loss"]
+    (tmp_path / "a/.model.partial-killed").mkdir()
+    train(run_config(out=tmp_path / "a", resume="auto"), listen())
+    assert not [path for path in (tmp_path / "a").iterdir() if "partial" in path.name]
     with pytest.raises(ValueError, match=r"at step 8, beyond --train\.steps 5"):
         train(run_config(out=tmp_path / "a", resume="auto", train__steps=5), listen())
 
@@ -314,3 +317,20 @@ def test_a_run_that_cannot_validate_at_the_end_has_saved_its_steps(tmp_path, run
     with pytest.raises(crash):
         train(run_config(out=tmp_path / "a", train__eval_every=0), listen())
     assert [p.name for p in (tmp_path / "a/checkpoints").iterdir()] == ["step-000008"]
+
+
+def test_a_resume_draws_no_weights_and_hashes_its_checkpoint_once(tmp_path, run_config, listen, crash, monkeypatch):
+    from nativerank.train import checkpoint, setup
+
+    common = dict(train__checkpoint_every=4, data__document_mask=True)
+    with pytest.raises(crash):
+        train(run_config(out=tmp_path / "a", **common), listen(crash_after=5))
+    hashed, sha256 = [], checkpoint.sha256_file
+    monkeypatch.setattr(setup, "materialize", lambda *args: pytest.fail("weights were drawn"))
+    monkeypatch.setattr(checkpoint, "sha256_file", lambda file: hashed.append(file) or sha256(file))
+    train(run_config(out=tmp_path / "a", resume="auto", **common), listen())
+    assert len([file for file in hashed if file.parent.name == "step-000004"]) == len(checkpoint.FILES)
+    hashed.clear()
+    path = tmp_path / "a/checkpoints/step-000008"
+    train(run_config(out=tmp_path / "a", resume=path, **common), listen())
+    assert len(hashed) == len(checkpoint.FILES)

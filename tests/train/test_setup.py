@@ -177,3 +177,27 @@ def test_long_validation_text_is_not_handed_to_xz(tmp_path, run_config, listen, 
     summary = train(run_config(out=tmp_path / "a", train__steps=2), listen())
     assert summary["xz_bits_per_byte"] is None
     TrainConsole(quiet=True).summary(summary)
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"rank__ratio": 0.5}, "rank.ratio"),
+        ({"rank__init": "sampled"}, "rank.init"),
+        ({"rank__exclude": ["down_proj"]}, "rank.exclude"),
+        ({"model__init_scale": 1.0}, "model.init_scale"),
+        ({"model__config": "c.json"}, "model.config"),
+    ],
+)
+def test_what_given_weights_would_overrule_is_refused(run_config, change, key):
+    with pytest.raises(ValueError, match=rf"--init runs/a brings .*, so {key} has no meaning"):
+        resolve(run_config(init="runs/a", **change))
+
+
+def test_given_weights_bring_their_context_along_and_can_be_resumed(tmp_path, run_config, cli, listen):
+    train(run_config(out=tmp_path / "a", train__steps=2), listen())
+    config = resolve(run_config(init=tmp_path / "a", model__preset="pocket", train__context=None))
+    assert config.train.context == 64, "the model's, below the preset's 128"
+    train(run_config(out=tmp_path / "b", init=tmp_path / "a", train__steps=2), listen())
+    again = cli("train", "--config", tmp_path / "b/config.yaml", "--train.steps", 3, "--resume", "auto")
+    assert (again.code, again.err) == (0, "") and "resumed at step 2" in again.out

@@ -1,9 +1,9 @@
 """nativerank bench: measurements that anyone can repeat, as ratios within one process."""
 
 import argparse
-import json
-from pathlib import Path
 from typing import Any
+
+from nativerank.cli.output import add_json, check_json, write_json
 
 EXAMPLE = """examples:
   nativerank bench train
@@ -31,7 +31,7 @@ def add_parser(subparsers: Any) -> None:
     train.add_argument("--batch_size", type=int, help="sequences per step (default: the preset's)")
     train.add_argument("--repeats", type=int, default=7, help="recorded steps of each side")
     train.add_argument("--device", default="cpu", choices=["cpu", "cuda", "mps"])
-    train.add_argument("--json", nargs="?", const="-", metavar="FILE", help="the result as JSON, to FILE or stdout")
+    add_json(train)
     train.set_defaults(run=run_train)
 
 
@@ -39,14 +39,11 @@ def run_train(flags: argparse.Namespace) -> int:
     """Measures and shows."""
     from nativerank.bench.train import bench_train
 
+    check_json(flags.json)
     options = {k: v for k, v in vars(flags).items() if k not in ("run", "json", "benchmark")}
     result = bench_train(**options)
-    if flags.json == "-":
-        print(json.dumps(result, indent=1))
-        return 0
-    if flags.json:
-        Path(flags.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    show(result)
+    if not write_json(result, flags.json):
+        show(result)
     return 0
 
 

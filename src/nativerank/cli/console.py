@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a rich progress bar on a terminal, plain lines in a pipe, or nothing."""
+"""What a person sees while a run goes on: a rich progress bar on a terminal, plain lines in a pipe, or warnings."""
 
 import sys
 import time
@@ -36,6 +36,8 @@ class TrainConsole:
         """Two lines on what is about to run."""
         n = facts["parameters"]
         kept = f", {facts['factorized']} matrices in low rank" if facts["factorized"] else ", dense"
+        if facts["factorized"] and facts["left_dense"]:
+            kept += f", {facts['left_dense']} left dense"
         self.say(
             f"{facts['model']} with {facts['method']}: {n['total'] / 1e6:.2f}M parameters "
             f"({n['non_embedding'] / 1e6:.2f}M without embeddings){kept}"
@@ -78,18 +80,31 @@ class TrainConsole:
         """One line above the bar."""
         self.console.print(escape(message), soft_wrap=True)  # a command that is shown must stay one line
 
+    def warn(self, message: str) -> None:
+        """One line that even a quiet run shows, then on standard error."""
+        if self.quiet:
+            print(message, file=sys.stderr)
+        else:
+            self.say(message)
+
     def summary(self, summary: dict[str, Any]) -> None:
         """The result: losses beside xz, a sample, where everything is."""
         if self.bar is not None:
             self.bar.stop()
-        table = Table.grid(padding=(0, 2))
-        table.add_row(
-            "validation loss", f"{summary['val_loss']:.4f} nats/token  (perplexity {summary['perplexity']:.1f})"
-        )
         bits, xz = summary["bits_per_byte"], summary["xz_bits_per_byte"]
         beside = f"  (xz -9 on the same text: {xz:.3f}; {bits / xz - 1:+.0%})" if xz else ""
-        table.add_row("bits per byte", f"{bits:.3f}{beside}")
-        table.add_row("sample", escape(f"{summary['prompt']} ...{summary['sample']}"))
-        table.add_row("run folder", escape(summary["out"]))
+        lines = {
+            "validation loss": f"{summary['val_loss']:.4f} nats/token  (perplexity {summary['perplexity']:.1f})",
+            "bits per byte": f"{bits:.3f}{beside}",
+            "sample": f"{summary['prompt']} ...{summary['sample']}",
+            "run folder": summary["out"],
+        }
         self.console.print()
+        if not self.console.is_terminal:  # nobody's width to fill
+            for name, text in lines.items():
+                self.say(f"{name:<15}  {text}")
+            return
+        table = Table.grid(padding=(0, 2))
+        for name, text in lines.items():
+            table.add_row(name, escape(text))
         self.console.print(table)

@@ -6,10 +6,10 @@ nativerank data verify data/book
 """
 
 import argparse
-import json
 import sys
-from pathlib import Path
 from typing import Any
+
+from nativerank.cli.output import add_json, check_json, write_json
 
 # What the user leaves out takes the default of `prepare`, where it has its home.
 PREPARE_OPTIONS = (
@@ -42,7 +42,8 @@ def add_parser(subparsers: Any) -> None:
         epilog="example:\n  nativerank data prepare book.txt --out data/book",
         formatter_class=raw,
     )
-    commands = data.add_subparsers(dest="data_command", metavar="COMMAND", required=True)
+    data.set_defaults(run=run_nothing)
+    commands = data.add_subparsers(dest="data_command", metavar="COMMAND")
     _add_prepare(commands.add_parser(
         "prepare", help="text to token shards", description="Turn text into a folder of token shards.",
         epilog=PREPARE_EPILOG, formatter_class=raw,
@@ -60,6 +61,7 @@ def add_parser(subparsers: Any) -> None:
     )  # fmt: skip
     verify.add_argument("path", metavar="DIR", help="folder made by data prepare")
     verify.add_argument("--quiet", action="store_true", help="print nothing when all is well")
+    add_json(verify)
     verify.set_defaults(run=run_verify)
 
 
@@ -100,14 +102,19 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress and no table")
-    parser.add_argument("--json", nargs="?", const="-", metavar="FILE",
-                        help="write the result as JSON, to standard output without FILE")  # fmt: skip
+    add_json(parser)
+
+
+def run_nothing(args: argparse.Namespace) -> int:
+    """Without a command there is only a hint to give."""
+    raise ValueError("data needs a command: prepare, info or verify")
 
 
 def run_prepare(args: argparse.Namespace) -> int:
     """Prepares a folder and shows its summary."""
     from nativerank.data.prepare import prepare
 
+    check_json(args.json)
     options = {name: getattr(args, name) for name in PREPARE_OPTIONS if getattr(args, name) is not None}
     result = prepare(args.inputs, args.out, **options)
     for note in result["notes"]:
@@ -121,6 +128,7 @@ def run_info(args: argparse.Namespace) -> int:
     """Shows the summary of a prepared folder, from its manifest alone."""
     from nativerank.data.prepare import summary
 
+    check_json(args.json)
     _show(summary(args.path), args)
     return 0
 
@@ -129,21 +137,18 @@ def run_verify(args: argparse.Namespace) -> int:
     """Hashes all files; a damaged one ends in ValueError with its name."""
     from nativerank.data.shards import verify
 
+    check_json(args.json)
     dataset = verify(args.path)
-    if not args.quiet:
-        shards = sum(len(entry["shards"]) for entry in dataset.manifest["splits"].values())
+    shards = sum(len(entry["shards"]) for entry in dataset.manifest["splits"].values())
+    result = {"path": args.path, "shards": shards, "tokenizer_sha256": dataset.tokenizer_sha256}
+    if not write_json(result, args.json) and not args.quiet:
         print(f"{args.path}: {shards} shards and the tokenizer are as the manifest says")
     return 0
 
 
 def _show(result: dict[str, Any], args: argparse.Namespace) -> None:
     """The result as JSON where asked for, and as a table unless that went to standard output."""
-    if args.json == "-":
-        print(json.dumps(result, indent=2))
-        return
-    if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    if not args.quiet:
+    if not write_json(result, args.json) and not args.quiet:
         _table(result)
 
 

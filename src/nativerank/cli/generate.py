@@ -1,10 +1,11 @@
 """nativerank generate: continue a prompt with a trained run or a saved model folder."""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
+
+from nativerank.cli.output import add_json, check_json, write_json
 
 EXAMPLE = """example:
   nativerank generate runs/demo-spectron --prompt "My fellow citizens" --max_new_tokens 80
@@ -25,7 +26,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
     parser.add_argument("--top_k", type=int, default=50, help="sample among this many tokens, 0 for all")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="the result as JSON, to FILE or stdout")
+    add_json(parser)
     parser.set_defaults(run=run)
 
 
@@ -35,6 +36,7 @@ def run(flags: argparse.Namespace) -> int:
     from nativerank.hub.generate import end_of_text, generate
     from nativerank.hub.load import TOKENIZER, load, model_folder
 
+    check_json(flags.json)
     folder = model_folder(Path(flags.model))
     if not (folder / TOKENIZER).exists():
         raise ValueError(f"{folder} holds no {TOKENIZER}, so there is no way to read the prompt")
@@ -50,11 +52,7 @@ def run(flags: argparse.Namespace) -> int:
         top_k=flags.top_k,
         seed=flags.seed,
     )
-    result = {"prompt": flags.prompt, "text": text}
-    if flags.json and flags.json != "-":
-        Path(flags.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    elif flags.json:
-        print(json.dumps(result, indent=1))
-    else:
+    write_json({"prompt": flags.prompt, "text": text}, flags.json)
+    if flags.json is None:
         sys.stdout.write(f"{flags.prompt}{text}\n")
     return 0

@@ -6,17 +6,15 @@ nativerank train --out runs/x --resume auto                # continue after a cr
 """
 
 import argparse
-import contextlib
-import json
 import re
 import shlex
 import signal
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from nativerank.config import RunConfig, check_keys, described, from_dict, hint_of, keys, nearest
+from nativerank.cli.output import STDOUT, add_json, check_json, write_json
+from nativerank.config import RunConfig, check_keys, described, from_dict, hint_of, keys, nearest, to_dict
 
 DESCRIPTION = "Pretrain a model. Values come from the preset, then --config, then flags."
 EXAMPLE = """examples:
@@ -24,6 +22,16 @@ EXAMPLE = """examples:
   nativerank train --model.preset pocket --method lowrank-muon --train.steps 300 --out runs/pocket
   nativerank train --out runs/pocket --model.preset pocket --method lowrank-muon --train.steps 600 --resume auto
 """
+
+# A flag overrules these keys of a file, a run's config.yaml above all, in which every default is filled in: they say
+# the same in another way, or mean nothing beside it.
+RIVALS: dict[str, tuple[str, ...]] = {
+    "rank.ratio": ("rank.value",),
+    "rank.value": ("rank.ratio",),
+    "train.steps": ("train.tokens",),
+    "train.tokens": ("train.steps",),
+    "init": tuple(key for key in keys(RunConfig) if re.match(r"rank\.|model\.(?!preset)", key)),
+}
 
 
 def add_parser(subparsers: Any) -> None:
@@ -48,8 +56,8 @@ def build_parser(description: str = DESCRIPTION, example: str = EXAMPLE, prog: s
     parser = TrainParser(prog=prog, usage=usage, description=description, epilog=example, formatter_class=Formatter)
     parser.add_argument("--config", action="config", help="YAML file with any of the keys below")
     parser.add_class_arguments(RunConfig)
-    parser.add_argument("--quiet", action="store_true", help="no progress; the result in the run folder only")
-    parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="the result as JSON, to FILE or stdout")
+    parser.add_argument("--quiet", action="store_true", help="no progress, only warnings; the result in the run folder")
+    add_json(parser)
     return parser
 
 
@@ -77,43 +85,83 @@ def spelled_out(argv: list[str]) -> Iterator[str]:
 def config_files(argv: list[str]) -> Iterator[str]:
     """What follows each --config."""
     for word, following in zip(argv, [*argv[1:], ""], strict=False):
-        if word == "--config":
+        if word == "--config" and following:
             yield following
         elif word.startswith("--config="):
             yield word.removeprefix("--config=")
 
 
-def parse(argv: list[str]) -> tuple[RunConfig, Any]:
-    """(configuration, namespace with quiet and json) from flags."""
+def read_config_file(file: str) -> dict[str, Any]:
+    """The keys of a YAML file, nested; none if it holds nothing but comments.
+
+    Raises:
+        ValueError: naming the file: not readable, no YAML, no mapping; or a key that RunConfig lacks.
+    """
     import yaml
 
-    for file in config_files(argv):
-        with contextlib.suppress(OSError, UnicodeDecodeError, yaml.YAMLError):  # the parser's own words are good enough
-            check_keys(yaml.safe_load(Path(file).read_text(encoding="utf-8")))
-    parser = build_parser()
-    namespace = parser.parse_args(list(spelled_out(argv)))
+    try:
+        values = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"cannot read {file}: {' '.join(str(error).split())}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} holds {described(type(values))}, not keys of a configuration")
+    check_keys(values)
+    return values
+
+
+def without_files(argv: list[str], files: set[str]) -> list[str]:
+    """The words without --config FILE for these files."""
+    kept: list[str] = []
+    for word in argv:
+        if word in files and kept and kept[-1] == "--config":
+            kept.pop()
+        elif word.removeprefix("--config=") not in files or not word.startswith("--config="):
+            kept.append(word)
+    return kept
+
+
+def let_flags_win(values: dict[str, Any], flags: set[str]) -> None:
+    """Sets what the flags overrule (RIVALS) back to its default, in place."""
+    for flag in sorted(flags & set(RIVALS)):
+        for key in set(RIVALS[flag]) - flags:
+            group, name = key.split(".")
+            values[group][name] = to_dict(RunConfig())[group][name]
+
+
+def parse(argv: list[str]) -> tuple[RunConfig, Any]:
+    """(configuration, namespace with quiet and json) from flags."""
+    contents = {file: read_config_file(file) for file in config_files(argv)}
+    argv = without_files(argv, {file for file, content in contents.items() if not content})
+    flags = {word.removeprefix("--").partition("=")[0] for word in argv if word.startswith("--")}
+    namespace = build_parser().parse_args(list(spelled_out(argv)))
     values = namespace.as_dict()
-    return from_dict(RunConfig, {name: values[name] for name in RunConfig.__dataclass_fields__}), namespace
+    let_flags_win(values, flags)
+    config = from_dict(RunConfig, {name: values[name] for name in RunConfig.__dataclass_fields__})
+    before = [content["method"] for content in contents.values() if content.get("method")]
+    if before and "method" in flags and config.method not in (None, before[-1]):
+        from nativerank.train.resolve import change_method
+
+        config = change_method(config, before[-1], flags)
+    return config, namespace
 
 
 def run(argv: list[str]) -> int:
     """Trains; after a signal says how to go on."""
     config, flags = parse(argv)
+    check_json(flags.json)
     from nativerank.cli.console import TrainConsole
     from nativerank.train.loop import Interrupted, train
 
-    with TrainConsole(quiet=flags.quiet, to_stderr=flags.json == "-") as console:
+    with TrainConsole(quiet=flags.quiet, to_stderr=flags.json == STDOUT) as console:
         try:
             summary = train(config, console)
         except Interrupted as stopped:
             out = shlex.quote(str(stopped.out))
-            console.say(f"stopped after step {stopped.step}, saved; go on with:")
-            console.say(f"  nativerank train --config {out}/config.yaml --out {out} --resume auto")
+            console.warn(f"stopped after step {stopped.step}, saved; go on with:")
+            console.warn(f"  nativerank train --config {out}/config.yaml --out {out} --resume auto")
             return 128 + stopped.signum if stopped.signum in (signal.SIGINT, signal.SIGTERM) else 1
         console.summary(summary)
-    if flags.json == "-":
-        json.dump(summary, sys.stdout, indent=1)
-        print()
-    elif flags.json:
-        Path(flags.json).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    write_json(summary, flags.json)
     return 0

@@ -5,16 +5,19 @@
 
 Interrupted grids go on where they stopped: a cell with a result is skipped, one without is resumed. `jobs` cells run
 side by side, each in its own process with its share of the threads. A cell that fails is recorded and does not stop
-the others.
+the others. Ctrl-C ends the cells that run, each with its last step saved, and starts no more.
 """
 
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+import threading
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,11 +75,12 @@ def run_grid(
     folder.mkdir(parents=True, exist_ok=True)
     rows = {name: row for name, row in finished(folder).items() if name in {cell.name for cell in cells}}
     todo = [cell for cell in cells if cell.name not in rows]
-    for row in _run_side_by_side(todo, folder, jobs):
-        _append(folder / RESULTS, json.dumps(row) + "\n")
-        rows[row["cell"]] = row
-        outcome = f"error: {row['error']}" if "error" in row else f"val_loss {row['val_loss']:.4f}"
-        say(f"[{len(rows)}/{len(cells)}] {' '.join(f'{k}={v}' for k, v in row['settings'].items())}: {outcome}")
+    with closing(_run_side_by_side(todo, folder, jobs)) as finished_now:
+        for row in finished_now:
+            _append(folder / RESULTS, json.dumps(row) + "\n")
+            rows[row["cell"]] = row
+            outcome = f"error: {row['error']}" if "error" in row else f"val_loss {row['val_loss']:.4f}"
+            say(f"[{len(rows)}/{len(cells)}] {' '.join(f'{k}={v}' for k, v in row['settings'].items())}: {outcome}")
     return [rows[cell.name] for cell in cells]
 
 
@@ -89,26 +93,58 @@ def _append(file: Path, line: str) -> None:
         stream.write(line.encode())
 
 
-def _run_side_by_side(cells: list[Cell], folder: Path, jobs: int) -> Iterator[dict[str, Any]]:
+class Children:
+    """The processes of a grid, which end together when the grid is stopped."""
+
+    def __init__(self) -> None:
+        self.lock, self.running, self.stopped = threading.Lock(), set[subprocess.Popen[str]](), False
+
+    def run(self, command: list[str], environment: dict[str, str]) -> tuple[int, str, str]:
+        """Exit code, stdout and stderr of a command; none is started any more after `stop`."""
+        with self.lock:
+            if self.stopped:
+                return 128 + signal.SIGTERM, "", ""
+            pipe = subprocess.PIPE
+            # A group of its own: Ctrl-C is ours to pass on, as a second signal would end a run without saving.
+            process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment, process_group=0)
+            self.running.add(process)
+        out, err = process.communicate()
+        with self.lock:
+            self.running.discard(process)
+        return process.returncode, out, err
+
+    def stop(self) -> None:
+        """Asks all to end: a run finishes its step, saves, and can be resumed."""
+        with self.lock:
+            self.stopped = True
+            for process in self.running:
+                process.terminate()
+
+
+def _run_side_by_side(cells: list[Cell], folder: Path, jobs: int) -> Generator[dict[str, Any]]:
+    children = Children()
     with ThreadPoolExecutor(max_workers=max(1, jobs)) as pool:
-        pending = [pool.submit(_run_cell, cell, folder, jobs) for cell in cells]
-        for future in as_completed(pending):
-            yield future.result()
+        try:
+            pending = [pool.submit(_run_cell, cell, folder, jobs, children) for cell in cells]
+            for future in as_completed(pending):
+                yield future.result()
+        except BaseException:  # Ctrl-C above all, here or in whoever takes the rows
+            pool.shutdown(wait=False, cancel_futures=True)
+            children.stop()
+            raise
 
 
-def _run_cell(cell: Cell, folder: Path, jobs: int) -> dict[str, Any]:
+def _run_cell(cell: Cell, folder: Path, jobs: int, children: Children) -> dict[str, Any]:
     out = folder / "cells" / cell.name
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
     command = [sys.executable, "-m", "nativerank", "train", *cell.flags(), "--out", str(out), "--resume", "auto"]
-    result = subprocess.run(
-        [*command, "--quiet", "--json"], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": threads}
-    )
+    code, out_text, err_text = children.run([*command, "--quiet", "--json"], os.environ | {"OMP_NUM_THREADS": threads})
     row: dict[str, Any] = {"cell": cell.name, "settings": dict(cell.settings)}
-    if result.returncode:
-        last = result.stderr.strip().splitlines()[-1:] or [f"exit code {result.returncode}"]
+    if code:
+        last = err_text.strip().splitlines()[-1:] or [f"exit code {code}"]
         return row | {"error": last[0]}
     try:
-        summary = json.loads(result.stdout)
+        summary = json.loads(out_text)
     except ValueError:
-        return row | {"error": f"no JSON but {result.stdout[:80]!r}"}
+        return row | {"error": f"no JSON but {out_text[:80]!r}"}
     return row | {k: summary[k] for k in ("val_loss", "bits_per_byte", "step", "tokens", "seconds")}

@@ -14,9 +14,8 @@ from torch import nn
 from nativerank.data.tokenizer import load_tokenizer, tokenizer_hash
 from nativerank.hub.weights import named_tensors, read_into
 from nativerank.layers import factorize_modules
-from nativerank.models import allocate, make_hf_config, read_hf_config, skeleton
+from nativerank.models import MODEL_TYPE, allocate, make_hf_config, read_hf_config, skeleton
 
-MODEL_TYPE = "nativerank"
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 
 
@@ -31,14 +30,27 @@ def load(folder: str | Path) -> nn.Module:
     """
     folder = model_folder(Path(folder))
     config = read_config(folder)
+    model = skeleton(base_config(folder))
     if config.get("model_type") != MODEL_TYPE:
-        return _filled(skeleton(read_hf_config(str(folder))), folder)
+        return _filled(model, folder)
+    factorize_modules(model, kind=config["kind"], overrides=config["ranks"], include=list(config["ranks"]))
+    return _filled(model, folder)
+
+
+def base_config(folder: Path) -> Any:
+    """The transformers config of a run or model folder: of a factored model, of what it was factorized from.
+
+    Raises:
+        ValueError: not a model folder, or a config that does not hold together.
+    """
+    folder = model_folder(folder)
+    config = read_config(folder)
+    if config.get("model_type") != MODEL_TYPE:
+        return read_hf_config(str(folder))
     for key, kind in (("base", dict), ("kind", str), ("ranks", dict)):
         if not isinstance(config.get(key), kind):
             raise ValueError(f"{folder / CONFIG} has no {key}, so it is not a config of ours")
-    model = skeleton(make_hf_config(config["base"], folder / CONFIG))
-    factorize_modules(model, kind=config["kind"], overrides=config["ranks"], include=list(config["ranks"]))
-    return _filled(model, folder)
+    return make_hf_config(config["base"], folder / CONFIG)
 
 
 def model_folder(path: Path) -> Path:

@@ -15,9 +15,10 @@ from typing import Any
 from torch import nn
 
 from nativerank.files import new_folder
-from nativerank.hub.load import CONFIG, MODEL_TYPE, TOKENIZER, WEIGHTS
+from nativerank.hub.load import CONFIG, TOKENIZER, WEIGHTS
 from nativerank.hub.weights import named_tensors, write_tensors
 from nativerank.layers import to_dense_modules
+from nativerank.models import MODEL_TYPE
 from nativerank.optim.roles import factor_modules
 from nativerank.version import __version__
 
@@ -35,10 +36,13 @@ def save(
         replace: take the place of what the folder holds, once everything is written.
 
     Raises:
-        ValueError: an unknown format, a folder that holds something, or a disk that is full.
+        ValueError: an unknown format, a module that is no Hugging Face model, a folder that holds something, or a disk
+            that is full.
     """
     if format not in ("factored", "dense"):
         raise ValueError(f"format must be factored or dense, got {format!r}")
+    if not hasattr(model, "config"):
+        raise ValueError(f"{type(model).__name__} has no Hugging Face config, so no folder could rebuild it")
     if format == "dense" and factor_modules(model):
         model = copy.deepcopy(model)
         to_dense_modules(model)

@@ -34,6 +34,19 @@ def write_tensors(tensors: dict[str, Tensor], file: Path) -> None:
         raise OSError(int(code.group(1)) if code else errno.EIO, str(error), str(file)) from None
 
 
+def shapes_of(file: Path) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of a file, without reading it.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    try:
+        with safe_open(file, framework="pt") as stored:
+            return {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"cannot read {file}: {error}") from None
+
+
 def read_into(tensors: dict[str, Tensor], file: Path) -> None:
     """Copies a file's tensors into existing ones of the same names and shapes.
 

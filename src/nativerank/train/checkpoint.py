@@ -2,7 +2,7 @@
 
     checkpoints/step-000123/
         model.safetensors       weights
-        optimizer.safetensors   PARAMETER/STATE for every state tensor, and the random number generator
+        optimizer.safetensors   PARAMETER/STATE for every state tensor, and the random number generators
         state.json              step, tokens, data cursor, guard, best loss, fingerprints
         manifest.json           sha256 and size of the other files, written last
 
@@ -23,12 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from nativerank.files import new_folder, remove_partial, sha256_file
-from nativerank.hub.weights import named_tensors, read_into, write_tensors
+from nativerank.hub.weights import named_tensors, read_into, shapes_of, write_tensors
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 MANIFEST = "manifest.json"
 PREFIX = "step-"
-RNG = "rng/torch"
+RNG, CUDA_RNG = "rng/torch", "rng/cuda"
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def save(
     remove_partial(target.with_name(PREFIX + "*"))
     with new_folder(target, replace=True) as partial:
         write_tensors(named_tensors(model), partial / FILES[0])
-        write_tensors(optimizer_tensors(model, optimizer) | {RNG: torch.get_rng_state()}, partial / FILES[1])
+        write_tensors(optimizer_tensors(model, optimizer) | random_state(model), partial / FILES[1])
         (partial / FILES[2]).write_text(json.dumps(state, indent=1), encoding="utf-8")
         hashes = {n: {"sha256": sha256_file(partial / n), "bytes": (partial / n).stat().st_size} for n in FILES}
         (partial / MANIFEST).write_text(json.dumps({"step": step, "files": hashes}, indent=1), encoding="utf-8")
@@ -62,6 +62,21 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     """Every state tensor under PARAMETER/STATE."""
     names = {id(p): name for name, p in model.named_parameters()}
     return {f"{names[id(p)]}/{key}": value for p, state in optimizer.state.items() for key, value in state.items()}
+
+
+def random_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state of the generators that the model's dropout may draw from: the CPU's, and its CUDA device's."""
+    device = next(model.parameters()).device
+    cuda = {CUDA_RNG: torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
+    return {RNG: torch.get_rng_state()} | cuda
+
+
+def set_random_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """The inverse; what the model's device has no generator for is left out."""
+    device = next(model.parameters()).device
+    torch.set_rng_state(state[RNG])
+    if CUDA_RNG in state and device.type == "cuda":
+        torch.cuda.set_rng_state(state[CUDA_RNG], device)
 
 
 def list_checkpoints(folder: Path) -> list[Checkpoint]:
@@ -113,17 +128,20 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Puts a checkpoint into a model and its optimizer, in place; returns its state.json.
+    """Puts a checkpoint that passed `check` into a model and its optimizer, in place; returns its state.json.
 
     Raises:
-        ValueError: the checkpoint is damaged or belongs to another model.
+        ValueError: the checkpoint belongs to another model, or its hashes hold but not what they vouch for.
     """
-    check(path)
     state = read_state(path)
-    rng = torch.get_rng_state()
     read_into(named_tensors(model), path / FILES[0])
-    read_into(optimizer_tensors(model, optimizer) | {RNG: rng}, path / FILES[1])
-    torch.set_rng_state(rng)
+    rng, stored = random_state(model), shapes_of(path / FILES[1])
+    if CUDA_RNG in stored:
+        rng.setdefault(CUDA_RNG, torch.empty(stored[CUDA_RNG], dtype=torch.uint8))
+    else:
+        rng.pop(CUDA_RNG, None)
+    read_into(optimizer_tensors(model, optimizer) | rng, path / FILES[1])
+    set_random_state(model, rng)
     return state
 
 
@@ -148,6 +166,28 @@ def newest_usable(folder: Path, complain: Callable[[str], None]) -> Checkpoint |
     if problems:
         raise ValueError(f"no usable checkpoint among {len(problems)} in {folder / 'checkpoints'}: {problems[0]}")
     return None
+
+
+def find(folder: Path, resume: str, complain: Callable[[str], None]) -> tuple[Path | None, Checkpoint | None]:
+    """(the checkpoint to go on from, if any, and the newest usable one of the run folder), both checked.
+
+    Args:
+        folder: the run folder.
+        resume: "never", "auto", or the path of a checkpoint.
+        complain: told about each damaged one that is newer than the newest usable.
+
+    Raises:
+        ValueError: the one asked for is damaged, or all of the folder's are.
+    """
+    if resume == "never":
+        return None, None
+    newest = newest_usable(folder, complain)
+    if resume == "auto":
+        return (newest.path if newest else None), newest
+    path = Path(resume)
+    if newest is None or path.resolve() != newest.path.resolve():
+        check(path)
+    return path, newest
 
 
 def prune(folder: Path, step: int, keep: int, best_step: int | None) -> None:

@@ -8,7 +8,7 @@
 
 A loss that is not finite is no spike: under "rollback" the run is set back, otherwise it stops. After `max_events`
 in a row the run stops too, because then the data or the rates are wrong. The running mean is an exponential one
-over `window` steps and ignores what was judged a spike.
+over `window` steps and ignores what was judged a spike; loss spikes are looked for once the first window is over.
 """
 
 import math

@@ -22,10 +22,11 @@ import torch
 from nativerank.config import RunConfig
 from nativerank.data.loader import Loader, document_positions
 from nativerank.data.shards import Dataset
-from nativerank.evaluate.loss import Loss, validation_loss
+from nativerank.evaluate.loss import Loss, check_document_mask, validation_loss
 from nativerank.evaluate.probes import probe, probed_names
+from nativerank.files import remove_partial
 from nativerank.hub.save import save as save_model
-from nativerank.layers import init_seed
+from nativerank.layers import init_seed, linear_modules
 from nativerank.models import count_parameters
 from nativerank.optim.roles import factor_modules
 from nativerank.optim.schedule import multiplier
@@ -49,7 +50,7 @@ from nativerank.train.step import Batch, train_step
 
 
 class Listener(Protocol):
-    """Who shows the run to a person; nothing at all if `quiet`."""
+    """Who shows the run to a person; warnings alone if `quiet`."""
 
     quiet: bool
 
@@ -57,7 +58,7 @@ class Listener(Protocol):
 
     def row(self, row: dict[str, Any]) -> None: ...
 
-    def say(self, message: str) -> None: ...
+    def warn(self, message: str) -> None: ...
 
 
 def train(config: RunConfig, listener: Listener) -> dict[str, Any]:
@@ -78,11 +79,15 @@ def train(config: RunConfig, listener: Listener) -> dict[str, Any]:
         config = stack.enter_context(claim(config, own_name))
         out = Path(config.out or "")
         dataset = open_data(config, listener.quiet)
-        built = build(config, dataset)
-        stack.enter_context(torch.random.fork_rng(devices=[]))
+        damaged: list[str] = []
+        origin, newest = checkpoint.find(out, config.resume, damaged.append)
+        built = build(config, dataset, origin is None)
+        device = next(built.model.parameters()).device
+        stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
         torch.manual_seed(init_seed(config.train.seed, "training"))  # dropout, where an architecture has it
         run = Run(config, out, dataset, built, listener)
         stack.callback(run.close)
+        run.begin(origin, newest, damaged)
         stopping = stack.enter_context(catch_signals())
         return run.to_the_end(stopping)
 
@@ -107,8 +112,20 @@ class Run:
         self.started = time.perf_counter()
         self.saved_at: int | None = None
         self.trackers: list[Tracker] = []
-        damaged: list[str] = []
-        resumed = self._resume(damaged.append)
+        self.profiler: Profiler | None = None
+
+    def begin(self, origin: Path | None, newest: checkpoint.Checkpoint | None, damaged: list[str]) -> None:
+        """Takes up a checkpoint, if there is one, and makes the run folder's files.
+
+        Args:
+            origin: the checkpoint, checked. newest: the run folder's newest.
+            damaged: what to say about checkpoints that had to be passed over.
+        """
+        config, out = self.config, self.out
+        if origin:
+            self._resume(origin, newest)
+        if config.data.document_mask:
+            check_document_mask(self.model)
         write_config(config, out)
         self.trackers.append(JsonLines(out, self.step))
         if config.track == "tensorboard":
@@ -118,7 +135,7 @@ class Run:
         if config.compile:
             compile_blocks(self.model)
         self.profiler = Profiler(out, self.device) if config.profile else None
-        self._announce(resumed)
+        self._announce(origin)
 
     # -- the loop ---------------------------------------------------------------------------------------------
 
@@ -215,7 +232,7 @@ class Run:
             good = f"the last good checkpoint is {last.path}" if last else "there is no checkpoint yet"
             raise Diverged(f"step {self.step}: {error}; {good}") from None
         row.update(event=event, action=answer)
-        self.listener.say(f"step {self.step}: {event.replace('_', ' ')} (loss {row['loss']:.3f}): {answer}")
+        self.listener.warn(f"step {self.step}: {event.replace('_', ' ')} (loss {row['loss']:.3f}): {answer}")
         if answer == "rollback" and last is not None:
             cursor, in_a_row = self.loader.state(), self.guard.in_a_row
             self._load(last.path)
@@ -232,7 +249,7 @@ class Run:
             return None
 
     def _complain(self, message: str) -> None:
-        self.listener.say(message)
+        self.listener.warn(message)
         self._record({"event": "checkpoint_damaged", "step": self.step, "reason": message})
 
     def _probe(self, row: dict[str, Any]) -> None:
@@ -298,23 +315,13 @@ class Run:
         best = state["best"]
         self.best_step, self.best_loss = best["step"], float("inf") if best["loss"] is None else best["loss"]
 
-    def _resume(self, complain: Callable[[str], None]) -> Path | None:
-        if self.config.resume == "never":
-            return None
-        newest = checkpoint.newest_usable(self.out, complain)
-        if self.config.resume == "auto":
-            if newest is None:
-                return None
-            path = newest.path
-        else:
-            path = Path(self.config.resume)
+    def _resume(self, path: Path, newest: checkpoint.Checkpoint | None) -> None:
         self._load(path)
         if self.step > self.steps:
             raise ValueError(f"{path} is at step {self.step}, beyond --train.steps {self.steps}")
         if newest and newest.step > self.step:
             raise ValueError(f"{self.out} goes on to {newest.path.name} after {path}; branch off into another --out")
         self.saved_at = self.step if newest and newest.step == self.step else None
-        return path
 
     # -- begin and end ----------------------------------------------------------------------------------------
 
@@ -324,9 +331,10 @@ class Run:
             "event": "resume" if resumed else "start",
             "step": self.step,
             "method": c.method,
-            "model": c.model.config or c.model.preset,
+            "model": c.init or c.model.config or c.model.preset,
             "parameters": count_parameters(self.model),
             "factorized": len(factor_modules(self.model)),
+            "left_dense": len(linear_modules(self.model)),
             "warnings": [f"{e.name}: {e.warning}" for e in self.report.entries if e.warning] if self.report else [],
             "steps": self.steps,
             "tokens_per_step": self.tokens_per_step,
@@ -351,6 +359,7 @@ class Run:
         if self.saved_at != self.step:  # this run took up the last step of another one
             self._save()
         loss = self._validate(None, lambda: self._heed(stopping))
+        remove_partial(self.out / "model")
         save_model(self.model, self.out / "model", tokenizer=self.dataset.tokenizer(), replace=True)
         prompt, sample = sample_text(self.model, self.dataset, self.config)
         summary = {

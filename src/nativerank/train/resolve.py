@@ -1,13 +1,15 @@
 """Every default of a configuration filled in, every conflict named before work starts."""
 
 import math
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nativerank.config import RankConfig, RunConfig, TrainConfig, differences
+from nativerank.config import ModelConfig, RankConfig, RunConfig, TrainConfig, differences
+from nativerank.hub.load import base_config
 from nativerank.layers import DEFAULT_RATIO
 from nativerank.methods import default_rates, find_method
 from nativerank.models import DENSE, Preset, find_preset, read_hf_config
@@ -41,19 +43,16 @@ def resolve(config: RunConfig) -> RunConfig:
             f"preset {config.model.preset} is dense and method {method_name} is not; drop {DENSE} or --method"
         )
     check_bounds(config)
-    own_architecture = config.model.config is not None
-    rates = default_rates(method_name, "" if own_architecture else config.model.preset.removesuffix(DENSE))
+    if config.init:
+        check_init(config)
+    defaults = method_defaults(config, method_name)
     optim, model = config.optim, config.model
-    optim = replace(
-        optim,
-        lr=rates.lr if optim.lr is None else optim.lr,
-        aux_lr=rates.aux_lr if optim.aux_lr is None else optim.aux_lr,
-        nesterov=method.options.get("nesterov", False) if optim.nesterov is None else optim.nesterov,
-        shape_scale=optim.shape_scale or method.options.get("shape_scale", "none"),
-    )
-    if model.init_scale is None:
-        model = replace(model, init_scale=rates.init_scale)
-    if model.embedding_std is None and not own_architecture:
+    for name in ("lr", "aux_lr", "nesterov", "shape_scale"):
+        if getattr(optim, name) is None:
+            optim = replace(optim, **{name: defaults[f"optim.{name}"]})
+    if model.init_scale is None and not config.init:
+        model = replace(model, init_scale=defaults["model.init_scale"])
+    if model.embedding_std is None and not model.config and not config.init:
         model = replace(model, embedding_std=preset.embedding_std)
     return replace(
         config,
@@ -67,15 +66,50 @@ def resolve(config: RunConfig) -> RunConfig:
     )
 
 
+def method_defaults(config: RunConfig, name: str) -> dict[str, Any]:
+    """What a method decides where the configuration does not, by dotted key."""
+    method = find_method(name)
+    rates = default_rates(name, "" if config.model.config else config.model.preset.removesuffix(DENSE))
+    return {
+        "optim.lr": rates.lr,
+        "optim.aux_lr": rates.aux_lr,
+        "optim.nesterov": method.options.get("nesterov", False),
+        "optim.shape_scale": method.options.get("shape_scale", "none"),
+        "model.init_scale": rates.init_scale,
+    }
+
+
+def change_method(config: RunConfig, before: str, given: Collection[str]) -> RunConfig:
+    """A configuration that was made for another method, for its own: that one's defaults are not taken along.
+
+    Args:
+        config: its method is the new one.
+        before: the method that its other keys were made for.
+        given: keys that were set for the new one.
+
+    Raises:
+        ValueError: a rate or option that was chosen by hand for the other method.
+    """
+    for key, default in method_defaults(config, before).items():
+        group, name = key.split(".")
+        value = getattr(getattr(config, group), name)
+        if key in given or value is None:
+            continue
+        if value != default:
+            raise ValueError(f"{key} {value} was chosen for {before}; give --{key} too (null: {config.method}'s own)")
+        config = replace(config, **{group: replace(getattr(config, group), **{name: None})})
+    return config
+
+
 def resolve_train(config: RunConfig, preset: Preset) -> TrainConfig:
     """Batch, context and number of steps: the preset's where they are not given; the context fits the model."""
     train = config.train
     if train.steps is not None and train.tokens is not None:
         raise ValueError(f"give train.steps or train.tokens, not both: {train.steps}, {train.tokens}")
     context = train.context or preset.context
-    if config.model.config and not train.context:
-        limit = getattr(read_hf_config(config.model.config).get_text_config(), "max_position_embeddings", None)
-        context = min(context, limit or context)
+    if (config.model.config or config.init) and not train.context:
+        hf = read_hf_config(config.model.config) if config.model.config else base_config(Path(config.init or ""))
+        context = min(context, getattr(hf.get_text_config(), "max_position_embeddings", None) or context)
     train = replace(
         train,
         batch_size=train.batch_size or preset.batch_size,
@@ -115,11 +149,19 @@ def resolve_rank(config: RunConfig, preset: Preset, method: str) -> RankConfig:
         return rank
     if rank.ratio is not None and rank.value is not None:
         raise ValueError(f"give rank.ratio or rank.value, not both: {rank.ratio}, {rank.value}")
-    if rank.ratio is not None or rank.value is not None:
+    if rank.ratio is not None or rank.value is not None or config.init:
         return rank
     if config.model.config or preset.value is None:
         return replace(rank, ratio=DEFAULT_RATIO if config.model.config else preset.ratio)
     return replace(rank, value=preset.value)
+
+
+def check_init(config: RunConfig) -> None:
+    """Raises a ValueError naming the first key that the weights of --init would overrule."""
+    model = replace(config.model, preset=ModelConfig().preset)  # whose training settings still count
+    ignored = differences(model, ModelConfig(), "model.") + differences(config.rank, RankConfig(), "rank.")
+    if ignored:
+        raise ValueError(f"--init {config.init} brings architecture and ranks along, so {ignored[0]} has no meaning")
 
 
 def check_bounds(config: RunConfig) -> None:

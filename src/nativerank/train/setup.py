@@ -15,11 +15,10 @@ from torch import nn
 from nativerank.config import RunConfig
 from nativerank.data.demo import prepared_demo
 from nativerank.data.shards import Dataset
-from nativerank.evaluate.loss import check_document_mask
 from nativerank.hub.load import load, tokenizer_fingerprint
 from nativerank.layers import FactorizeReport
 from nativerank.methods import build_optimizer, factorize, find_method
-from nativerank.models import find_preset, hf_config, materialize, read_hf_config, skeleton
+from nativerank.models import allocate, find_preset, hf_config, materialize, read_hf_config, skeleton
 from nativerank.optim.optimizer import LowRankOptimizer
 from nativerank.version import __version__
 
@@ -40,14 +39,24 @@ def open_data(config: RunConfig, quiet: bool = False) -> Dataset:
     """
     if config.data.path is None:
         preset = find_preset(config.model.preset)
-        dataset = Dataset.open(prepared_demo(preset.vocab_size, quiet=quiet))
+        folder = prepared_demo(preset.vocab_size, quiet=quiet)
+        try:
+            dataset = open_checked(folder)
+        except ValueError as error:
+            raise ValueError(f"{error}; the built-in corpus is made again if you delete {folder}") from None
     else:
-        dataset = Dataset.open(config.data.path)
-    dataset.tokenizer()  # compares its hash with the one the shards were made with
+        dataset = open_checked(Path(config.data.path))
     if dataset.split("val").tokens < 2:
         raise ValueError(
             f"the validation split of {dataset.path} holds no tokens; prepare it with a larger --val_fraction"
         )
+    return dataset
+
+
+def open_checked(folder: Path) -> Dataset:
+    """A prepared folder whose shards and tokenizer are those of its manifest, else a ValueError."""
+    dataset = Dataset.open(folder)
+    dataset.tokenizer()  # compares its hash with the one the shards were made with
     return dataset
 
 
@@ -66,8 +75,13 @@ class Built:
     report: FactorizeReport | None
 
 
-def build(config: RunConfig, dataset: Dataset) -> Built:
+def build(config: RunConfig, dataset: Dataset, fresh: bool = True) -> Built:
     """The model of a resolved configuration with its initial (or --init) weights, and its optimizer.
+
+    Args:
+        config: resolved.
+        dataset: decides the vocabulary of a preset.
+        fresh: False leaves the weights undrawn, for those of a checkpoint.
 
     Raises:
         ValueError: a vocabulary smaller than the data's, a context beyond the model's, or what factorize and
@@ -77,7 +91,7 @@ def build(config: RunConfig, dataset: Dataset) -> Built:
     if config.init:
         model, report = _initial_model(config, dataset)
     else:
-        model, report = _new_model(config, dataset)
+        model, report = _new_model(config, dataset, fresh)
     hf: Any = model
     rows = hf.get_input_embeddings().num_embeddings
     if rows < dataset.vocab_size:
@@ -85,8 +99,6 @@ def build(config: RunConfig, dataset: Dataset) -> Built:
     limit = getattr(hf.config.get_text_config(), "max_position_embeddings", None)
     if limit and config.train.context and config.train.context > limit:
         raise ValueError(f"train.context {config.train.context} exceeds the model's max_position_embeddings {limit}")
-    if config.data.document_mask:
-        check_document_mask(model)
     model.to(device).train()
     o = config.optim
     optimizer = build_optimizer(
@@ -109,7 +121,7 @@ def build(config: RunConfig, dataset: Dataset) -> Built:
     return Built(model, optimizer, report)
 
 
-def _new_model(config: RunConfig, dataset: Dataset) -> tuple[nn.Module, FactorizeReport | None]:
+def _new_model(config: RunConfig, dataset: Dataset, fresh: bool) -> tuple[nn.Module, FactorizeReport | None]:
     if config.model.config:
         hf = read_hf_config(config.model.config)
     else:
@@ -128,6 +140,8 @@ def _new_model(config: RunConfig, dataset: Dataset) -> tuple[nn.Module, Factoriz
             exclude=r.exclude,
             overrides=r.overrides,
         )
+    if not fresh:
+        return allocate(model), report
     m = config.model
     assert m.init_scale is not None
     return materialize(model, config.train.seed, m.init_scale, config.rank.init, m.embedding_std), report

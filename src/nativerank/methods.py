@@ -64,6 +64,13 @@ SWEPT: dict[str, dict[str, Rates]] = {
         "dense-muon": Rates(0.0358, 0.02, 0.0625),
         "dense-adamw": Rates(0.0048, 0.01, 0.25),
     },
+    "demo": {
+        "spectron": Rates(0.08, 0.01, 0.577),
+        "lowrank-muon": Rates(0.016, 0.02, 0.577),
+        "lowrank-adamw": Rates(0.0048, 0.02, 0.577),
+        "dense-muon": Rates(0.0358, 0.02, 0.0625),
+        "dense-adamw": Rates(0.0048, 0.01, 0.25),
+    },
 }
 
 

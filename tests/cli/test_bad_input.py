@@ -212,7 +212,7 @@ def test_another_run_in_the_output_folder(cli, flags, tmp_path, tmp_path_factory
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
     for words, said in [
         ([], "already holds a run; continue it with --resume auto, or choose another --out"),
-        (["--resume", "auto", "--method", "lowrank-muon"], "holds another run: method, optim.lr"),
+        (["--resume", "auto", "--method", "lowrank-muon"], "holds another run, which differs in method, optim.lr"),
         (["--resume", "nonsense"], "nonsense is not a complete checkpoint"),
     ]:
         result = cli("train", *flags(out=out), *words)

@@ -131,7 +131,7 @@ def refuse_or_resume(config: RunConfig, out: Path) -> None:
     before = read_config(out)
     changed = [key for key in differences(before, config) if not key.startswith(FREE)]
     if changed:
-        raise ValueError(f"{out} holds another run: {', '.join(changed)} differ; choose another --out")
+        raise ValueError(f"{out} holds another run, which differs in {', '.join(changed)}; choose another --out")
 
 
 def read_config(out: Path) -> RunConfig:

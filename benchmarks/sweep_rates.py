@@ -1,7 +1,8 @@
 """Finds the default rates of a preset: matrix rate, auxiliary rate and init scale, for every method alike.
 
     python benchmarks/sweep_rates.py pocket --jobs 2                           # about 40 minutes on two cores
-    python benchmarks/sweep_rates.py demo --jobs 2 --stages 1 --steps 200 --seeds 1
+    python benchmarks/sweep_rates.py demo --jobs 2 --stages 1 --steps 200 --seeds 1 \
+        --methods spectron,lowrank-muon,lowrank-adamw
 
 Per method a line search along one coordinate after the other: matrix rate (factor 1.6), auxiliary rate (2), init
 scale (2), matrix rate again. A line search tries both neighbours of the best value until the best has both. It starts

@@ -245,7 +245,9 @@ def test_a_checkpoint_of_another_folder_starts_a_branch(tmp_path, run_config, li
 def test_another_run_in_the_folder_is_refused(tmp_path, run_config, listen):
     train(run_config(out=tmp_path / "a"), listen())
     for change in ({"method": "lowrank-adamw"}, {"train__seed": 1}, {"optim__lr": 0.01}, {"train__batch_size": 3}):
-        with pytest.raises(ValueError, match=f"holds another run, which differs in .*{next(iter(change)).replace('__', '.')}"):
+        with pytest.raises(
+            ValueError, match=f"holds another run, which differs in .*{next(iter(change)).replace('__', '.')}"
+        ):
             train(run_config(out=tmp_path / "a", resume="auto", **change), listen())
 
 

@@ -26,10 +26,5 @@ def test_defaults_are_the_best_of_the_sweep(preset):
         assert tried[0] < point["optim.lr"] < tried[-1], f"{method}: the best rate stands at the edge of its grid"
 
 
-def test_a_method_that_was_not_swept_at_demo_takes_the_rates_of_pocket():
-    assert set(SWEPT["pocket"]) == set(METHODS)
-    assert default_rates("dense-muon", "demo") == SWEPT["pocket"]["dense-muon"]
-
-
 def test_an_unswept_preset_takes_the_methods_own_rates():
     assert default_rates("spectron", "spectron-l") == METHODS["spectron"].rates

@@ -67,10 +67,9 @@ SWEPT: dict[str, dict[str, Rates]] = {
     "demo": {
         "spectron": Rates(0.08, 0.01, 0.577),
         "lowrank-muon": Rates(0.016, 0.02, 0.577),
-        "lowrank-adamw": Rates(0.0048, 0.02, 0.577),
+        "lowrank-adamw": Rates(0.00187, 0.02, 0.577),
     },
 }
-NEAREST = {"demo": "pocket"}  # whose rates stand in for a method that was not swept at a preset
 
 
 def find_method(name: str) -> Method:
@@ -85,11 +84,8 @@ def find_method(name: str) -> Method:
 
 
 def default_rates(method: str, preset: str) -> Rates:
-    """A method's swept rates for a preset, or for the nearest swept one, or its row's own where there was no sweep."""
-    for swept in (preset, NEAREST.get(preset, "")):
-        if method in SWEPT.get(swept, {}):
-            return SWEPT[swept][method]
-    return find_method(method).rates
+    """The swept rates of a method for a preset, or the method's own where there was no sweep."""
+    return SWEPT.get(preset, {}).get(method, find_method(method).rates)
 
 
 def factorize(

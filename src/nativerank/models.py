@@ -173,7 +173,7 @@ def make_hf_config(values: Any, file: Path) -> Any:
     try:
         return AutoConfig.for_model(**values)
     except Exception as error:  # transformers raises what it likes on values it does not accept
-        raise ValueError(f"{file} is no valid config: {_one_line(error)}") from None
+        raise ValueError(f"{file} is no valid config: {_one_line(error)}") from error
 
 
 def skeleton(config: Any) -> nn.Module:
@@ -189,7 +189,7 @@ def skeleton(config: Any) -> nn.Module:
             return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except Exception as error:
         reason = _one_line(error)
-        raise ValueError(f"no causal language model from this {config.model_type} config: {reason}") from None
+        raise ValueError(f"no causal language model from this {config.model_type} config: {reason}") from error
 
 
 def _one_line(error: Exception) -> str:

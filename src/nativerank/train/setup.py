@@ -19,7 +19,7 @@ from nativerank.hub.load import load, tokenizer_fingerprint
 from nativerank.layers import FactorizeReport
 from nativerank.methods import build_optimizer, factorize, find_method
 from nativerank.models import allocate, find_preset, hf_config, materialize, read_hf_config, skeleton
-from nativerank.optim.optimizer import LowRankOptimizer
+from nativerank.optim.optimizer import RULE_OPTIONS, LowRankOptimizer
 from nativerank.version import __version__
 
 
@@ -106,17 +106,9 @@ def build(config: RunConfig, dataset: Dataset, fresh: bool = True) -> Built:
         config.method or "",
         lr=o.lr,
         aux_lr=o.aux_lr,
-        weight_decay=o.weight_decay,
-        betas=o.betas,
-        eps=o.eps,
-        momentum=o.momentum,
         nesterov=o.nesterov,
         shape_scale=o.shape_scale,
-        orthogonalizer=o.orthogonalizer,
-        orthogonalizer_steps=o.orthogonalizer_steps,
-        norm=o.norm,
-        power_iterations=o.power_iterations,
-        certified=o.certified,
+        **{name: getattr(o, name) for name in RULE_OPTIONS},
     )
     return Built(model, optimizer, report)
 

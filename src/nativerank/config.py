@@ -85,11 +85,16 @@ class OptimConfig:
         nesterov: blend the gradient into the orthogonalized momentum.
         shape_scale: factor on an orthogonalized update by its shape (rows, cols): "original" sqrt(max(1, rows/cols)),
             "match_rms_adamw" 0.2 sqrt(max(rows, cols)).
-        orthogonalizer: polynomial iteration that orthogonalizes the momentum.
+        orthogonalizer: polynomial iteration that orthogonalizes the momentum; "none", an ablation, steps along the
+            momentum as it is.
         orthogonalizer_steps: iterations of it.
         norm: how Spectron gets the factors' spectral norms: warm-started power iteration, or exactly.
+        step: Spectron's rho: "paper" lr / (sigma_A + sigma_B + 1), or "root", the positive root of
+            rho^2 + rho (sigma_A + sigma_B) = lr, which has the same bound and is up to 1.5 times as long.
+        renormalize: false, an ablation, takes rho = lr whatever the factors' norms.
         power_iterations: power iterations per factor and step.
         certified: Spectron with measured norms: the change of W stays within lr, proven, at a small cost.
+        update_cap: lowrank-adamw only: a step whose ||dW||_2 may exceed this (times the schedule) is shortened.
     """
 
     lr: float | None = None
@@ -105,11 +110,30 @@ class OptimConfig:
     momentum: float = 0.95
     nesterov: bool | None = None
     shape_scale: Literal["none", "original", "match_rms_adamw"] | None = None
-    orthogonalizer: Literal["newton-schulz", "polar-express"] = "newton-schulz"
+    orthogonalizer: Literal["newton-schulz", "polar-express", "none"] = "newton-schulz"
     orthogonalizer_steps: int = 5
     norm: Literal["power", "exact"] = "power"
     power_iterations: int = 1
+    step: Literal["paper", "root"] = "paper"
+    renormalize: bool = True
     certified: bool = False
+    update_cap: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuideConfig:
+    """The dense guide of `--method self-guided`, which fades out and is freed.
+
+    Args:
+        init: "product" starts it as the product of the factors (Wei et al. 2024), "dense" as the whole dense
+            initialisation that the factors truncate (as Spectron's authors ran it).
+        share: of the steps, over which its weight alpha falls from 1 to 0 along a cosine.
+        stochastic: compute it with probability alpha only, drawn per step and layer: half the cost.
+    """
+
+    init: Literal["product", "dense"] = "product"
+    share: float = 0.5
+    stochastic: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +164,8 @@ class TrainConfig:
         eval_tokens: tokens of a validation during the run; the one at the end reads the whole split.
         checkpoint_every: steps between checkpoints, 0 for the one at the end only.
         keep: newest checkpoints that stay, besides the best one.
-        probe_every: steps between records of the factors' norms, 0 for never.
+        probe_every: steps between records of the factors' norms and of what a step changes, 0 for never.
+        probe: glob patterns of the matrices recorded; empty takes the first, the middle and the last one.
         seed: of initialisation and data order.
     """
 
@@ -154,6 +179,7 @@ class TrainConfig:
     checkpoint_every: int = 100
     keep: int = 2
     probe_every: int = 20
+    probe: list[str] = field(default_factory=list)
     seed: int = 0
 
 
@@ -203,6 +229,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     rank: RankConfig = field(default_factory=RankConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    guide: GuideConfig = field(default_factory=GuideConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)

@@ -1,0 +1,1 @@
+"""What a model and its training cost, derived from what layers declare."""

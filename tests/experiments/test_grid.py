@@ -24,7 +24,7 @@ def fake(monkeypatch):
         state.command, state.environment = command, environment
         if lr in state.broken:
             return 2, "", "noise\nnativerank: error: it broke\n"
-        summary = dict(val_loss=lr, bits_per_byte=1.0, step=8, tokens=256, seconds=0.1)
+        summary = dict(val_loss=lr, bits_per_byte=1.0, step=8, tokens=256, seconds=0.1, peak_memory_bytes=1)
         return 0, state.stdout or json.dumps(summary), ""
 
     monkeypatch.setattr(grid.Children, "run", run)

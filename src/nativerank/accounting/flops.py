@@ -2,7 +2,7 @@
 
 | part | forward, per token | where it comes from |
 |---|---|---|
-| factor layer | 2 k n for each matmul of a vector (k) with a matrix (k, n): 2 r (d_in + d_out) | the layer's `gemms()` |
+| factor layer | 2 k n for each vector (k) times matrix (k, n): 2 r (d_in + d_out) | the layer's `gemms()` |
 | linear that stayed dense | 2 d_in d_out | shape of the weight |
 | expert stack that stayed dense | 2 d_in d_out times the experts that a token visits | shape of the weight, config |
 | guide of self-guided training | 2 d_in d_out times how often it is computed | the layer's `guide_gemm()` |

@@ -3,7 +3,7 @@
 A command is a module here with `add_parser(subparsers)`. Only the module of the command that was asked for is
 imported, and each imports what is heavy inside its functions, so `nativerank --help` stays under a second.
 
-Exit codes: 0 done, 2 bad input, 130 and 143 after SIGINT and SIGTERM.
+Exit codes: 0 done, 2 bad input, 3 training diverged, 130 and 143 after SIGINT and SIGTERM.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"nativerank: error: {first_line}", file=sys.stderr)
         if os.environ.get("NATIVERANK_TRACEBACK"):
             raise
-        return 2
+        return int(getattr(error, "exit_code", 2))
 
 
 def run(argv: Sequence[str]) -> int:

@@ -4,25 +4,31 @@
                 / cells/HASH/       the run folder of a cell
 
 Interrupted grids go on where they stopped: a cell with a result is skipped, one without is resumed. `jobs` cells run
-side by side, each in its own process with its share of the threads. A cell that fails is recorded and does not stop
-the others. Ctrl-C ends the cells that run, each with its last step saved, and starts no more.
+side by side, each in its own process with its share of the threads. A cell that fails is recorded, tried again when
+the grid is called again, and does not stop the others. One that diverges is a result: its row holds `diverged`, the
+reason, in place of a loss. Ctrl-C ends the cells that run, each with its last step saved, and starts no more.
 """
 
 import hashlib
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Generator, Iterable
+import time
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nativerank.train.guard import Diverged
+
 RESULTS = "results.jsonl"
+KEPT = ("val_loss", "bits_per_byte", "step", "tokens", "seconds", "peak_memory_bytes")  # of a run's summary
 
 
 @dataclass(frozen=True)
@@ -41,9 +47,12 @@ class Cell:
         """Twelve hex digits that depend on the settings alone."""
         return hashlib.sha256(json.dumps(self.settings).encode()).hexdigest()[:12]
 
+    def __hash__(self) -> int:
+        return hash(self.name)  # settings may hold lists
+
     def flags(self) -> list[str]:
         """The settings as command line flags."""
-        return [part for key, value in self.settings for part in (f"--{key}", str(value))]
+        return [part for key, value in self.settings for part in (f"--{key}", "null" if value is None else str(value))]
 
 
 def finished(folder: Path) -> dict[str, dict[str, Any]]:
@@ -61,7 +70,11 @@ def finished(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def run_grid(
-    cells: Iterable[Cell], folder: Path, jobs: int = 1, say: Callable[[str], None] = print
+    cells: Iterable[Cell],
+    folder: Path,
+    jobs: int = 1,
+    say: Callable[[str], None] = print,
+    about: Callable[[Cell], dict[str, Any]] = lambda cell: {},
 ) -> list[dict[str, Any]]:
     """Runs what has no result yet; returns the rows of all cells, failures included, in the order given.
 
@@ -70,18 +83,42 @@ def run_grid(
         folder: holds results and run folders.
         jobs: processes at once; the machine's threads are divided among them.
         say: told about every cell that ends.
+        about: what else a cell's row shall hold; an entry "arm" names the cell where it is told about.
     """
     cells = list(dict.fromkeys(cells))
     folder.mkdir(parents=True, exist_ok=True)
     rows = {name: row for name, row in finished(folder).items() if name in {cell.name for cell in cells}}
     todo = [cell for cell in cells if cell.name not in rows]
+    known, began, shown = len(rows), time.monotonic(), varying(cells)
+    extras = {cell.name: about(cell) for cell in todo}
     with closing(_run_side_by_side(todo, folder, jobs)) as finished_now:
         for row in finished_now:
+            row = extras[row["cell"]] | row
             _append(folder / RESULTS, json.dumps(row) + "\n")
             rows[row["cell"]] = row
-            outcome = f"error: {row['error']}" if "error" in row else f"val_loss {row['val_loss']:.4f}"
-            say(f"[{len(rows)}/{len(cells)}] {' '.join(f'{k}={v}' for k, v in row['settings'].items())}: {outcome}")
+            words = [row["arm"]] if "arm" in row else []
+            words += [f"{key}={value}" for key, value in row["settings"].items() if key in shown]
+            left = (time.monotonic() - began) / (len(rows) - known) * (len(cells) - len(rows)) / 60
+            rest = f", about {left:.0f} min left" if left >= 1 else ""
+            say(f"[{len(rows)}/{len(cells)}] {' '.join(words)}: {outcome(row)}{rest}")
     return [rows[cell.name] for cell in cells]
+
+
+def outcome(row: dict[str, Any]) -> str:
+    """What became of a cell, in words."""
+    for key in ("error", "diverged"):
+        if key in row:
+            return f"{key}: {row[key]}"
+    return f"val_loss {row['val_loss']:.4f}"
+
+
+def varying(cells: Sequence[Cell]) -> set[str]:
+    """The keys in which cells differ; of a single cell all."""
+    every = {key for cell in cells for key, _ in cell.settings}
+    if len(cells) < 2:
+        return every
+    settings = [dict(cell.settings) for cell in cells]
+    return {key for key in every if len({json.dumps(s.get(key)) for s in settings}) > 1}
 
 
 def _append(file: Path, line: str) -> None:
@@ -141,10 +178,14 @@ def _run_cell(cell: Cell, folder: Path, jobs: int, children: Children) -> dict[s
     code, out_text, err_text = children.run([*command, "--quiet", "--json"], os.environ | {"OMP_NUM_THREADS": threads})
     row: dict[str, Any] = {"cell": cell.name, "settings": dict(cell.settings)}
     if code:
-        last = err_text.strip().splitlines()[-1:] or [f"exit code {code}"]
-        return row | {"error": last[0]}
+        last = (err_text.strip().splitlines()[-1:] or [f"exit code {code}"])[0]
+        if code == Diverged.exit_code:
+            return row | {"diverged": last.removeprefix("nativerank: error: ")}
+        return row | {"error": last}
     try:
         summary = json.loads(out_text)
     except ValueError:
         return row | {"error": f"no JSON but {out_text[:80]!r}"}
-    return row | {k: summary[k] for k in ("val_loss", "bits_per_byte", "step", "tokens", "seconds")}
+    if not math.isfinite(summary["val_loss"]):
+        return row | {"diverged": f"the validation loss is {summary['val_loss']}"}
+    return row | {key: summary[key] for key in KEPT}

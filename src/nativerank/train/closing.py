@@ -1,6 +1,8 @@
-"""What a run says at its end besides its loss: a sample, and what a compressor needs for the same text."""
+"""What a run says at its end besides its loss: a sample, what a compressor needs for the same text, its memory."""
 
+import re
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -35,3 +37,12 @@ def sample_text(model: nn.Module, dataset: Dataset, config: RunConfig) -> tuple[
     # Generation's growing shapes would make compiled blocks compile again for every token.
     with torch.compiler.set_stance("force_eager") if config.compile else nullcontext():
         return prompt, generate(model, tokenizer, prompt, eot_id=dataset.eot_id, seed=config.train.seed)
+
+
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """The most memory that was in use: of the GPU, else of the process; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")  # getrusage counts the process that started this one too
+    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    return int(found[1]) * 1024 if found else None

@@ -21,6 +21,8 @@ from nativerank.config import GuardConfig
 class Diverged(ValueError):
     """Training cannot go on; the message says at which step and what to do."""
 
+    exit_code = 3  # of a command that ends by it: unlike bad input, this is a result
+
 
 @dataclass
 class Guard:

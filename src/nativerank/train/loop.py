@@ -31,7 +31,7 @@ from nativerank.models import count_parameters
 from nativerank.optim.roles import factor_modules
 from nativerank.optim.schedule import multiplier
 from nativerank.train import checkpoint
-from nativerank.train.closing import sample_text, xz_of_validation
+from nativerank.train.closing import peak_memory_bytes, sample_text, xz_of_validation
 from nativerank.train.folder import claim, write_config
 from nativerank.train.guard import Diverged, Guard
 from nativerank.train.metrics import JsonLines, TensorBoard, Tracker, require_tensorboard
@@ -374,6 +374,7 @@ class Run:
             "prompt": prompt,
             "sample": sample,
             "seconds": time.perf_counter() - self.started,
+            "peak_memory_bytes": peak_memory_bytes(self.device),
             "out": str(self.out),
         }
         for tracker in self.trackers:

@@ -113,7 +113,8 @@ def build(config: RunConfig, dataset: Dataset, fresh: bool = True) -> Built:
     return Built(model, optimizer, report)
 
 
-def _new_model(config: RunConfig, dataset: Dataset, fresh: bool) -> tuple[nn.Module, FactorizeReport | None]:
+def new_skeleton(config: RunConfig, dataset: Dataset) -> tuple[nn.Module, FactorizeReport | None]:
+    """The model of a resolved configuration without --init, as shapes on the meta device; and what became what."""
     if config.model.config:
         hf = read_hf_config(config.model.config)
     else:
@@ -132,6 +133,11 @@ def _new_model(config: RunConfig, dataset: Dataset, fresh: bool) -> tuple[nn.Mod
             exclude=r.exclude,
             overrides=r.overrides,
         )
+    return model, report
+
+
+def _new_model(config: RunConfig, dataset: Dataset, fresh: bool) -> tuple[nn.Module, FactorizeReport | None]:
+    model, report = new_skeleton(config, dataset)
     if not fresh:
         return allocate(model), report
     m = config.model

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from nativerank.config import nearest
-from nativerank.layers import FactorizeReport, factorize_modules, matrix_parameters
+from nativerank.layers import FactorizeReport, Guides, factorize_modules, matrix_parameters
 from nativerank.optim.optimizer import LowRankOptimizer
 from nativerank.optim.roles import assign_roles
 
@@ -45,11 +45,18 @@ class Method:
     source: str
     options: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def guided(self) -> bool:
+        """Whether a dense guide leads the factors for a while."""
+        return self.layer == GUIDED
 
+
+GUIDED = "guided"
 METHODS: dict[str, Method] = {
     "spectron": Method("lowrank", "spectron", Rates(0.07, 0.003), "lr: Spectron's code, every size; aux_lr: ours"),
     "lowrank-adamw": Method("lowrank", "adamw", Rates(1e-3, 1e-3), "Spectron's code, AdamW examples"),
     "lowrank-muon": Method("lowrank", "muon", Rates(0.01, 0.003), "pocket sweep", {"nesterov": True}),
+    "self-guided": Method(GUIDED, "adamw", Rates(1e-3, 1e-3), "Spectron's code, AdamW examples"),
     "dense-adamw": Method(None, "adamw", Rates(1e-3, 1e-3), "common practice below 1B parameters"),
     "dense-muon": Method(
         None, "muon", Rates(0.02, 0.003), "Muon's default", {"nesterov": True, "shape_scale": "original"}
@@ -99,6 +106,7 @@ def factorize(
     exclude: Sequence[str] = (),
     overrides: Mapping[str, int] | None = None,
     init: str | None = None,
+    guide: str | None = None,
 ) -> FactorizeReport:
     """Replaces the linear maps of a model by factor layers, in place.
 
@@ -114,6 +122,7 @@ def factorize(
         include, exclude: glob patterns over module names (or dotted suffixes of them).
         overrides: pattern -> rank.
         init: "svd" truncates the present weights (the default), "sampled" draws factors of the same spectrum.
+        guide: self-guided only: "product" (the default) starts the guide as A B^T, "dense" as the present weights.
 
     Returns:
         What became what, with ranks, parameters before and after, and warnings.
@@ -127,9 +136,11 @@ def factorize(
         raise ValueError(f"{method} keeps dense matrices; factorize takes a low-rank method")
     if rank is not None and rank_ratio is not None:
         raise ValueError(f"give rank or rank_ratio, not both: rank={rank}, rank_ratio={rank_ratio}")
+    if guide not in (None, "product", "dense") or (guide and not row.guided):
+        raise ValueError(f"guide is product or dense, for self-guided only, got {guide!r} for {method}")
     return factorize_modules(
         model,
-        kind=row.layer,
+        kind=f"{row.layer}-dense" if guide == "dense" else row.layer,
         ratio=rank_ratio,
         value=rank,
         rule=rank_rule,
@@ -148,6 +159,9 @@ def build_optimizer(
     aux_lr: float | None = None,
     weight_decay: float = 0.0,
     matrices: Sequence[str] | None = None,
+    guided_steps: int | None = None,
+    stochastic_guide: bool = True,
+    seed: int = 0,
     **options: Any,
 ) -> LowRankOptimizer:
     """The optimizer of a method for a model: hidden matrices by the method's rule, everything else by AdamW.
@@ -159,6 +173,10 @@ def build_optimizer(
         aux_lr: peak AdamW rate of everything else.
         weight_decay: decoupled, on the hidden matrices, times lr.
         matrices: names of the dense parameters that a dense method treats as hidden matrices; None finds them.
+        guided_steps: self-guided only: updates after which the guides are gone. They follow the optimizer's steps; a
+            loop that resumes calls `optimizer.guides.set(step)` before it loads a state.
+        stochastic_guide: self-guided only: compute a guide with probability alpha.
+        seed: of the draws of a stochastic guide.
         options: rule options by keyword (optim.optimizer.DEFAULTS), e.g. nesterov=True.
 
     Raises:
@@ -176,17 +194,19 @@ def build_optimizer(
     hidden = [half for pair in roles.pairs for half in (pair.up, pair.down)] or roles.matrices
     if not hidden:
         raise ValueError(f"{method} found no hidden matrix in the model")
+    if row.guided and not roles.guides:
+        raise ValueError(f"{method} found no guide in the model; call nativerank.factorize(model, {method!r}) first")
+    if roles.guides and not row.guided:
+        raise ValueError(f"{roles.guides[0][0]} is the guide of self-guided training, which {method} does not know")
+    if row.guided != (guided_steps is not None):
+        raise ValueError(f"guided_steps belongs to self-guided, which needs it; got {guided_steps} for {method}")
     chosen: dict[str, Any] = {**row.options, **{k: v for k, v in options.items() if v is not None}}
     common: dict[str, Any] = {k: chosen[k] for k in ("betas", "eps") if k in chosen}
+    rule = "adamw-capped" if row.rule == "adamw" and row.layer == "lowrank" and "update_cap" in chosen else row.rule
+    matrix = {"rule": rule, "lr": row.rates.lr if lr is None else lr, "weight_decay": weight_decay, **chosen}
     groups: list[dict[str, Any]] = [
-        {
-            "name": "matrices",
-            "params": hidden,
-            "rule": row.rule,
-            "lr": row.rates.lr if lr is None else lr,
-            "weight_decay": weight_decay,
-            **chosen,
-        },
+        {"name": "matrices", "params": hidden, **matrix},
+        {"name": Guides.GROUP, "params": roles.guides, **matrix},
         {
             "name": "auxiliary",
             "params": roles.auxiliary,
@@ -195,4 +215,7 @@ def build_optimizer(
             **common,
         },
     ]
-    return LowRankOptimizer([g for g in groups if g["params"]])
+    optimizer = LowRankOptimizer([g for g in groups if g["params"]])
+    if guided_steps is not None:
+        optimizer.guides = Guides(model, optimizer, guided_steps, seed, stochastic_guide)
+    return optimizer

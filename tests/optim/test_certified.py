@@ -46,7 +46,7 @@ def change(A, B, G_A, G_B, certified, dtype, u=None, **options):
     """||dW||_2 in float64 of one step from zero momentum; the power vector is cold unless given."""
     group = {"lr": ETA, "momentum": 0.95, "nesterov": False, "shape_scale": "none", "norm": "power"}
     group |= {"orthogonalizer": "newton-schulz", "orthogonalizer_steps": 5, "power_iterations": 1}
-    group |= {"certified": certified, **options}
+    group |= {"certified": certified, "step": "paper", "renormalize": True, **options}
     stacks = []
     for i, (X, G) in enumerate(((A, G_A), (B, G_B))):
         cold = torch.randn(len(X), generator=torch.Generator().manual_seed(5 + i), dtype=dtype) if u is None else u[i]

@@ -16,7 +16,7 @@ from nativerank.train.loop import Interrupted, train
 from nativerank.train.metrics import JsonLines, read_rows
 
 STEPS = 40
-METHODS = ["spectron", "lowrank-muon", "lowrank-adamw", "dense-muon", "dense-adamw"]
+METHODS = ["spectron", "lowrank-muon", "lowrank-adamw", "self-guided", "dense-muon", "dense-adamw"]
 
 
 def steps_of(run):

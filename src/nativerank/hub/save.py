@@ -17,7 +17,7 @@ from torch import nn
 from nativerank.files import new_folder
 from nativerank.hub.load import CONFIG, TOKENIZER, WEIGHTS
 from nativerank.hub.weights import named_tensors, write_tensors
-from nativerank.layers import to_dense_modules
+from nativerank.layers import guided_layers, to_dense_modules
 from nativerank.models import MODEL_TYPE
 from nativerank.optim.roles import factor_modules
 from nativerank.version import __version__
@@ -36,11 +36,14 @@ def save(
         replace: take the place of what the folder holds, once everything is written.
 
     Raises:
-        ValueError: an unknown format, a module that is no Hugging Face model, a folder that holds something, or a disk
-            that is full.
+        ValueError: an unknown format, a guide that is still there, a module that is no Hugging Face model, a folder
+            that holds something, or a disk that is full.
     """
     if format not in ("factored", "dense"):
         raise ValueError(f"format must be factored or dense, got {format!r}")
+    guided = [name for name, layer in guided_layers(model).items() if layer.guide is not None]
+    if guided:
+        raise ValueError(f"{guided[0]} still has its guide, which a saved model cannot hold; train until it is freed")
     if not hasattr(model, "config"):
         raise ValueError(f"{type(model).__name__} has no Hugging Face config, so no folder could rebuild it")
     if format == "dense" and factor_modules(model):

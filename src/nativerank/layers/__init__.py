@@ -4,6 +4,7 @@ from nativerank.layers.base import FactorLayer, Gemm
 from nativerank.layers.discover import Matrix, linear_modules, matrix_parameters
 from nativerank.layers.experts import LowRankExperts
 from nativerank.layers.factorize import factorize_modules, to_dense_modules
+from nativerank.layers.guided import GuidedLinear, Guides, guided_layers
 from nativerank.layers.initialize import (
     dense_init,
     gaussian_spectrum,
@@ -22,6 +23,8 @@ __all__ = [
     "FactorizeEntry",
     "FactorizeReport",
     "Gemm",
+    "GuidedLinear",
+    "Guides",
     "LowRankExperts",
     "LowRankLinear",
     "Matrix",
@@ -29,6 +32,7 @@ __all__ = [
     "dense_init",
     "factorize_modules",
     "gaussian_spectrum",
+    "guided_layers",
     "init_factor_layer",
     "init_seed",
     "linear_modules",

@@ -23,6 +23,7 @@ from nativerank.layers.discover import (
     walk,
 )
 from nativerank.layers.experts import IMPLEMENTATION, LowRankExperts, register_implementation
+from nativerank.layers.guided import DenseGuidedLinear, GuidedLinear
 from nativerank.layers.initialize import named_generator, sampled_factors, truncated_svd
 from nativerank.layers.lowrank import LowRankLinear
 from nativerank.layers.patterns import Patterns, as_patterns, match_all
@@ -31,13 +32,17 @@ from nativerank.layers.report import FactorizeEntry, FactorizeReport, fused_part
 
 
 class LayerKind(NamedTuple):
-    """The classes that hold one matrix and a stack of expert matrices."""
+    """The classes that hold one matrix and a stack of expert matrices (None: not covered)."""
 
     linear: Any
     experts: Any
 
 
-KINDS = {"lowrank": LayerKind(LowRankLinear, LowRankExperts)}
+KINDS = {
+    "lowrank": LayerKind(LowRankLinear, LowRankExperts),
+    "guided": LayerKind(GuidedLinear, None),
+    "guided-dense": LayerKind(DenseGuidedLinear, None),
+}
 INITS = ("svd", "sampled", None)
 
 
@@ -81,6 +86,9 @@ def factorize_modules(
         raise ValueError(f"found no dense linear layer to factorize in {type(model).__name__}")
     if require_all and not include:
         check_nothing_large_stays(model, exclude)
+    stacks = [name for name, m in matrices.items() if m.kind == "experts"]
+    if stacks and KINDS[kind].experts is None:
+        raise ValueError(f"{kind} layers do not cover stacks of experts such as {stacks[0]}; exclude them by name")
     ranks = plan_ranks(matrices, ratio, value, rule, overrides or {})
     if init is not None:
         check_finite(matrices)
@@ -180,6 +188,8 @@ class _Surgeon:
                 factor.fill_(torch.nan)
         elif W.ndim == 2:
             layer.fill(*self._factors(W, layer.rank, name))
+            if getattr(layer, "wants_dense", False):
+                layer.fill_guide(W)
         else:
             for expert, W_e in enumerate(W):
                 layer.fill(*self._factors(W_e, layer.rank, f"{name}.{expert}"), expert=expert)

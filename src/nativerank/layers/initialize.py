@@ -137,12 +137,14 @@ def init_factor_layer(layer: Any, name: str, std: float, seed: int, init: str = 
         name: full name of the matrix in the model; seeds the numbers.
         std: standard deviation of the dense initialisation, before truncation.
         seed: of the run.
-        init: "svd" or "sampled".
+        init: "svd" or "sampled". A dense guide starts as the matrix that "svd" truncates.
     """
     A, *_, B = layer.factors()
     shape = (B.shape[-2], A.shape[-2], layer.rank, std, seed, init, A.device)
     if A.ndim == 2:
         layer.fill(*initial_factors(name, *shape))
+        if getattr(layer, "wants_dense", False):
+            layer.fill_guide(dense_init(name, A.shape[-2], B.shape[-2], std, seed))
         return
     for expert in range(A.shape[0]):
         layer.fill(*initial_factors(f"{name}.{expert}", *shape), expert=expert)

@@ -18,12 +18,12 @@ from torch.optim.adamw import adamw
 from nativerank.config import OptimConfig
 from nativerank.linalg.gram import full_precision
 from nativerank.linalg.orthogonalize import coefficients
-from nativerank.optim.rules import RULES, Options, Rule, Stack, State, initial_state, shape_scale, step_device
+from nativerank.optim.rules import NONE, RULES, Options, Rule, Stack, State, initial_state, shape_scale, step_device
 
 # Shared with the configuration, which is their one home; what a method decides is set here for direct use.
 RULE_OPTIONS = (
     *("weight_decay", "betas", "eps", "momentum", "norm", "power_iterations", "certified"),
-    *("orthogonalizer", "orthogonalizer_steps"),
+    *("orthogonalizer", "orthogonalizer_steps", "step", "renormalize", "update_cap"),
 )
 DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(OptimConfig) if f.name in RULE_OPTIONS}
 DEFAULTS |= {"lr": 1e-3, "nesterov": False, "shape_scale": "none"}
@@ -49,6 +49,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
     Raises:
         ValueError: an unknown rule or option, a value out of range, or a parameter in two groups.
     """
+
+    guides: Any = None  # layers.Guides of self-guided training, which fade as the optimizer steps
 
     def __init__(self, groups: Iterable[dict[str, Any]]):
         groups = list(groups)
@@ -80,6 +82,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
             else:
                 for bucket in self._group_buckets(index):
                     _step_bucket(bucket, rule, group)
+        if self.guides is not None:
+            self.guides.set(self.guides.step + 1)
         return loss
 
     def set_rate(self, multiplier: float) -> None:
@@ -88,7 +92,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             group["lr"] = group["initial_lr"] * multiplier
 
     def records(self) -> dict[str, dict[str, float]]:
-        """What the last step recorded per pair (sigma_A, sigma_B, rho), by the name of the factorized module.
+        """What the last step recorded per pair (sigma_A, sigma_B, rho; or cap_factor), by the factorized module's name.
 
         Reads from the device: for logging, not for the hot path. Stacked experts report their largest value.
         """
@@ -104,6 +108,22 @@ class LowRankOptimizer(torch.optim.Optimizer):
                         module = names[id(p)].removesuffix(".weight").removesuffix(".up")
                         found[module] = {k: v[i] for k, v in values.items()}
         return found
+
+    def release(self, group: str) -> None:
+        """Lets go of the parameters of a named group, of their gradients and their state."""
+        for found in (g for g in self.param_groups if g.get("name") == group):
+            for p in found["params"]:
+                del self.state[p]
+                p.grad = None
+            found["params"], found["param_names"] = [], []
+
+    def adopt(self, group: str, parameters: list[tuple[str, torch.nn.Parameter]]) -> None:
+        """Takes parameters into a named group that was released, with the state they have at step 0."""
+        for found in (g for g in self.param_groups if g.get("name") == group):
+            found["params"] = [p for _, p in parameters]
+            found["param_names"] = [name for name, _ in parameters]
+            for p in found["params"]:
+                self.state[p] = {k: initial_state(k, p, p.shape[-1], seed=0) for k in RULES[found["rule"]].state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
@@ -184,15 +204,25 @@ def _check(group: dict[str, Any]) -> None:
     if options["power_iterations"] < 1:
         raise ValueError(f"power_iterations must be at least 1, got {options['power_iterations']}")
     if options["rule"] != "adamw":  # unknown names and counts below 1 are errors now, not at the first step
-        coefficients(options["orthogonalizer"], options["orthogonalizer_steps"])
+        if options["orthogonalizer"] != NONE:
+            coefficients(options["orthogonalizer"], options["orthogonalizer_steps"])
         shape_scale(options["shape_scale"], 1, 1)
+    if options["step"] not in ("paper", "root"):
+        raise ValueError(f"step must be paper or root, got {options['step']!r}")
     if options["norm"] not in ("power", "exact"):
         raise ValueError(f"norm must be power or exact, got {options['norm']!r}")
     if options["certified"] and options["rule"] != "spectron":
         raise ValueError(f"certified belongs to the rule spectron, got {options['rule']}")
-    if options["rule"] == "spectron" and options["lr"] > 1 and not options["certified"]:
+    if options["certified"] and not options["renormalize"]:
+        raise ValueError("certified chooses rho from measured norms; renormalize: false leaves it no say")
+    cap = options["update_cap"]
+    if (cap is not None) != (options["rule"] == "adamw-capped") or (cap is not None and cap <= 0):
+        raise ValueError(f"update_cap is a positive number for the rule adamw-capped, got {cap} for {options['rule']}")
+    bounded = options["rule"] == "spectron" and options["renormalize"] and options["orthogonalizer"] != NONE
+    if bounded and options["step"] == "paper" and options["lr"] > 1 and not options["certified"]:
         raise ValueError(
-            f"spectron's lr is a bound on ||dW|| and must be at most 1 (its proof needs rho <= 1), got {options['lr']}"
+            "spectron's lr is a bound on ||dW|| and must be at most 1 (its proof needs rho <= 1), "
+            f"got {options['lr']}; with step root or certified it may be larger"
         )
 
 
@@ -206,7 +236,7 @@ def _step_bucket(bucket: Bucket, rule: Rule, options: Options) -> None:
     everyone = len(active) == len(bucket.sides[0])
     sides = bucket.sides if everyone else [[side[i] for i in active] for side in bucket.sides]
     rows = None if everyone else torch.tensor(active, device=sides[0][0].device)
-    states = bucket.states if rows is None else [{k: v[rows] for k, v in s.items()} for s in bucket.states]
+    states = bucket.states if rows is None else [{k: v[rows.to(v.device)] for k, v in s.items()} for s in bucket.states]
     pair = rule.kind == "pair"
     stacks = [_stack(side, state, i == 1, pair) for i, (side, state) in enumerate(zip(sides, states, strict=True))]
     assert rule.update is not None
@@ -218,7 +248,7 @@ def _step_bucket(bucket: Bucket, rule: Rule, options: Options) -> None:
     if rows is not None:
         for whole, part in zip(bucket.states, states, strict=True):
             for key in whole:
-                whole[key].index_copy_(0, rows, part[key])
+                whole[key].index_copy_(0, rows.to(whole[key].device), part[key])
     for i, (side, change) in enumerate(zip(sides, changes, strict=True)):
         if options["weight_decay"]:
             torch._foreach_mul_(side, 1 - options["lr"] * options["weight_decay"])
@@ -232,7 +262,7 @@ def _stack(side: list[Tensor], state: State, down: bool, with_weight: bool) -> S
     rows, cols = side[0].shape[-2:]
     if down:
         weight, grad = None if weight is None else weight.mT, grad.mT
-        state = {k: v.mT if k == "momentum" else v for k, v in state.items()}
+        state = {k: v.mT if v.dim() == grad.dim() else v for k, v in state.items()}
     return Stack(weight, grad, state, (rows, cols))
 
 

@@ -2,6 +2,7 @@
 
     factor     `up` (d_out, r) and `down` (r, d_in) of a module with `factors()`: one matrix W, so always together
     matrix     a dense hidden matrix, where the method wants those
+    guide      the dense matrix beside a factor pair in self-guided training, as long as it is there
     auxiliary  everything else: embedding, head, norms, biases, routers
 
 Neither the number of dimensions nor the module type tells these apart (an embedding is 2-D, a factor is the weight
@@ -32,6 +33,7 @@ class Roles:
 
     pairs: list[Pair] = field(default_factory=list)
     matrices: list[Named] = field(default_factory=list)
+    guides: list[Named] = field(default_factory=list)
     auxiliary: list[Named] = field(default_factory=list)
 
 
@@ -73,6 +75,8 @@ def assign_roles(model: nn.Module, matrices: Iterable[str] = ()) -> Roles:
             raise ValueError(f"{name}: one factor is frozen and the other is not; a pair trains together or not at all")
         if up.requires_grad:
             roles.pairs.append(Pair(name, claim(up), claim(down)))
+        if getattr(module, "guide", None) is not None and module.guide.requires_grad:
+            roles.guides.append(claim(module.guide))
     for name in matrices:
         if name not in names.values():
             raise ValueError(f"{name} is not a parameter of the model")

@@ -11,6 +11,9 @@ spectron  the same M and orth for both factors of W = A B^T, and
               ||dW|| <= rho (||A|| + ||B||) + rho^2 <= lr   for ||orth|| <= 1, exact norms and rho <= 1.
           Newton-Schulz reaches 1.2 and one power iteration sees sigma from below, so the published form keeps the
           bound in ordinary training, not in the worst case; `certified` keeps it always (see `certified_rho`).
+          Variants: `step: root` (`pair_rho`), `renormalize: false` (rho = lr), `orthogonalizer: none` (D along M).
+adamw-capped   AdamW's D_A, D_B, shortened together where ||dW|| might exceed `update_cap` (times the schedule):
+          asks whether large updates are what ails naive AdamW on factors (`certified_rho` with eta = the cap).
 
 A new rule is a function here, an entry in RULES and a test.
 """
@@ -28,6 +31,7 @@ from nativerank.linalg.orthogonalize import orthogonalize, orthogonalizing_facto
 
 Options = Mapping[str, Any]
 MARGIN = 1 + 2e-5  # on certified norms
+NONE = "none"  # for an orthogonalizer: the momentum as it is
 State = dict[str, Tensor]
 
 
@@ -69,7 +73,9 @@ def averaged(side: Stack, options: Options) -> Tensor:
 
 def muon(side: Stack, options: Options) -> Tensor:
     """D (n, ..., rows, cols): the orthogonalized momentum times its shape scale, times lr."""
-    O = orthogonalize(averaged(side, options), options["orthogonalizer"], options["orthogonalizer_steps"])
+    O = averaged(side, options)
+    if options["orthogonalizer"] != NONE:
+        O = orthogonalize(O, options["orthogonalizer"], options["orthogonalizer_steps"])
     return options["lr"] * shape_scale(options["shape_scale"], *side.shape) * O
 
 
@@ -81,8 +87,7 @@ def spectron(A: Stack, B: Stack, options: Options) -> tuple[Tensor, Tensor, Stat
     """
     assert A.weight is not None and B.weight is not None
     M_A, M_B = at_least_float32(averaged(A, options)), at_least_float32(averaged(B, options))
-    G = torch.stack([gram(M_A), gram(M_B)])
-    Q_A, Q_B = orthogonalizing_factor(G, options["orthogonalizer"], options["orthogonalizer_steps"])
+    Q_A, Q_B = pair_factors(M_A, M_B, options)
     sigma_A, sigma_B = factor_norm(A.weight, A.state, options), factor_norm(B.weight, B.state, options)
     scale_A, scale_B = (shape_scale(options["shape_scale"], *side.shape) for side in (A, B))
     if options["certified"]:
@@ -90,10 +95,34 @@ def spectron(A: Stack, B: Stack, options: Options) -> tuple[Tensor, Tensor, Stat
         rho = certified_rho(O_A, O_B, A.weight, B.weight, options["lr"])
         D_A, D_B = O_A * rho[..., None, None], O_B * rho[..., None, None]
         return D_A, D_B, {"sigma_A": sigma_A, "sigma_B": sigma_B, "rho": rho}
-    rho = options["lr"] / (sigma_A + sigma_B + 1)
+    rho = pair_rho(sigma_A + sigma_B, options)
     D_A = M_A @ (Q_A * (scale_A * rho)[..., None, None])
     D_B = M_B @ (Q_B * (scale_B * rho)[..., None, None])
     return D_A, D_B, {"sigma_A": sigma_A, "sigma_B": sigma_B, "rho": rho}
+
+
+def pair_factors(M_A: Tensor, M_B: Tensor, options: Options) -> Tensor:
+    """Q_A, Q_B (2, n, ..., r, r) with O = M Q; the identity where nothing is to be orthogonalized."""
+    if options["orthogonalizer"] == NONE:
+        r = M_A.shape[-1]
+        return torch.eye(r, dtype=M_A.dtype, device=M_A.device).expand(2, *M_A.shape[:-2], r, r)
+    G = torch.stack([gram(M_A), gram(M_B)])
+    return orthogonalizing_factor(G, options["orthogonalizer"], options["orthogonalizer_steps"])
+
+
+def pair_rho(norms: Tensor, options: Options) -> Tensor:
+    """rho (...) from sigma_A + sigma_B (...), for factors O of norm at most 1.
+
+    paper   lr / (norms + 1): bounds rho norms + rho^2 as long as rho <= 1
+    root    the positive root of rho^2 + rho norms = lr: the same bound, met with equality, for any lr
+    """
+    eta = options["lr"]
+    if not options["renormalize"]:
+        return torch.full_like(norms, eta)
+    if options["step"] == "paper":
+        return eta / (norms + 1)
+    tiny = torch.finfo(norms.dtype).tiny  # for lr 0 at zero norms
+    return 2 * eta / (norms + (norms.square() + 4 * eta).sqrt()).clamp_min(tiny)
 
 
 def certified_rho(O_A: Tensor, O_B: Tensor, A: Tensor, B: Tensor, eta: float) -> Tensor:
@@ -116,6 +145,32 @@ def certified_rho(O_A: Tensor, O_B: Tensor, A: Tensor, B: Tensor, eta: float) ->
     linear, quadratic = c_A * b + c_B * a, c_A * c_B
     root = 2 * eta / (linear + (linear.square() + 4 * quadratic * eta).sqrt()).clamp_min(torch.finfo(linear.dtype).tiny)
     return torch.where(linear + quadratic > 0, root, 0.0).to(O_A)
+
+
+def adamw_capped(A: Stack, B: Stack, options: Options) -> tuple[Tensor, Tensor, State]:
+    """(D_A, D_B, record) of AdamW on both factors, scaled by cap_factor (n, ...) <= 1 so that ||dW||_2 <= update_cap.
+
+    The cap follows the schedule as the rate does. A shortened step keeps AdamW's direction.
+    """
+    assert A.weight is not None and B.weight is not None
+    D_A, D_B = adamw_direction(A, options), adamw_direction(B, options)
+    cap = options["update_cap"] * (options["lr"] / options["initial_lr"] if options["initial_lr"] else 0.0)
+    rho = certified_rho(D_A, D_B, A.weight, B.weight, cap).clamp_max(1)
+    D_A, D_B = D_A * rho[..., None, None], D_B * rho[..., None, None]
+    return D_A, D_B, {"cap_factor": rho}
+
+
+def adamw_direction(side: Stack, options: Options) -> Tensor:
+    """AdamW's D (n, ..., d, r) times lr, as torch.optim.AdamW computes it; advances the moments in place."""
+    m, v, step = (side.state[name] for name in ("exp_avg", "exp_avg_sq", "step"))
+    beta1, beta2 = options["betas"]
+    grad = side.grad.to(m.dtype)
+    step += 1
+    m.lerp_(grad, 1 - beta1)
+    v.lerp_(grad.square(), 1 - beta2)
+    age = step.to(m.device).reshape(-1, *(1 for _ in m.shape[1:]))
+    denominator = (v / (1 - beta2**age)).sqrt() + options["eps"]
+    return options["lr"] * (m / (1 - beta1**age)) / denominator
 
 
 def factor_norm(X: Tensor, state: State, options: Options) -> Tensor:
@@ -144,6 +199,7 @@ RULES: dict[str, Rule] = {
     "adamw": Rule("elementwise", ("exp_avg", "exp_avg_sq", "step")),
     "muon": Rule("matrix", ("momentum",), muon),
     "spectron": Rule("pair", ("momentum", "power_vector"), spectron),
+    "adamw-capped": Rule("pair", ("exp_avg", "exp_avg_sq", "step"), adamw_capped),
 }
 
 

@@ -2,7 +2,7 @@
 
 Fill in the configuration, open the data, build the model and optimizer, take up a checkpoint if there is one. Then
 for each step: set the rate, read the micro-batches, forward and backward, let the guard look at the loss, update,
-record. At intervals validate, probe the factors, save. At the end save, validate on the whole split, export.
+record. At intervals probe what the step changed, validate, save. At the end save, validate on the whole split, export.
 
 A run is a function of its configuration and data: step, data cursor, guard and random state are in every checkpoint,
 the rate is a function of the step, so a run that was killed and resumed ends with the same bits (on one machine, at
@@ -23,7 +23,7 @@ from nativerank.config import RunConfig
 from nativerank.data.loader import Loader, document_positions
 from nativerank.data.shards import Dataset
 from nativerank.evaluate.loss import Loss, check_document_mask, validation_loss
-from nativerank.evaluate.probes import probe, probed_names
+from nativerank.evaluate.probes import Probe, fixed_batch, probed_names
 from nativerank.files import remove_partial
 from nativerank.hub.save import save as save_model
 from nativerank.layers import init_seed, linear_modules
@@ -108,7 +108,8 @@ class Run:
         self.best_step: int | None = None
         self.rollbacks = 0
         self.fingerprint = checkpoint.fingerprint(data_fingerprint(dataset))
-        self.probed = probed_names(self.model)
+        names = probed_names(self.model, t.probe)
+        self.probe = Probe(self.model, names, fixed_batch(dataset.split("val"), t.context))
         self.started = time.perf_counter()
         self.saved_at: int | None = None
         self.trackers: list[Tracker] = []
@@ -149,8 +150,6 @@ class Run:
 
         while self.step < self.steps:
             row = self._one_step()
-            if self.probed and due(t.probe_every, row):
-                self._probe(row)
             if due(t.eval_every, row) and self.step < self.steps:
                 row["val_loss"] = self._validate(t.eval_tokens).nats
             self._record(row)
@@ -169,12 +168,13 @@ class Run:
             raise Interrupted(signum, self.step, self.out)
 
     def _one_step(self) -> dict[str, Any]:
-        """One update, or one that the guard refused; advances the step counter and returns the row."""
+        """One update, or one that the guard refused, probed at its interval; advances the step and returns the row."""
         t, o = self.config.train, self.config.optim
+        before = self.probe.before() if t.probe_every and (self.step + 1) % t.probe_every == 0 else None
         began = time.perf_counter()
         rate = multiplier(self.step, self.steps, o.schedule, o.warmup, o.decay, o.final_lr)
         self.optimizer.set_rate(rate)
-        measured = self.device.type != "cuda" or bool(t.probe_every and (self.step + 1) % t.probe_every == 0)
+        measured = self.device.type != "cuda" or before is not None
         verdict: list[str] = []
 
         def accept(loss: float, grad_norm: float) -> bool:
@@ -186,7 +186,10 @@ class Run:
         result = train_step(
             self.model, self.optimizer, self._batches(), self.accumulation, o.clip, accept, time_phases=measured
         )
+        alpha = self.optimizer.guides and self.optimizer.guides.alpha
         self.step += 1
+        if self.optimizer.guides is not None:
+            self.optimizer.guides.set(self.step)  # also where the guard refused the update
         if self.profiler:
             self.profiler.step()
         seconds = time.perf_counter() - began
@@ -200,12 +203,18 @@ class Run:
             "tokens_per_second": self.tokens_per_step / seconds,
             "seconds": seconds,
         }
+        if alpha is not None:
+            row["guide_alpha"] = alpha
         if measured:
             row["optimizer_share"] = result.seconds["optimizer"] / sum(result.seconds.values())
         if self.device.type == "cuda":
             row["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
         if verdict:
             self._respond(verdict[0], row)
+        if before is not None and "rolled_back_to" not in row:
+            records = self.optimizer.records() if result.updated else {}
+            row["probes"] = self.probe.after(before, row["lr"], records)
+            self._judge_norms(row)
         return row
 
     def _batches(self) -> Iterator[Batch]:
@@ -252,13 +261,9 @@ class Run:
         self.listener.warn(message)
         self._record({"event": "checkpoint_damaged", "step": self.step, "reason": message})
 
-    def _probe(self, row: dict[str, Any]) -> None:
-        records = self.optimizer.records()
-        row["probes"] = probe(self.model, self.probed)
-        sigmas = {f"{n}.{k}": v[k] for n, v in row["probes"].items() for k in ("sigma_A", "sigma_B")}
-        for name, values in row["probes"].items():
-            if name in records:
-                values["rho"] = records[name]["rho"]
+    def _judge_norms(self, row: dict[str, Any]) -> None:
+        """Lets the guard look at the norms of the probed factors."""
+        sigmas = {f"{n}.{k}": v[k] for n, v in row["probes"].items() for k in ("sigma_A", "sigma_B") if k in v}
         event = self.guard.judge_norms(sigmas)
         if event and self._respond(event, row) == "none":
             self.guard.sigmas = sigmas  # nothing to go back to: from here on these are the norms to compare with
@@ -306,6 +311,8 @@ class Run:
         self.rollbacks, self.saved_at = 0, self.step
 
     def _load(self, path: Path) -> None:
+        if self.optimizer.guides is not None:
+            self.optimizer.guides.set(checkpoint.read_state(path)["step"])
         state = checkpoint.load(path, self.model, self.optimizer)
         if state["data"] != self.fingerprint:
             raise ValueError(f"{path} was trained on other data than {self.dataset.path} holds")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from nativerank.config import ModelConfig, RankConfig, RunConfig, TrainConfig, differences
+from nativerank.config import GuideConfig, ModelConfig, RankConfig, RunConfig, TrainConfig, differences
 from nativerank.hub.load import base_config
 from nativerank.layers import DEFAULT_RATIO
 from nativerank.methods import default_rates, find_method
@@ -25,6 +25,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     **{f"model.{name}": (0, math.inf) for name in ("init_scale", "embedding_std")},
     **{f"guard.{name}": (1, math.inf) for name in ("window", "max_events", "sigma_factor")},
     "guard.loss_jump": (0, math.inf),
+    "guide.share": (0, 1),
     "train.seed": (0, 2**63 - 1),
 }
 
@@ -43,6 +44,7 @@ def resolve(config: RunConfig) -> RunConfig:
             f"preset {config.model.preset} is dense and method {method_name} is not; drop {DENSE} or --method"
         )
     check_bounds(config)
+    check_guide(config, method_name)
     if config.init:
         check_init(config)
     defaults = method_defaults(config, method_name)
@@ -162,6 +164,18 @@ def check_init(config: RunConfig) -> None:
     ignored = differences(model, ModelConfig(), "model.") + differences(config.rank, RankConfig(), "rank.")
     if ignored:
         raise ValueError(f"--init {config.init} brings architecture and ranks along, so {ignored[0]} has no meaning")
+
+
+def check_guide(config: RunConfig, method: str) -> None:
+    """Raises a ValueError for a guide that cannot be: of another method, of given weights, or in compiled blocks."""
+    if not find_method(method).guided:
+        if config.guide != GuideConfig():
+            key = differences(config.guide, GuideConfig(), "guide.")[0]
+            raise ValueError(f"{key} belongs to self-guided, not to {method}")
+    elif config.init:
+        raise ValueError(f"self-guided starts its guide with the factors, so it cannot take up --init {config.init}")
+    elif config.compile:
+        raise ValueError("self-guided layers change from step to step; drop --compile")
 
 
 def check_bounds(config: RunConfig) -> None:

@@ -100,7 +100,13 @@ def build(config: RunConfig, dataset: Dataset, fresh: bool = True) -> Built:
     if limit and config.train.context and config.train.context > limit:
         raise ValueError(f"train.context {config.train.context} exceeds the model's max_position_embeddings {limit}")
     model.to(device).train()
-    o = config.optim
+    o, t = config.optim, config.train
+    guided: dict[str, Any] = {}
+    if find_method(config.method or "").guided:
+        guided = {
+            "guided_steps": round(config.guide.share * (t.steps or 0)),
+            "stochastic_guide": config.guide.stochastic,
+        }
     optimizer = build_optimizer(
         model,
         config.method or "",
@@ -108,6 +114,8 @@ def build(config: RunConfig, dataset: Dataset, fresh: bool = True) -> Built:
         aux_lr=o.aux_lr,
         nesterov=o.nesterov,
         shape_scale=o.shape_scale,
+        seed=t.seed,
+        **guided,
         **{name: getattr(o, name) for name in RULE_OPTIONS},
     )
     return Built(model, optimizer, report)
@@ -132,6 +140,7 @@ def new_skeleton(config: RunConfig, dataset: Dataset) -> tuple[nn.Module, Factor
             include=r.include,
             exclude=r.exclude,
             overrides=r.overrides,
+            guide=config.guide.init if find_method(config.method or "").guided else None,
         )
     return model, report
 

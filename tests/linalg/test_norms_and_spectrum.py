@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from nativerank.linalg import gram_root, power_iteration, product_spectrum, spectral_norm, stable_rank
+from nativerank.linalg import gram_root, power_iteration, product_spectrum, singular_values, spectral_norm, stable_rank
 
 
 @pytest.mark.parametrize("shape", [(50, 7), (4, 50, 7), (7, 50), (9, 1)])
@@ -90,6 +90,13 @@ def test_product_spectrum_is_that_of_the_dense_product():
     assert_close(stable_rank(product_spectrum(A, B)), (dense**2).sum(-1) / dense[..., 0] ** 2)
 
 
+@pytest.mark.parametrize("shape", [(12, 7), (7, 12), (3, 9, 9), (5, 1)])
+def test_singular_values_of_a_dense_matrix(shape):
+    X = torch.randn(*shape)
+    assert_close(singular_values(X), torch.linalg.svdvals(X.double()), atol=1e-7, rtol=1e-7)  # through a Gram matrix
+    assert torch.isnan(singular_values(X.fill_(torch.inf))).all()
+
+
 def test_product_spectrum_of_degenerate_factors():
     A = torch.zeros(3, 20, 4, dtype=torch.float64)
     A[1] = torch.randn(20, 1, dtype=torch.float64) @ torch.randn(1, 4, dtype=torch.float64)
@@ -111,5 +118,6 @@ def test_what_is_not_finite_gives_nan_and_leaves_its_neighbours_alone(bad):
     B = torch.randn(3, 10, 4)
     sigma, spectrum = spectral_norm(X), product_spectrum(X, B)
     assert torch.isnan(sigma[1]) and torch.isnan(spectrum[1]).all()
+    assert stable_rank(spectrum).isnan().tolist() == [False, True, False]
     assert_close(sigma[[0, 2]], torch.linalg.matrix_norm(X[[0, 2]], 2), rtol=1e-5, atol=0)
     assert_close(spectrum[[0, 2]], torch.linalg.svdvals((X @ B.mT)[[0, 2]].double())[..., :4], rtol=1e-5, atol=1e-5)

@@ -14,6 +14,9 @@ from nativerank.train.metrics import JsonLines, flatten, read_rows
 STEP_KEYS = {
     "step", "tokens", "loss", "lr", "aux_lr", "grad_norm", "tokens_per_second", "seconds", "optimizer_share",
 }  # fmt: skip
+PROBE_KEYS = {
+    "update_norm", "sigma_W", "stable_rank", "sigma_A", "sigma_B", "gauge", "output_change", "rho", "update_ratio",
+}  # fmt: skip
 END_KEYS = {
     "event", "step", "tokens", "val_loss", "perplexity", "bits_per_byte", "xz_bits_per_byte", "val_tokens", "prompt",
     "sample", "seconds", "out",
@@ -54,7 +57,7 @@ def test_every_step_has_the_documented_keys(rows):
         assert row["tokens_per_second"] == pytest.approx(64 / row["seconds"])
         assert row["aux_lr"] / row["lr"] == pytest.approx(0.003 / 0.07)
     documented = set(re.findall(r"\w+", metrics.__doc__))
-    assert STEP_KEYS | {"val_loss", "probes", "event", "action", "rolled_back_to"} <= documented
+    assert STEP_KEYS | {"val_loss", "probes", "event", "action", "rolled_back_to"} | PROBE_KEYS <= documented
 
 
 def test_validations_and_probes_come_at_their_intervals(rows):
@@ -65,7 +68,7 @@ def test_validations_and_probes_come_at_their_intervals(rows):
     assert first.endswith("layers.0.self_attn.q_proj") and last.endswith("layers.1.mlp.down_proj")
     assert middle.endswith("layers.1.self_attn.q_proj")
     for values in probes.values():
-        assert set(values) == {"sigma_A", "sigma_B", "sigma_W", "stable_rank", "rho"}
+        assert set(values) == PROBE_KEYS
         assert values["sigma_W"] <= values["sigma_A"] * values["sigma_B"] * (1 + 1e-5)  # float32
 
 

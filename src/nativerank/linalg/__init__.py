@@ -1,9 +1,10 @@
 """Algebra of tall matrices through r x r problems: tensors in, tensors out."""
 
+from nativerank.linalg.change import update_norm
 from nativerank.linalg.gram import gram, gram_root
 from nativerank.linalg.norms import power_iteration, spectral_norm
 from nativerank.linalg.orthogonalize import orthogonalize, orthogonalize_plain, orthogonalizing_factor
-from nativerank.linalg.spectrum import product_spectrum, stable_rank
+from nativerank.linalg.spectrum import product_spectrum, singular_values, stable_rank
 
 __all__ = [
     "gram",
@@ -13,6 +14,8 @@ __all__ = [
     "orthogonalizing_factor",
     "power_iteration",
     "product_spectrum",
+    "singular_values",
     "spectral_norm",
     "stable_rank",
+    "update_norm",
 ]

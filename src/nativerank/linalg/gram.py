@@ -35,6 +35,11 @@ def at_least_float32(X: Tensor) -> Tensor:
     return X if X.dtype in (torch.float32, torch.float64) else X.float()
 
 
+def to_float64(X: Tensor) -> Tensor:
+    """X in float64; on the CPU where the device is MPS, which has none."""
+    return (X.cpu() if X.device.type == "mps" else X).double()
+
+
 def gram(X: Tensor, reduce: Reduce | None = None) -> Tensor:
     """X^T X (..., r, r) of X (..., d, r), in float32 or float64.
 
@@ -55,8 +60,7 @@ def gram_root(X: Tensor, reduce: Reduce | None = None) -> Tensor:
     an X that is not finite.
     Singular values of X below about 1e-8 of the largest are lost. MPS has no float64, so there it runs on the CPU.
     """
-    X = X.cpu() if X.device.type == "mps" else X
-    G, finite = split_finite(gram(X.double(), reduce))
+    G, finite = split_finite(gram(to_float64(X), reduce))
     eigenvalues, vectors = torch.linalg.eigh(G)
     root = eigenvalues.clamp_min(0).sqrt().unsqueeze(-1) * vectors.mT
     return root.masked_fill(~finite[..., None, None], torch.nan)

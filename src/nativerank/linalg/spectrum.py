@@ -9,7 +9,7 @@ Values below about 1e-8 ||A|| ||B|| are lost to rounding.
 import torch
 from torch import Tensor
 
-from nativerank.linalg.gram import Reduce, gram_root, split_finite
+from nativerank.linalg.gram import Reduce, gram, gram_root, split_finite, to_float64
 
 
 def product_spectrum(A: Tensor, B: Tensor, reduce: Reduce | None = None) -> Tensor:
@@ -24,8 +24,19 @@ def product_spectrum(A: Tensor, B: Tensor, reduce: Reduce | None = None) -> Tens
     return torch.linalg.svdvals(S).masked_fill(~finite[..., None], torch.nan)
 
 
+def singular_values(X: Tensor) -> Tensor:
+    """All singular values (..., min(m, n)) of a dense X (..., m, n), descending, in float64; NaN where not finite.
+
+    From the Gram matrix of the short side: a quarter of an SVD's time, and values below about 1e-8 of the largest
+    are lost.
+    """
+    X = to_float64(X)
+    G, finite = split_finite(gram(X if X.shape[-2] >= X.shape[-1] else X.mT))
+    return torch.linalg.eigvalsh(G).clamp_min(0).sqrt().flip(-1).masked_fill(~finite[..., None], torch.nan)
+
+
 def stable_rank(spectrum: Tensor) -> Tensor:
-    """||W||_F^2 / ||W||_2^2 from singular values (..., r); 0 for a zero matrix. Between 1 and the rank otherwise."""
+    """||W||_F^2 / ||W||_2^2 from singular values (..., r); 0 for a zero matrix, else 1 to the rank."""
     squares = spectrum.square()
     largest = squares.amax(-1)
-    return torch.where(largest > 0, squares.sum(-1) / largest.clamp_min(torch.finfo(squares.dtype).tiny), 0.0)
+    return torch.where(largest == 0, 0.0, squares.sum(-1) / largest.clamp_min(torch.finfo(squares.dtype).tiny))

@@ -39,7 +39,9 @@ FREE: tuple[str, ...] = (
     "train.steps",
     "train.tokens",
 )
-FREE += ("train.eval_every", "train.eval_tokens", "train.checkpoint_every", "train.keep", "train.probe_every")
+FREE += tuple(
+    f"train.{key}" for key in ("eval_every", "eval_tokens", "checkpoint_every", "keep", "probe_every", "probe")
+)
 
 
 @contextmanager

@@ -2,11 +2,15 @@
 
 Keys of a step's row: step, tokens, loss (nats/token), lr, aux_lr, grad_norm (before clipping), tokens_per_second,
 seconds, optimizer_share (share of the step's time; on CUDA only at probed steps), peak_memory_bytes; at some steps
-val_loss and probes ({module: {sigma_A, sigma_B, sigma_W, stable_rank, rho}}, rho for Spectron only). A step that the
-guard judged carries `event` (loss_spike, sigma_spike, gradient_not_finite, loss_not_finite), `action` (skip, rollback,
-none, stop) and after a rollback `rolled_back_to`; the steps it undid stay in the file and come again, so the last row
-of a step is the one that counts. Other rows with `event` (start, resume, checkpoint_damaged, interrupted, end) carry
-what belongs to the event.
+val_loss and probes ({module: {...}}, see below). A step that the guard judged carries `event` (loss_spike, sigma_spike,
+gradient_not_finite, loss_not_finite), `action` (skip, rollback, none, stop) and after a rollback `rolled_back_to`; the
+steps it undid stay in the file and come again, so the last row of a step is the one that counts. Other rows with
+`event` (start, resume, checkpoint_damaged, interrupted, end) carry what belongs to the event.
+
+probes, of each probed matrix W (the formulas: docs/math.md, "What is recorded"): update_norm (||dW||_2 of this step,
+weight decay included, 0 if the guard refused it), sigma_W (||W||_2), stable_rank, output_change (RMS change of the
+layer's output on a fixed batch); where W = A B^T also sigma_A, sigma_B and gauge (their ratio); where the rule has
+them rho and update_ratio (update_norm / lr; lr bounds update_norm there). Norms are those of after the step.
 """
 
 import json

@@ -190,10 +190,11 @@ def test_a_pair_without_gradients_stays_and_its_neighbours_move():
     assert not torch.allclose(factors[2], alone[2])
 
 
-@pytest.mark.parametrize("rule", ["spectron", "muon", "adamw"])
+@pytest.mark.parametrize("rule", ["spectron", "muon", "adamw", "adamw-capped"])
 def test_a_reloaded_optimizer_continues_bit_for_bit(rule):
     factors, loss = pair_problem()
-    make = lambda params: LowRankOptimizer([{"params": params, "rule": rule, "lr": 0.05}])  # noqa: E731
+    options = {"update_cap": 0.01} if rule == "adamw-capped" else {}
+    make = lambda params: LowRankOptimizer([{"params": params, "rule": rule, "lr": 0.05, **options}])  # noqa: E731
     optimizer = make(factors)
     run(optimizer, loss, 3)
     saved, weights = copy.deepcopy(optimizer.state_dict()), [p.detach().clone() for p in factors]

@@ -123,6 +123,24 @@ def find_preset(name: str) -> Preset:
     return base
 
 
+def scaled(preset: Preset, d_model: int | None, layers: int | None) -> Preset:
+    """The preset at another width (head size, FFN ratio and rank ratio kept) and depth."""
+    if d_model is not None:
+        head = preset.d_model // preset.heads
+        if d_model % head:
+            raise ValueError(f"--d_model must be a multiple of the preset's head size {head}, got {d_model}")
+        factor = d_model / preset.d_model
+        preset = replace(
+            preset,
+            d_model=d_model,
+            heads=d_model // head,
+            kv_heads=preset.kv_heads and round(preset.kv_heads * factor),
+            d_ffn=round(preset.d_ffn * factor / 32) * 32,
+            value=preset.value and round(preset.value * factor),
+        )
+    return replace(preset, layers=layers or preset.layers)
+
+
 def hf_config(preset: Preset, vocab_size: int | None = None, context: int | None = None) -> Any:
     """The preset as a transformers LlamaConfig, optionally for another vocabulary or context."""
     from transformers import LlamaConfig

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from nativerank.bench.train import PHASES, bench_train, scaled
+from nativerank.bench.train import PHASES, bench_train
 from nativerank.cli.main import main
-from nativerank.models import find_preset
+from nativerank.models import find_preset, scaled
 
 
 def test_phases_shares_and_ratio_fit_together():

@@ -5,13 +5,12 @@ own `train_step` is what runs. Shapes are a preset's, or scaled to another width
 """
 
 import statistics
-from dataclasses import replace
 from typing import Any
 
 import torch
 
 from nativerank.methods import build_optimizer, factorize, find_method
-from nativerank.models import DENSE, Preset, count_parameters, find_preset, hf_config, materialize, skeleton
+from nativerank.models import DENSE, Preset, count_parameters, find_preset, hf_config, materialize, scaled, skeleton
 from nativerank.train.setup import pick_device, versions
 from nativerank.train.step import Batch, train_step
 
@@ -50,24 +49,6 @@ class Contestant:
             "tokens_per_second": tokens / step,
             "optimizer_share": seconds["optimizer"] / step,
         }
-
-
-def scaled(preset: Preset, d_model: int | None, layers: int | None) -> Preset:
-    """The preset at another width (head size, FFN ratio and rank ratio kept) and depth."""
-    if d_model is not None:
-        head = preset.d_model // preset.heads
-        if d_model % head:
-            raise ValueError(f"--d_model must be a multiple of the preset's head size {head}, got {d_model}")
-        factor = d_model / preset.d_model
-        preset = replace(
-            preset,
-            d_model=d_model,
-            heads=d_model // head,
-            kv_heads=preset.kv_heads and round(preset.kv_heads * factor),
-            d_ffn=round(preset.d_ffn * factor / 32) * 32,
-            value=preset.value and round(preset.value * factor),
-        )
-    return replace(preset, layers=layers or preset.layers)
 
 
 def bench_train(

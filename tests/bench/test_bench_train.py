@@ -17,6 +17,7 @@ def test_phases_shares_and_ratio_fit_together():
         assert side["spread"]["min"] <= seconds["step"] <= side["spread"]["max"]
         assert side["tokens_per_second"] == pytest.approx(2 * 128 / seconds["step"])
         assert side["optimizer_share"] == pytest.approx(seconds["optimizer"] / seconds["step"])
+        assert side["probe_share"] == pytest.approx(seconds["probe"] / seconds["step"] / 20) and seconds["probe"] > 0
     low, dense = result["low_rank"]["spread"], result["dense"]["spread"]
     assert dense["min"] / low["max"] <= result["speedup"] <= dense["max"] / low["min"]
     assert result["low_rank"]["parameters"]["non_embedding"] < result["dense"]["parameters"]["non_embedding"]

@@ -1,7 +1,8 @@
 """How long a training step takes, in its parts, beside the dense twin's.
 
 One process, steps of both models interleaved, medians: on a noisy machine only such ratios mean something. The loop's
-own `train_step` is what runs. Shapes are a preset's, or scaled to another width with the preset's proportions.
+own `train_step` is what runs, with the loop's own probe around it, timed apart. Shapes are a preset's, or scaled to
+another width with the preset's proportions.
 """
 
 import statistics
@@ -9,10 +10,12 @@ from typing import Any
 
 import torch
 
+from nativerank.config import TrainConfig
+from nativerank.evaluate.probes import TOKENS, Probe, probed_names
 from nativerank.methods import build_optimizer, factorize, find_method
 from nativerank.models import DENSE, Preset, count_parameters, find_preset, hf_config, materialize, scaled, skeleton
 from nativerank.train.setup import pick_device, versions
-from nativerank.train.step import Batch, train_step
+from nativerank.train.step import Batch, Stopwatch, train_step
 
 PHASES = ("forward", "backward", "clip", "optimizer")
 
@@ -28,26 +31,40 @@ class Contestant:
         self.model = materialize(model, seed=0, init_scale=row.rates.init_scale, init="sampled").to(device).train()
         self.optimizer = build_optimizer(self.model, method)
         self.seconds: dict[str, list[float]] = {phase: [] for phase in PHASES}
+        self.probe_seconds: list[float] = []
 
     def step(self, batch: Batch, record: bool) -> None:
-        """One update on one batch."""
+        """One update on one batch, probed."""
+        probe = Probe(self.model, probed_names(self.model), batch[0][:1, :TOKENS])
+        watch = Stopwatch(self.device, wait=True)
+        before = probe.before()
+        watch.mark("probe")
         result = train_step(self.model, self.optimizer, [batch], accumulation=1, clip=1.0)
+        watch.mark("step")
+        probe.after(before, self.optimizer.param_groups[0]["lr"], self.optimizer.records())
+        watch.mark("probe")
         if record:
+            self.probe_seconds.append(watch.seconds["probe"])
             for phase in PHASES:
                 self.seconds[phase].append(result.seconds[phase])
 
     def summary(self, tokens: int) -> dict[str, Any]:
-        """Median seconds per phase, of the whole step, and what follows from them."""
+        """Median seconds per phase, of the whole step, and what follows from them.
+
+        probe_share: seconds of a probe over those of the steps of a default interval.
+        """
         totals = [sum(parts) for parts in zip(*self.seconds.values(), strict=True)]
         step = statistics.median(totals)
         seconds = {phase: statistics.median(values) for phase, values in self.seconds.items()}
+        probe = statistics.median(self.probe_seconds)
         return {
             "method": self.method,
             "parameters": count_parameters(self.model),
-            "seconds": {**seconds, "step": step},
+            "seconds": {**seconds, "step": step, "probe": probe},
             "spread": {"min": min(totals), "max": max(totals)},
             "tokens_per_second": tokens / step,
             "optimizer_share": seconds["optimizer"] / step,
+            "probe_share": probe / (TrainConfig().probe_every * step),
         }
 
 

@@ -62,5 +62,8 @@ def show(result: dict[str, Any]) -> None:
         table.add_row(side["method"], *milliseconds, f"{side['tokens_per_second']:,.0f}")
     console = Console(highlight=False)
     console.print(table)
-    share = result["low_rank"]["optimizer_share"]
-    console.print(f"low rank is {result['speedup']:.2f}x as fast; its optimizer takes {share:.1%} of the step")
+    share, probe = (result["low_rank"][key] for key in ("optimizer_share", "probe_share"))
+    console.print(
+        f"low rank is {result['speedup']:.2f}x as fast; its optimizer takes {share:.1%} of the step, "
+        f"its probe {probe:.2%} of the time at the default interval"
+    )

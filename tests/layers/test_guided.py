@@ -1,6 +1,7 @@
 """The guide leads, fades and is gone: what it computes, when, and that nothing of it stays."""
 
 import gc
+import itertools
 import math
 import weakref
 
@@ -97,7 +98,7 @@ def test_surgery_on_given_weights_guides_with_them():
 
 def test_alpha_is_a_cosine_from_one_to_nothing():
     weights = [guide_weight(step, 40) for step in range(60)]
-    assert weights[0] == 1 and all(a >= b for a, b in zip(weights, weights[1:], strict=False))
+    assert weights[0] == 1 and all(a >= b for a, b in itertools.pairwise(weights))
     assert weights[20] == pytest.approx(0.5) and weights[10] == pytest.approx((1 + math.sqrt(0.5)) / 2)
     assert all(w > 0 for w in weights[:40]) and not any(weights[40:])
     assert guide_weight(0, 0) == 0
@@ -151,12 +152,9 @@ def test_training_follows_the_formula():
     x, target = torch.randn(10, 7, dtype=torch.float64), torch.randn(10, 6, dtype=torch.float64)
     for step in range(5):
         alpha = (1 + math.cos(math.pi * step / 8)) / 2
-        for opt, y in (
-            (optimizer, lambda: model(x)),
-            (reference, lambda: alpha * x @ W.T + (1 - alpha) * x @ (A @ B.T).T),
-        ):
+        for opt, y in ((optimizer, model(x)), (reference, alpha * x @ W.T + (1 - alpha) * x @ (A @ B.T).T)):
             opt.zero_grad()
-            (y() - target).square().mean().backward()
+            (y - target).square().mean().backward()
             opt.step()
     assert_close([made.up.weight, made.down.weight.mT, made.guide], [A, B, W], rtol=1e-6, atol=1e-8)
 
@@ -239,6 +237,6 @@ def test_what_cannot_be_guided_is_one_clear_error():
 def test_expert_stacks_are_refused_before_anything_changes(build):
     model = build("mixtral")
     names = [n for n, _ in model.named_parameters()]
-    with pytest.raises(ValueError, match="do not cover stacks of experts such as .*experts.*; exclude them by name"):
+    with pytest.raises(ValueError, match=r"do not cover stacks of experts such as .*experts.*; exclude them by name"):
         factorize(model, "self-guided")
     assert [n for n, _ in model.named_parameters()] == names

@@ -174,5 +174,5 @@ def test_the_cap_belongs_to_naive_adamw():
     optimizer = build_optimizer(model, "lowrank-adamw", update_cap=0.1)
     assert optimizer.param_groups[0]["rule"] == "adamw-capped"
     assert build_optimizer(model, "lowrank-adamw").param_groups[0]["rule"] == "adamw"
-    with pytest.raises(ValueError, match="update_cap is a positive number for the rule adamw-capped, got 0.1"):
+    with pytest.raises(ValueError, match=r"update_cap is a positive number for the rule adamw-capped, got 0\.1"):
         build_optimizer(model, "spectron", update_cap=0.1)

@@ -4,7 +4,15 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from nativerank.linalg import gram_root, power_iteration, product_spectrum, singular_values, spectral_norm, stable_rank
+from nativerank.linalg import (
+    gram,
+    gram_root,
+    power_iteration,
+    product_spectrum,
+    singular_values,
+    spectral_norm,
+    stable_rank,
+)
 
 
 @pytest.mark.parametrize("shape", [(50, 7), (4, 50, 7), (7, 50), (9, 1)])
@@ -121,3 +129,10 @@ def test_what_is_not_finite_gives_nan_and_leaves_its_neighbours_alone(bad):
     assert stable_rank(spectrum).isnan().tolist() == [False, True, False]
     assert_close(sigma[[0, 2]], torch.linalg.matrix_norm(X[[0, 2]], 2), rtol=1e-5, atol=0)
     assert_close(spectrum[[0, 2]], torch.linalg.svdvals((X @ B.mT)[[0, 2]].double())[..., :4], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(200, 128), (150, 130), (2, 70, 200)])
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_gram_matrix_in_panels_is_that_of_one_product(shape, wide):
+    X = torch.randn(*shape[:-2], shape[-1], shape[-2]).mT if wide else torch.randn(*shape)
+    assert_close(gram(X), X.mT @ X)

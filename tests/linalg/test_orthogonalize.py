@@ -1,14 +1,26 @@
 """The Gram-space iteration against its float64 textbook form, and against what it is meant to compute."""
 
+import importlib
+
 import pytest
 import torch
 from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
 
-from nativerank.linalg import gram, orthogonalize, orthogonalize_plain
-from nativerank.linalg.orthogonalize import coefficients
+from nativerank.linalg import gram, orthogonalize, orthogonalize_plain, orthogonalizing_factor
+from nativerank.linalg.orthogonalize import coefficients, orthogonalize_flops, ridge
 
 METHODS = [("newton-schulz", 5), ("polar-express", 5), ("polar-express", 7), ("polar-express", 9)]
 SHAPES = [(64, 16), (3, 40, 8), (2, 3, 12, 12), (8, 40), (5, 1)]
+
+
+@pytest.fixture(params=["products", "eigenvalues"])
+def form(request, monkeypatch):
+    """Both ways to the r x r factor, whatever the rank and the number of threads."""
+    module = importlib.import_module("nativerank.linalg.orthogonalize")
+    monkeypatch.setattr(module, "EIGEN_RANK", 1 if request.param == "eigenvalues" else 10**9)
+    monkeypatch.setattr(module, "EIGEN_THREADS", 10**9)
+    return request.param
 
 
 def with_spectrum(d, r, values, seed=0):
@@ -20,17 +32,44 @@ def with_spectrum(d, r, values, seed=0):
 
 @pytest.mark.parametrize("method, steps", METHODS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_equals_the_plain_form_in_float64(method, steps, shape):
+def test_equals_the_plain_form_in_float64(method, steps, shape, form):
     M = torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     # 1e-7: the ridge (16 eps of float64) moves a singular value s by about eps / s^2, magnified by the steps.
     assert_close(orthogonalize(M, method, steps), orthogonalize_plain(M, method, steps), rtol=1e-7, atol=1e-7)
 
 
-@pytest.mark.parametrize("shape", [(256, 64), (4, 512, 32)])
-def test_float32_is_within_a_thousandth_on_well_conditioned_input(shape):
+@pytest.mark.parametrize("shape", [(256, 64), (4, 512, 32), (1024, 256), (400, 300)])
+def test_float32_is_exact_to_rounding_on_well_conditioned_input(shape, form):
+    """1e-5 is 100 eps; an aggressive polynomial brings the ridge, and 1e-3 or so with it."""
     M = torch.randn(*shape, generator=torch.Generator().manual_seed(2))
-    exact = orthogonalize_plain(M)
-    assert (orthogonalize(M).double() - exact).norm() <= 1e-3 * exact.norm()
+    for method, steps, tolerance in [("newton-schulz", 5, 1e-5), ("polar-express", 7, 3e-3)]:
+        exact = orthogonalize_plain(M, method, steps)
+        assert (orthogonalize(M, method, steps).double() - exact).norm() <= tolerance * exact.norm()
+
+
+def test_the_ridge_is_there_where_rounding_would_grow():
+    float32, float64 = torch.float32, torch.float64
+    assert ridge(coefficients("newton-schulz", 5), float32) == 0.0
+    for method, steps in [("newton-schulz", 8), ("polar-express", 5), ("polar-express", 7)]:
+        assert ridge(coefficients(method, steps), float32) == 16 * torch.finfo(float32).eps
+    assert ridge(coefficients("newton-schulz", 12), float64) == 0.0
+    assert ridge(coefficients("newton-schulz", 16), float64) == 16 * torch.finfo(float64).eps
+
+
+@pytest.mark.parametrize("d, r, steps", [(96, 24, 5), (40, 40, 1), (50, 8, 7)])
+def test_counted_flops_are_what_runs(d, r, steps):
+    M = torch.empty(3, d, r, device="meta")  # neither CPU shortcut
+    with FlopCounterMode(display=False) as counter:
+        orthogonalize(M, steps=steps)
+    assert counter.get_total_flops() == 3 * orthogonalize_flops(d, r, steps)
+
+
+def test_a_factor_that_is_not_finite_gives_nan_and_leaves_its_neighbours_alone(form):
+    M = torch.randn(3, 20, 4)
+    M[1, 2, 3] = float("inf")
+    Q = orthogonalizing_factor(gram(M))
+    assert Q[1].isnan().all()
+    assert_close(Q[[0, 2]], orthogonalizing_factor(gram(M[[0, 2]])))
 
 
 def test_seven_polar_express_steps_give_the_polar_factor():
@@ -51,7 +90,7 @@ def test_newton_schulz_lands_where_the_docstring_says():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("method, steps", [*METHODS, ("polar-express", 12), ("newton-schulz", 12)])
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
-def test_never_blows_up_on_bad_input(dtype, method, steps, scale):
+def test_never_blows_up_on_bad_input(dtype, method, steps, scale, form):
     """Zero, rank 1, rank-deficient, nearly rank 1, condition 1e8: singular values stay below 1.25 (zeros at 0)."""
     d, r = 96, 24
     cases = {

@@ -2,9 +2,11 @@
 
     M = P diag(s) Z^T   ->   O = P diag(f(s)) Z^T with f(s) near 1: the nearest semi-orthogonal matrix, roughly
 
-An odd polynomial of M is M times a polynomial of G = M^T M. All iterations therefore run in r x r and only one tall
-product M Q follows, against two tall products per step in the usual form: 2 d r^2 + O(steps r^3) + 2 d r^2 FLOPs
-instead of about 6 steps d r^2. M (..., d, r), d >= r; wide matrices are transposed.
+An odd polynomial of M is M times a polynomial of G = M^T M: O = M Q, Q = q(G). All iterations therefore run in r x r
+and M (..., d, r), d >= r, is read twice; wide matrices are transposed. FLOPs of k steps (`orthogonalize_flops`):
+    here         4 d r^2 + (4 k - 3) 2 r^3        plain, on M itself         k (4 d r^2 + 2 r^3)
+The same Q has two forms. Products run anywhere. On a CPU with one or two threads q is evaluated at the eigenvalues of
+G from r = 160 on, which takes 0.6 to 0.8 of the time there; eigenvalue routines gain little from more cores.
 
 Where the singular values s of M land, for s >= 0.02 ||M||_F (smaller ones land lower, zero stays zero):
     newton-schulz, 5 steps   0.68 to 1.21   coefficients of Muon (Jordan et al. 2024)
@@ -12,16 +14,19 @@ Where the singular values s of M land, for s >= 0.02 ||M||_F (smaller ones land 
     polar-express, 7 steps   0.99 to 1.01
 
 Rounding: G carries errors of about eps trace(G), so a rank-deficient M has slightly negative eigenvalues there, which
-an aggressive polynomial magnifies without bound (1e10 was seen). A ridge of `RIDGE` eps on the normalised G keeps
-them positive; then f stays bounded for every input. It lowers f by half for s near 1e-3 ||M||_F in float32 and by 1%
-at 1e-2 ||M||_F. In float32 the squares in G want ||M||_F between 1e-18 and 1e18.
+an aggressive polynomial magnifies without bound (1e10 was seen). Where k steps can do that, a ridge of `RIDGE` eps on
+the normalized G keeps them positive; then f stays bounded for every input. It lowers f by half for s near
+1e-3 ||M||_F in float32 and by 1% at 1e-2 ||M||_F. Five Newton-Schulz steps need none.
+In float32 the squares in G want ||M||_F between 1e-18 and 1e18.
 `orthogonalize_plain` is the textbook form in float64 and the oracle of the tests.
 """
+
+import math
 
 import torch
 from torch import Tensor
 
-from nativerank.linalg.gram import Reduce, at_least_float32, full_precision, gram
+from nativerank.linalg.gram import Reduce, at_least_float32, full_precision, gram, split_finite
 
 Coefficients = list[tuple[float, float, float]]
 
@@ -36,7 +41,8 @@ POLAR_EXPRESS: Coefficients = [
     (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
 ]
 SAFETY = 1.01  # shrinks all but the converged steps, as the paper does, so that rounding cannot leave the basin
-RIDGE = 16.0
+RIDGE = 16.0  # in units of eps; no eigenvalue below -1 was seen (d up to 20000, r up to 512, equal columns, rank 1)
+EIGEN_RANK, EIGEN_THREADS = 160, 2  # measured on a 2-core CPU, see docs/log.md
 
 
 def coefficients(method: str, steps: int) -> Coefficients:
@@ -61,20 +67,57 @@ def orthogonalizing_factor(G: Tensor, method: str = "newton-schulz", steps: int 
 
     A zero G gives a finite Q, so a zero M stays zero. Runs in G's dtype, float32 or float64.
     """
-    eps, tiny = torch.finfo(G.dtype).eps, torch.finfo(G.dtype).tiny
-    trace = G.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(tiny)[..., None, None]  # ||M||_F^2 bounds sigma_max^2
-    eye = torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)
-    G = G / trace + RIDGE * eps * eye
-    Q = trace.rsqrt() * eye
     polynomials = coefficients(method, steps)
+    trace = G.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(torch.finfo(G.dtype).tiny)[..., None, None]
+    few_cores = G.device.type == "cpu" and torch.get_num_threads() <= EIGEN_THREADS
+    factor = factor_by_eigenvalues if few_cores and G.shape[-1] >= EIGEN_RANK else factor_by_products
+    return factor(G / trace, polynomials) * trace.rsqrt()  # trace(G) = ||M||_F^2 bounds sigma_max^2
+
+
+def factor_by_products(G: Tensor, polynomials: Coefficients) -> Tensor:
+    """q(G) of G (..., r, r) with trace 1, by 4 products a step less 3: two in the last, S alone in the first Q."""
+    X = G.reshape(-1, *G.shape[-2:])
+    X = X + ridge(polynomials, X.dtype) * torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)
+    Q = X  # of no step
+    with full_precision(X.device):
+        for step, (a, b, c) in enumerate(polynomials):
+            S = torch.baddbmm(X, X, X, beta=b, alpha=c)
+            S.diagonal(dim1=-2, dim2=-1).add_(a)
+            Q = Q @ S if step else S
+            if step + 1 < len(polynomials):
+                X = S @ X @ S
+                X = (X + X.mT) / 2  # everything here is a polynomial of one symmetric matrix; keep it so
+    return Q.reshape(G.shape)
+
+
+def factor_by_eigenvalues(G: Tensor, polynomials: Coefficients) -> Tensor:
+    """The same q(G) = V diag(q(l)) V^T; NaN where G is not finite."""
+    G, finite = split_finite(G)
+    values, V = torch.linalg.eigh(G)
+    x, q = values.double().clamp_min(0) + ridge(polynomials, G.dtype), torch.ones_like(values, dtype=torch.float64)
+    for a, b, c in polynomials:
+        s = a + b * x + c * x.square()
+        x, q = x * s.square(), q * s
+    q = q.to(V.dtype).masked_fill(~finite[..., None], torch.nan)
     with full_precision(G.device):
-        for step, (a, b, c) in enumerate(polynomials, start=1):
-            S = a * eye + b * G + c * (G @ G)
-            Q = Q @ S
-            if step < len(polynomials):
-                G = S @ G @ S
-                G = (G + G.mT) / 2  # everything here is a polynomial of one symmetric matrix; keep it so
-    return Q
+        return (V * q.unsqueeze(-2)) @ V.mT
+
+
+def ridge(polynomials: Coefficients, dtype: torch.dtype) -> float:
+    """What is added to the eigenvalues of the normalized G: nothing where its rounding cannot grow to matter."""
+    rounding = RIDGE * torch.finfo(dtype).eps
+    growth = math.prod(a * a for a, _, _ in polynomials[:-1])  # of an eigenvalue near zero, whatever its sign
+    return rounding if growth * rounding > 0.1 else 0.0
+
+
+def orthogonalize_flops(d: int, r: int, steps: int = 5, plain: bool = False) -> int:
+    """FLOPs to orthogonalize a (d, r) matrix by products, or in the plain form; a multiply-add counts as two.
+
+    Elementwise work is left out. What a CPU saves by eigenvalues and by computing half of G is not subtracted.
+    """
+    if plain:
+        return steps * (4 * d * r**2 + 2 * r**3)
+    return 4 * d * r**2 + (4 * steps - 3) * 2 * r**3
 
 
 def orthogonalize(M: Tensor, method: str = "newton-schulz", steps: int = 5, reduce: Reduce | None = None) -> Tensor:

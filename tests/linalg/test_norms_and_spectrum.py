@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
 
 from nativerank.linalg import (
     gram,
@@ -13,6 +14,7 @@ from nativerank.linalg import (
     spectral_norm,
     stable_rank,
 )
+from nativerank.linalg.norms import power_iteration_flops
 
 
 @pytest.mark.parametrize("shape", [(50, 7), (4, 50, 7), (7, 50), (9, 1)])
@@ -40,6 +42,13 @@ def test_power_iteration_converges_from_below_and_stays_warm():
         assert_close(u.norm(dim=-1), torch.ones(3, dtype=torch.float64))
         previous = sigma
     assert_close(previous, truth, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("d, r, steps", [(40, 7, 1), (9, 9, 3)])
+def test_counted_flops_of_power_iteration_are_what_runs(d, r, steps):
+    with FlopCounterMode(display=False) as counter:
+        power_iteration(torch.randn(2, d, r), torch.randn(2, d), steps)
+    assert counter.get_total_flops() == 2 * power_iteration_flops(d, r, steps)
 
 
 def test_many_iterations_at_once_equal_one_at_a_time():

@@ -71,6 +71,19 @@ def test_certified_training_stays_within_its_bound(follow, lr):
     assert max(ratios) > 0.2
 
 
+def test_weight_decay_is_outside_the_bound_by_no_more_than_itself(follow):
+    """||dW|| <= lr + 2 lr decay ||W||; and it is seen, where there is nothing but decay."""
+    decay = 3.0
+    rows, history = follow(steps=10, optim__certified=True, optim__weight_decay=decay)
+    over = 0
+    for step, row in rows.items():
+        for name, values in row["probes"].items():
+            sigma = torch.linalg.matrix_norm(history[step - 1][name], 2).item()
+            assert values["update_ratio"] <= (1 + 2 * decay * sigma) * (1 + 1e-6)
+            over += values["update_ratio"] > 1
+    assert over > 50, "the measured step includes the decay"
+
+
 def test_a_refused_step_has_changed_nothing(follow, monkeypatch):
     from nativerank.train import guard
 

@@ -6,12 +6,13 @@ Of a layer with factors (the largest value of a stack of experts):
     sigma_A, sigma_B, gauge                   spectral norms of the factors, and sigma_A / sigma_B
     output_change   RMS over tokens and features of dy = dA (B'^T x) + A (dB^T x), x what the layer reads on a fixed
                     batch with the weights of before the step
-    update_ratio    ||dW||_2 / lr, for rules that record rho: there lr is the bound eta on ||dW||_2
-and whatever else the rule recorded (rho). Of a dense matrix the first, second and fourth line from W itself.
+    update_ratio    ||dW||_2 / lr, for rules that record rho: there lr is the bound eta on ||dW||_2, decay apart
+and whatever else the rule recorded (rho, cap_factor). Of a dense matrix update_norm, sigma_W, stable_rank and
+output_change, from W itself.
 
-All in float64 but sigma_A, sigma_B. Cost per layer, a few times 4 r x r or 2 r x 2 r problems: O((d_out + d_in) r^2 +
-r^3); a dense matrix takes two Gram matrices of its short side d, 4 d^2 max(d_out, d_in) FLOPs, and their eigenvalues.
-The forward pass of the fixed batch is TOKENS tokens long.
+All in float64 but sigma_A, sigma_B. Cost per layer: thin products and QR of d x 2 r stacks, O((d_out + d_in) r^2), and
+O(r^3); a dense matrix takes two Gram matrices of its short side d, 4 d^2 max(d_out, d_in) FLOPs, and their eigenvalues.
+Besides, one forward pass of TOKENS tokens.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence

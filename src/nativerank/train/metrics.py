@@ -10,7 +10,8 @@ steps it undid stay in the file and come again, so the last row of a step is the
 probes, of each probed matrix W (the formulas: docs/math.md, "What is recorded"): update_norm (||dW||_2 of this step,
 weight decay included, 0 if the guard refused it), sigma_W (||W||_2), stable_rank, output_change (RMS change of the
 layer's output on a fixed batch); where W = A B^T also sigma_A, sigma_B and gauge (their ratio); where the rule has
-them rho and update_ratio (update_norm / lr; lr bounds update_norm there). Norms are those of after the step.
+them cap_factor, rho and update_ratio (update_norm / lr; with rho, lr is the bound on update_norm, weight decay apart).
+Norms are those of after the step.
 """
 
 import json

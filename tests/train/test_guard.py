@@ -145,7 +145,7 @@ def test_rollbacks_do_not_loop_for_ever(tmp_path, run_config, listen, plant, eve
 def test_a_loss_that_is_not_finite_stops_and_names_step_and_checkpoint(tmp_path, cli, flags, plant):
     plant({6: math.nan})
     result = cli("train", *flags(out=tmp_path / "a", train__checkpoint_every=2), "--quiet")
-    assert result.code == 2 and result.err.count("\n") == 1
+    assert result.code == 3 and result.err.count("\n") == 1
     assert result.err.startswith("nativerank: error: step 6: the loss is not finite")
     assert "the last good checkpoint is" in result.err and "step-000004" in result.err
     last = [r for r in read_rows(tmp_path / "a") if "loss" in r][-1]

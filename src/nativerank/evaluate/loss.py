@@ -8,8 +8,8 @@ first (an end-of-text id) is predicted exactly once, from at most `context` toke
 
 import lzma
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +50,17 @@ def autocast(device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """In eval mode for the block."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 def token_losses(model: nn.Module, inputs: Tensor, targets: Tensor, positions: Tensor | None = None) -> Tensor:
     """Negative log likelihood (batch, context) in float32 of each target given the inputs up to it.
 
@@ -74,11 +85,9 @@ def check_document_mask(model: nn.Module) -> None:
     device = next(model.parameters()).device
     tokens = torch.arange(6, device=device).remainder(hf.get_input_embeddings().num_embeddings)[None]
     positions = torch.tensor([[0, 1, 2, 0, 1, 2]], device=device)
-    was_training = model.training
-    model.eval()
-    packed = hf(input_ids=tokens, position_ids=positions, use_cache=False).logits[:, 3:]
-    alone = hf(input_ids=tokens[:, 3:], use_cache=False).logits
-    model.train(was_training)
+    with evaluating(model):
+        packed = hf(input_ids=tokens, position_ids=positions, use_cache=False).logits[:, 3:]
+        alone = hf(input_ids=tokens[:, 3:], use_cache=False).logits
     if not torch.allclose(packed, alone, rtol=1e-3, atol=1e-4):
         raise ValueError(f"data.document_mask: {hf.config.model_type} models do not keep documents in a window apart")
 
@@ -109,20 +118,18 @@ def validation_loss(
     """
     batches = sequential_batches(split, context, batch_size, max_tokens)
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
     total, tokens = torch.zeros((), dtype=torch.float64), 0
-    for inputs, targets, valid in batches:
-        between()
-        positions = None if mask_eot is None else torch.from_numpy(document_positions(inputs, mask_eot)).to(device)
-        with autocast(device):
-            losses = token_losses(
-                model, torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device), positions
-            )
-        mask = torch.from_numpy(valid)
-        total += losses.cpu().double()[mask].sum()
-        tokens += int(mask.sum())
-    model.train(was_training)
+    with evaluating(model):
+        for inputs, targets, valid in batches:
+            between()
+            positions = None if mask_eot is None else torch.from_numpy(document_positions(inputs, mask_eot)).to(device)
+            with autocast(device):
+                losses = token_losses(
+                    model, torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device), positions
+                )
+            mask = torch.from_numpy(valid)
+            total += losses.cpu().double()[mask].sum()
+            tokens += int(mask.sum())
     return Loss(float(total), tokens, split.text_bytes * tokens / max(split.tokens - 1, 1))
 
 

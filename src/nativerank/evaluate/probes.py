@@ -15,8 +15,8 @@ O(r^3); a dense matrix takes two Gram matrices of its short side d, 4 d^2 max(d_
 Besides, one forward pass of TOKENS tokens.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from nativerank.data.shards import Split
-from nativerank.evaluate.loss import autocast
+from nativerank.evaluate.loss import autocast, evaluating
 from nativerank.layers import linear_modules
 from nativerank.layers.experts import grouped_linear
 from nativerank.layers.patterns import Patterns, match_all
@@ -129,17 +129,6 @@ class Probe:
             stack.enter_context(autocast(self.ids.device))
             self.model(input_ids=self.ids, use_cache=False)
         return calls
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """In eval mode for the block."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def pair_figures(old: Weights, new: Weights) -> dict[str, Tensor]:

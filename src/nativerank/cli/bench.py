@@ -8,6 +8,7 @@ from nativerank.cli.output import add_json, check_json, write_json
 EXAMPLE = """examples:
   nativerank bench train
   nativerank bench train --d_model 512 --json result.json
+  nativerank bench bound
 """
 
 
@@ -33,6 +34,20 @@ def add_parser(subparsers: Any) -> None:
     train.add_argument("--device", default="cpu", choices=["cpu", "cuda", "mps"])
     add_json(train)
     train.set_defaults(run=run_train)
+    bound = names.add_parser(
+        "bound",
+        help="the largest ||dW|| / eta of Spectron's forms, on adversarial steps and in training",
+        description="How near ||dW|| comes to eta: on steps made to break the bound, and in two training runs.",
+        epilog=EXAMPLE,
+        formatter_class=raw,
+    )
+    bound.add_argument("--model.preset", dest="preset_name", default="pocket", metavar="PRESET")
+    bound.add_argument("--steps", type=int, help="length of the training runs (default: the preset's)")
+    bound.add_argument("--probe_every", type=int, default=3, help="steps between measurements of every matrix")
+    bound.add_argument("--seed", type=int, default=0)
+    bound.add_argument("--no_train", dest="train_too", action="store_false", help="the adversarial set alone")
+    add_json(bound)
+    bound.set_defaults(run=run_bound)
 
 
 def run_train(flags: argparse.Namespace) -> int:
@@ -45,6 +60,39 @@ def run_train(flags: argparse.Namespace) -> int:
     if not write_json(result, flags.json):
         show(result)
     return 0
+
+
+def run_bound(flags: argparse.Namespace) -> int:
+    """Measures and shows."""
+    from nativerank.bench.bound import bench_bound
+
+    check_json(flags.json)
+    result = bench_bound(**{k: v for k, v in vars(flags).items() if k not in ("run", "json", "benchmark")})
+    if not write_json(result, flags.json):
+        show_bound(result)
+    return 0
+
+
+def show_bound(result: dict[str, Any]) -> None:
+    """A table of the largest ratios; the worst cases in words are in the JSON."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"largest ||dW|| / eta over {result['adversarial'][0]['cases']:,} adversarial steps")
+    for column in ("form", "any power vector", "exact", "cold", "stale", "above 1"):
+        table.add_column(column, justify="left" if column == "form" else "right")
+    for row in result["adversarial"]:
+        by_vector = row["max_ratio_by_power_vector"]
+        figures = [f"{value:.3f}" for value in (row["max_ratio"], *(by_vector[k] for k in ("exact", "cold", "stale")))]
+        table.add_row(row["form"], *figures, f"{row['violations']:,}")
+    console = Console(highlight=False)
+    console.print(table)
+    for run in result["training"]:
+        console.print(
+            f"in training, {run['form']}: largest {run['max_ratio']:.3f}, mean {run['mean_ratio']:.3f}, "
+            f"{run['violations']} of {run['measurements']:,} measurements above 1 "
+            f"({result['preset']}, {run['steps']} steps, validation loss {run['val_loss']:.3f})"
+        )
 
 
 def show(result: dict[str, Any]) -> None:

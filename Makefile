@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-EXTRAS := demo,scaling,report,dev
+EXTRAS := demo,report,dev
 
 .PHONY: install train test test-slow lint bench clean
 

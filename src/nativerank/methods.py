@@ -3,8 +3,9 @@
 Everything that is not a hidden matrix (embedding, head, norms, biases, routers) is AdamW at its own rate, `aux_lr`,
 under every method; at small scale that rate matters more than the method.
 
-Default rates: SWEPT holds what `benchmarks/sweep_rates.py` found for a preset (results in benchmarks/results/);
-where no sweep was run, a row's own rates stand, taken from the publication named there.
+Default rates: SWEPT holds what the line search of `nativerank compare --tune` found for a preset (results in
+benchmarks/results/, the first made by an earlier script with the same search); where no sweep was run, a row's own
+rates stand, taken from the publication named there.
 """
 
 from collections.abc import Mapping, Sequence

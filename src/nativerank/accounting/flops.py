@@ -64,12 +64,12 @@ def flops_per_token(model: nn.Module, context: int, guided: float = 1.0) -> Flop
 def factor_flops(model: nn.Module, guided: float) -> float:
     """Everything that declares its matmuls."""
     total = 0.0
-    for layer in (slot.module for slot in walk(model) if hasattr(slot.module, "gemms")):
+    layers: list[Any] = [slot.module for slot in walk(model) if hasattr(slot.module, "gemms")]
+    for layer in layers:
         gemms = layer.gemms()
         total += sum(gemm.flops for gemm in gemms)
-        guide = layer.guide_gemm() if hasattr(layer, "guide_gemm") else None
-        if guide in gemms:
-            total -= (1 - guided) * guide.flops
+        if hasattr(layer, "guide_gemm") and layer.guide_gemm() in gemms:
+            total -= (1 - guided) * layer.guide_gemm().flops
     return total
 
 

@@ -9,7 +9,7 @@ import argparse
 import re
 import shlex
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,18 +41,20 @@ def add_parser(subparsers: Any) -> None:
     parser.set_defaults(run=lambda arguments: run(arguments.rest))
 
 
-def build_parser(description: str = DESCRIPTION, example: str = EXAMPLE, prog: str = "nativerank train") -> Any:
+def build_parser(
+    description: str = DESCRIPTION, example: str = EXAMPLE, prog: str = "nativerank train", usage: str = ""
+) -> Any:
     """A parser for every key of RunConfig; errors are raised as ValueError, unknown keys name the nearest."""
     import jsonargparse
 
     class TrainParser(jsonargparse.ArgumentParser):
         def error(self, message: str, ex: Exception | None = None):
-            raise ValueError(explain(message))
+            raise ValueError(explain(message, [action.dest for action in self._actions]))
 
     class Formatter(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
         """Types and defaults beside each key, examples as they stand."""
 
-    usage = f"{prog} [--config F.yaml] [--KEY VALUE ...]   (keys below; YAML files nest them)"
+    usage = f"{prog} {usage}[--config F.yaml] [--KEY VALUE ...]   (keys below; YAML files nest them)"
     parser = TrainParser(prog=prog, usage=usage, description=description, epilog=example, formatter_class=Formatter)
     parser.add_argument("--config", action="config", help="YAML file with any of the keys below")
     parser.add_class_arguments(RunConfig)
@@ -61,13 +63,13 @@ def build_parser(description: str = DESCRIPTION, example: str = EXAMPLE, prog: s
     return parser
 
 
-def explain(message: str) -> str:
-    """jsonargparse's message as one line; for an unknown key, ours, with the nearest known key."""
+def explain(message: str, flags: Iterable[str] = ()) -> str:
+    """jsonargparse's message as one line; for an unknown key, ours, with the nearest known key or flag."""
     flat = " ".join(message.split())
     unknown = re.search(r"[Uu]nrecognized arguments: --([\w.]+)", flat)
     if unknown:
         key = unknown.group(1)
-        return f"unknown config key {key}{nearest(key, keys(RunConfig))}"
+        return f"unknown config key {key}{nearest(key, [*keys(RunConfig), *flags])}"
     wrong = re.search(r'[Pp]arser key "([\w.]+)".*(?:Given|Got) value: (.*)$', flat)
     if wrong and (hint := hint_of(wrong.group(1))) is not None:
         return f"config key {wrong.group(1)} must be {described(hint)}, got {wrong.group(2)}"
@@ -130,12 +132,12 @@ def let_flags_win(values: dict[str, Any], flags: set[str]) -> None:
             values[group][name] = to_dict(RunConfig())[group][name]
 
 
-def parse(argv: list[str]) -> tuple[RunConfig, Any]:
-    """(configuration, namespace with quiet and json) from flags."""
+def parse(argv: list[str], parser: Any = None) -> tuple[RunConfig, Any]:
+    """(configuration, namespace with quiet and json) from flags; `parser` may know more than `build_parser`'s."""
     contents = {file: read_config_file(file) for file in config_files(argv)}
     argv = without_files(argv, {file for file, content in contents.items() if not content})
     flags = {word.removeprefix("--").partition("=")[0] for word in argv if word.startswith("--")}
-    namespace = build_parser().parse_args(list(spelled_out(argv)))
+    namespace = (parser or build_parser()).parse_args(list(spelled_out(argv)))
     values = namespace.as_dict()
     let_flags_win(values, flags)
     config = from_dict(RunConfig, {name: values[name] for name in RunConfig.__dataclass_fields__})

@@ -75,6 +75,7 @@ def run_grid(
     jobs: int = 1,
     say: Callable[[str], None] = print,
     about: Callable[[Cell], dict[str, Any]] = lambda cell: {},
+    name: Callable[[Cell], str] | None = None,
 ) -> list[dict[str, Any]]:
     """Runs what has no result yet; returns the rows of all cells, failures included, in the order given.
 
@@ -83,24 +84,25 @@ def run_grid(
         folder: holds results and run folders.
         jobs: processes at once; the machine's threads are divided among them.
         say: told about every cell that ends.
-        about: what else a cell's row shall hold; an entry "arm" names the cell where it is told about.
+        about: what else a cell's row shall hold.
+        name: what a cell is called where it is told about; None names the keys in which the cells differ.
     """
     cells = list(dict.fromkeys(cells))
     folder.mkdir(parents=True, exist_ok=True)
     rows = {name: row for name, row in finished(folder).items() if name in {cell.name for cell in cells}}
     todo = [cell for cell in cells if cell.name not in rows]
     known, began, shown = len(rows), time.monotonic(), varying(cells)
-    extras = {cell.name: about(cell) for cell in todo}
+    name = name or (lambda cell: " ".join(f"{key}={value}" for key, value in cell.settings if key in shown))
+    todo_by_name = {cell.name: cell for cell in todo}
     with closing(_run_side_by_side(todo, folder, jobs)) as finished_now:
         for row in finished_now:
-            row = extras[row["cell"]] | row
+            cell = todo_by_name[row["cell"]]
+            row = about(cell) | row
             _append(folder / RESULTS, json.dumps(row) + "\n")
             rows[row["cell"]] = row
-            words = [row["arm"]] if "arm" in row else []
-            words += [f"{key}={value}" for key, value in row["settings"].items() if key in shown]
             left = (time.monotonic() - began) / (len(rows) - known) * (len(cells) - len(rows)) / 60
             rest = f", about {left:.0f} min left" if left >= 1 else ""
-            say(f"[{len(rows)}/{len(cells)}] {' '.join(words)}: {outcome(row)}{rest}")
+            say(f"[{len(rows)}/{len(cells)}] {name(cell)}: {outcome(row)}{rest}")
     return [rows[cell.name] for cell in cells]
 
 

@@ -1,0 +1,287 @@
+"""A comparison: arms that train on identical data from identical dense matrices, and the cells they have run.
+
+A cell is one arm at one point (values of the coordinates) with one seed, a run of `experiments.grid`. Budgets: "tokens"
+gives every arm the same steps; "flops" gives it the total training FLOPs F of the first arm (`accounting.flops`),
+
+    steps = round(F / (FLOPs per token * tokens per step)).
+"""
+
+import functools
+import itertools
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nativerank.accounting.flops import flops_per_token, guided_share
+from nativerank.experiments.arms import COORDINATES, ONCE, Arm, Value, configured
+from nativerank.experiments.grid import Cell, finished, run_grid
+from nativerank.hub.load import load
+from nativerank.layers import guided_layers
+from nativerank.methods import find_method
+from nativerank.models import count_parameters
+from nativerank.train.resolve import resolve, tokens_per_step
+from nativerank.train.setup import new_skeleton, open_data
+
+Point = dict[str, float]
+Row = dict[str, Any]
+Grid = Mapping[str, Sequence[Value]]  # coordinate -> values
+Runner = Callable[[list[Cell], Callable[[Cell], Row], Callable[[Cell], str]], list[Row]]
+
+# One thread of a cloud CPU at these sizes; what a process does besides its steps. A folder's own results replace both.
+FLOPS_PER_SECOND, OVERHEAD_SECONDS = 4e10, 8.0
+
+
+@dataclass(frozen=True)
+class Contender:
+    """An arm with everything that follows from its configuration.
+
+    Args:
+        arm: as it was entered.
+        settings: of its cells, without coordinates, steps and seed.
+        start: its coordinates where nobody moves them.
+        steps, tokens_per_step: length of its runs.
+        flops_per_token: of training, averaged over the run.
+        parameters: total and non_embedding; a guide, which is gone at the end, left out.
+        rank: as it was set, for tables; "" for dense matrices.
+        device: that it runs on.
+    """
+
+    arm: Arm
+    settings: dict[str, Any]
+    start: Point
+    steps: int
+    tokens_per_step: int
+    flops_per_token: float
+    parameters: dict[str, int]
+    rank: str
+    device: str
+
+    @property
+    def tokens(self) -> int:
+        return self.steps * self.tokens_per_step
+
+    @property
+    def flops(self) -> float:
+        """Of one run's training."""
+        return self.tokens * self.flops_per_token
+
+    def cell(self, point: Point, seed: int) -> Cell:
+        """The run of this arm at a point."""
+        own = {"train.steps": self.steps, "train.seed": seed}
+        return Cell(tuple(sorted({**self.settings, **point, **own}.items())))
+
+
+@functools.cache
+def measured(settings: str) -> dict[str, Any]:
+    """What the configuration of these settings (JSON) leads to, its model counted on the meta device.
+
+    Raises:
+        ValueError: whatever `nativerank train` would refuse before it builds weights.
+    """
+    config = resolve(configured(json.loads(settings)))
+    t, m, o = config.train, config.model, config.optim
+    assert t.steps and t.context and config.method
+    dataset = open_data(config, quiet=True)
+    model = load(config.init) if config.init else new_skeleton(config, dataset)[0]
+    flops = flops_per_token(model, t.context, guided_share(config.guide.share, config.guide.stochastic))
+    for layer in guided_layers(model).values():
+        layer.free_guide()
+    rank = "" if find_method(config.method).layer is None else f"{config.rank.value or config.rank.ratio or 'given'}"
+    start = dict(zip(COORDINATES, (o.lr, o.aux_lr, m.init_scale), strict=True))
+    return {
+        "start": {key: value for key, value in start.items() if value is not None},
+        "steps": t.steps,
+        "tokens_per_step": tokens_per_step(t),
+        "flops_per_token": flops.training,
+        "parameters": count_parameters(model),
+        "rank": rank,
+        "device": config.device or "cpu",
+    }
+
+
+@dataclass
+class Tries:
+    """What one arm was seen to do: rows by point and seed."""
+
+    rows: dict[tuple[tuple[tuple[str, float], ...], int], Row] = field(default_factory=dict)
+
+    def add(self, point: Point, seed: int, row: Row) -> None:
+        self.rows[tuple(sorted(point.items())), seed] = row
+
+    def points(self) -> list[Point]:
+        """Every point that was run, in order."""
+        return [dict(key) for key in dict.fromkeys(key for key, _ in self.rows)]
+
+    def at(self, point: Point) -> dict[int, Row]:
+        """The rows of a point by seed."""
+        wanted = tuple(sorted(point.items()))
+        return {seed: row for (key, seed), row in sorted(self.rows.items()) if key == wanted}
+
+    def losses(self, point: Point) -> dict[int, float]:
+        """Validation losses of a point by seed; of the runs that reached their end."""
+        return {seed: row["val_loss"] for seed, row in self.at(point).items() if "val_loss" in row}
+
+    def best(self) -> Point | None:
+        """The point of lowest mean loss among those with the most finished seeds; None if nothing finished.
+
+        A seed that diverged or failed counts against its point, so that no mean is flattered by leaving it out.
+        """
+        finished = [point for point in self.points() if self.losses(point)]
+
+        def order(point: Point) -> tuple[int, float]:
+            losses = self.losses(point)
+            return -len(losses), math.fsum(losses.values()) / len(losses)
+
+        return min(finished, key=order, default=None)
+
+
+class Comparison:
+    """Arms and what they did.
+
+    Args:
+        folder: holds results and cells.
+        common: settings of every cell.
+        budget: "tokens" or "flops".
+        seeds: 0 .. seeds - 1.
+        jobs: runs side by side.
+        say: told about every cell that ends.
+        runner: runs cells; another one rehearses.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        common: Mapping[str, Any],
+        budget: str = "tokens",
+        seeds: int = 1,
+        jobs: int = 1,
+        say: Callable[[str], None] = print,
+        runner: Runner | None = None,
+    ):
+        self.folder, self.common, self.budget, self.seeds, self.jobs = folder, dict(common), budget, seeds, jobs
+        self.runner: Runner = runner or (lambda cells, about, name: run_grid(cells, folder, jobs, say, about, name))
+        self.contenders: dict[str, Contender] = {}
+        self.tries: dict[str, Tries] = {}
+
+    def enter(self, arms: Iterable[Arm]) -> list[str]:
+        """Adds arms; returns their labels.
+
+        Raises:
+            ValueError: a configuration that cannot be, an arm with its own steps under equal FLOPs.
+        """
+        labels = []
+        for arm in arms:
+            assert arm.label not in self.contenders, f"{arm.label} is there already"
+            self.contenders[arm.label] = self._contender(arm)
+            self.tries[arm.label] = Tries()
+            labels.append(arm.label)
+        return labels
+
+    def _contender(self, arm: Arm) -> Contender:
+        settings = {**self.common, **arm.settings, "method": arm.method}
+        try:
+            facts = measured(json.dumps(settings, sort_keys=True))
+        except ValueError as error:
+            raise ValueError(f"{arm.label}: {error}") from None
+        if self.budget == "flops" and self.contenders:
+            own = [key for key in ("train.steps", "train.tokens") if key in arm.settings]
+            if own:
+                raise ValueError(f"{arm.label} sets {own[0]}, which --budget flops decides")
+            first = next(iter(self.contenders.values()))
+            per_step = facts["flops_per_token"] * facts["tokens_per_step"]
+            facts = facts | {"steps": max(1, round(first.flops / per_step))}
+        kept = {key: value for key, value in settings.items() if key not in (*COORDINATES, "train.tokens")}
+        return Contender(arm, kept, **facts)
+
+    def run(self, wanted: Iterable[tuple[str, Point, int]]) -> None:
+        """Runs (label, point, seed) cells that have no result yet."""
+        wanted = list(wanted)
+        cells = [self.contenders[label].cell(point, seed) for label, point, seed in wanted]
+        owner = {cell.name: self.contenders[label] for cell, (label, _, _) in zip(cells, wanted, strict=True)}
+
+        def about(cell: Cell) -> Row:
+            contender = owner[cell.name]
+            return {"arm": contender.arm.label, "parameters": contender.parameters, "flops": contender.flops}
+
+        def name(cell: Cell) -> str:
+            values = dict(cell.settings)
+            point = [f"{key.partition('.')[2]} {values[key]:.4g}" for key in COORDINATES if key in values]
+            return ", ".join([owner[cell.name].arm.label, *point, f"seed {values['train.seed']}"])
+
+        unique = list(dict.fromkeys(cells))
+        rows = dict(zip(unique, self.runner(unique, about, name), strict=True))
+        for (label, point, seed), cell in zip(wanted, cells, strict=True):
+            self.tries[label].add(point, seed, rows[cell])
+
+    def run_product(self, labels: Iterable[str], grid: Grid) -> None:
+        """Every combination of the values, with every seed; a coordinate that the grid leaves out stays at its default.
+
+        Raises:
+            ValueError: a coordinate that an arm lacks, or absolute values for one that its brackets set.
+        """
+        self.run([(label, p, s) for label in labels for p in self.product(label, grid) for s in range(self.seeds)])
+
+    def product(self, label: str, grid: Grid) -> list[Point]:
+        """The points of a grid for one arm."""
+        contender = self.contenders[label]
+        axes = []
+        for key in COORDINATES:
+            values = grid.get(key, ONCE)
+            if key not in contender.start:
+                if values != ONCE:
+                    raise ValueError(f"{key} has no meaning beside --init")
+                continue
+            if key in contender.arm.settings and not all(value.relative for value in values):
+                raise ValueError(f"{label} sets {key} itself, so its values must be multiples such as 0.5x")
+            points = dict.fromkeys(value.at(contender.start[key]) for value in values)
+            axes.append([(key, value) for value in points])
+        return [dict(point) for point in itertools.product(*axes)]
+
+    def run_seeds(self, labels: Iterable[str]) -> None:
+        """The remaining seeds at each arm's best point."""
+        best = {label: self.tries[label].best() for label in labels}
+        self.run([(label, p, s) for label, p in best.items() if p is not None for s in range(self.seeds)])
+
+
+def rehearse(program: Callable[[Comparison], None], plan: Comparison) -> list[tuple[Contender, Cell]]:
+    """The cells a program will run, found by running it against losses that rise on both sides of every start.
+
+    A search that has to walk will need more of them.
+    """
+    seen: dict[str, tuple[Contender, Cell]] = {}
+    twin = Comparison(plan.folder, plan.common, plan.budget, plan.seeds, plan.jobs)
+
+    def imagine(cells: list[Cell], about: Callable[[Cell], Row], name: Callable[[Cell], str]) -> list[Row]:
+        rows = []
+        for cell in cells:
+            contender = twin.contenders[about(cell)["arm"]]
+            settings = dict(cell.settings)
+            away = sum(abs(math.log(settings[key] / start)) for key, start in contender.start.items() if start)
+            seen[cell.name] = contender, cell
+            rows.append({"val_loss": away, "imagined": True})
+        return rows
+
+    twin.runner = imagine
+    program(twin)
+    return list(seen.values())
+
+
+def expected_seconds(cells: Iterable[tuple[Contender, Cell]], folder: Path, jobs: int) -> float | None:
+    """Time for the cells that have no result yet; None where nothing is known about the device."""
+    cells = list(cells)
+    done = finished(folder)
+    known = [row for row in done.values() if row.get("seconds") and row.get("flops")]
+    todo = [contender for contender, cell in cells if cell.name not in done]
+    if known:
+        per_flop = sum(row["seconds"] for row in known) / sum(row["flops"] for row in known)
+        overhead = OVERHEAD_SECONDS / 2  # a row's seconds begin after the imports
+    elif any(contender.device != "cpu" for contender in todo):
+        return None
+    else:
+        threads = max(1, (os.cpu_count() or 1) // jobs)
+        per_flop, overhead = 1 / (FLOPS_PER_SECOND * threads), OVERHEAD_SECONDS
+    return sum(contender.flops * per_flop + overhead for contender in todo) / min(jobs, max(1, len(todo)))

@@ -1,0 +1,233 @@
+"""The published studies at reduced size: which arms, which rates, and what is read from them.
+
+A study sets defaults of flags (another preset or fewer steps are flags away), runs arms at rates that it searches
+itself, and adds its findings to the table. Sizes are for the preset pocket, where a run of 600 steps takes a minute
+with one thread; every study says how long it will take before it starts.
+
+| study | question |
+|---|---|
+| ablation | what do orthogonalisation and renormalisation contribute, at three ranks? |
+| lr-robustness | what does a rate above the best cost, and does the best rate carry over to other widths? |
+| update-norm | how large is the step of W, and is that what hurts naive AdamW? |
+| equal-flops | low rank against dense at the same training FLOPs |
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from nativerank.config import nearest
+from nativerank.experiments.arms import AUX_LR, LR, Arm, Value, configured
+from nativerank.experiments.compare import Comparison
+from nativerank.experiments.findings import (
+    Findings,
+    at_multiple,
+    best_of_kinds,
+    mean_loss,
+    norm_findings,
+    robustness,
+    signed,
+    transfer,
+)
+from nativerank.experiments.search import search, tune
+from nativerank.models import find_preset, hf_config, scaled
+from nativerank.train.resolve import resolve
+from nativerank.train.setup import open_data
+
+
+@dataclass(frozen=True)
+class Study:
+    """One study.
+
+    Args:
+        what: title of its table.
+        run: enters the arms and runs them. analyse: reads what ran.
+        defaults: of flags, by dotted key.
+        budget, seeds: as in a comparison; seeds is a default too.
+    """
+
+    what: str
+    run: Callable[[Comparison], None]
+    analyse: Callable[[Comparison], Findings]
+    defaults: Mapping[str, Any]
+    budget: str = "tokens"
+    seeds: int = 1
+
+
+POCKET: dict[str, Any] = {"model.preset": "pocket", "train.steps": 600}
+SLOW_AUX: dict[str, Any] = {**POCKET, "optim.aux_lr": 0.003}  # where the matrices do more of the work
+
+# -- ablation -------------------------------------------------------------------------------------------------------
+
+RANKS = {32: "rank 32 (ratio 0.25)", 16: "rank 16 (ratio 0.125)", 51: "rank 51 (ratio 0.4)"}  # the first is searched
+NO_ORTH, NO_RENORM = {"optim.orthogonalizer": "none"}, {"optim.renormalize": False}
+# variant -> (method, settings, first rate at the first rank)
+VARIANTS: dict[str, tuple[str, dict[str, Any], float]] = {
+    "both (spectron)": ("spectron", {}, 0.08),
+    "orthogonalisation only": ("spectron", NO_RENORM, 0.026),
+    "renormalisation only": ("spectron", NO_ORTH, 6.0),
+    "neither (momentum)": ("spectron", {**NO_ORTH, **NO_RENORM}, 2.0),
+    "neither (lowrank-adamw)": ("lowrank-adamw", {}, 0.0048),
+}
+# Here the step is the clipped momentum itself, a hundred times shorter than an orthogonalized one, and nobody has tuned
+# its rate: searched in coarse steps first.
+UNCHARTED = ("renormalisation only", "neither (momentum)")
+
+
+def ablation(comparison: Comparison) -> None:
+    """Every variant searched at the first rank, and from its best rate there at the others."""
+    best = {name: lr for name, (_, _, lr) in VARIANTS.items()}
+    for rank, group in RANKS.items():
+        labels = {name: f"{name}, rank {rank}" for name in VARIANTS}
+        comparison.enter(
+            Arm(labels[name], method, {**settings, "rank.value": rank, LR: best[name]}, group)
+            for name, (method, settings, _) in VARIANTS.items()
+        )
+        if rank == next(iter(RANKS)):
+            search(comparison, [labels[name] for name in UNCHARTED], [(LR, 4.0)])
+        tune(comparison, list(labels.values()), [(LR, 2.0)])
+        best = {name: at_multiple(comparison, label, 1)[LR] for name, label in labels.items()}
+
+
+def ablation_findings(comparison: Comparison) -> Findings:
+    """Mean losses, and what each variant loses against both."""
+    found = Findings()
+    for rank, group in RANKS.items():
+        means = {name: mean_loss(comparison, f"{name}, rank {rank}") for name in VARIANTS}
+        full = next(iter(means.values()))
+        found.numbers[str(rank)] = means
+        if full is not None:
+            lost = [f"{name} {signed(None if m is None else m - full)}" for name, m in list(means.items())[1:]]
+            found.lines.append(f"{group}: both {full:.3f}; against it {', '.join(lost)}")
+    return found
+
+
+# -- learning rates -------------------------------------------------------------------------------------------------
+
+STARTS = {"spectron": 0.08, "lowrank-adamw": 0.0024, "lowrank-muon": 0.02, "dense-adamw": 0.0024}  # at SLOW_AUX
+MULTIPLES = (0.5, 2.0, 4.0, 5.0, 8.0)
+WIDTHS = (64, 128, 256)
+WIDTH_METHODS = ("spectron", "lowrank-adamw")
+WIDTH_MULTIPLES = (0.25, 0.5, 1.0, 2.0, 4.0)
+WIDTH_GROUP = "Transfer of the rate across widths"
+
+
+def started(method: str) -> Arm:
+    """An arm that is searched from its rate in STARTS."""
+    return Arm(method, method, {LR: STARTS[method]})
+
+
+def lr_robustness(comparison: Comparison) -> None:
+    """Rates up to eight times the best one; then the same rates at three widths, for half as many steps."""
+    labels = comparison.enter(started(method) for method in STARTS)
+    tune(comparison, labels, [(LR, 2.0)])
+    seeds = range(comparison.seeds)
+    comparison.run([(k, at_multiple(comparison, k, m), s) for k in labels for m in MULTIPLES for s in seeds])
+    steps = max(1, comparison.contenders[labels[0]].steps // 2)
+    widths = comparison.enter(width_arm(comparison, method, d, steps) for method in WIDTH_METHODS for d in WIDTHS)
+    comparison.run_product(widths, {LR: [Value(m, relative=True) for m in WIDTH_MULTIPLES]})
+
+
+def width_label(method: str, d_model: int) -> str:
+    return f"{method}, d_model {d_model}"
+
+
+def width_arm(comparison: Comparison, method: str, d_model: int, steps: int) -> Arm:
+    """A method on the preset's architecture at another width, a quarter of it as rank; its config.json is written."""
+    config = resolve(configured({**comparison.common, "method": method}))
+    preset = find_preset(config.model.preset)
+    hf = hf_config(scaled(preset, d_model, None), open_data(config, quiet=True).vocab_size, config.train.context)
+    file = comparison.folder / "configs" / f"d{d_model}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(hf.to_dict(), indent=1) + "\n", encoding="utf-8")
+    settings = {
+        "model.config": str(file),
+        "model.embedding_std": preset.embedding_std,
+        "model.init_scale": 0.577,
+        "rank.value": d_model // 4,
+        "train.steps": steps,
+        LR: STARTS[method],
+    }
+    return Arm(width_label(method, d_model), method, settings, WIDTH_GROUP)
+
+
+def lr_findings(comparison: Comparison) -> Findings:
+    """Loss increases, and the best rate per width."""
+    found = robustness(comparison, list(STARTS), MULTIPLES, of="spectron")
+    by_width = {method: {d: width_label(method, d) for d in WIDTHS} for method in WIDTH_METHODS}
+    moved = transfer(comparison, by_width)
+    return Findings(found.lines + moved.lines, {**found.numbers, **moved.numbers})
+
+
+# -- update norms ---------------------------------------------------------------------------------------------------
+
+NORM_MULTIPLES = (1.0, 5.0, 8.0)
+NAIVE, CAPPED = "lowrank-adamw", "lowrank-adamw, ||dW|| capped, at 8x"
+PROBES: dict[str, Any] = {"train.probe": ["*.2.self_attn.o_proj"], "train.probe_every": 10}  # as the paper's figure
+
+
+def update_norm(comparison: Comparison) -> None:
+    """Each method at 1, 5 and 8 times its best rate; naive AdamW at 8 with its steps capped at Spectron's eta."""
+    labels = comparison.enter(started(method) for method in ("spectron", NAIVE, "lowrank-muon", "dense-adamw"))
+    tune(comparison, labels, [(LR, 2.0)])
+    seeds = range(comparison.seeds)
+    comparison.run([(k, at_multiple(comparison, k, m), s) for k in labels for m in NORM_MULTIPLES for s in seeds])
+    cap = {"optim.update_cap": at_multiple(comparison, "spectron", 1)[LR], LR: at_multiple(comparison, NAIVE, 8)[LR]}
+    comparison.run_product(comparison.enter([Arm(CAPPED, NAIVE, cap)]), {})
+
+
+def norm_study_findings(comparison: Comparison) -> Findings:
+    """Norms per arm, the ratio of the extremes, and whether the cap cures naive AdamW."""
+    labels = [label for label in comparison.contenders if label != CAPPED]
+    wanted = [(label, m) for label in labels for m in NORM_MULTIPLES]
+    found = norm_findings(comparison, [*wanted, (CAPPED, 1.0)])
+    far, near = f"{NAIVE} at 8x", "spectron at 5x"
+    if far in found.numbers and near in found.numbers:
+        medians = [found.numbers[name]["update_norm"]["median"] for name in (far, near)]
+        found.numbers["median_ratio"] = medians[0] / medians[1]
+        found.lines.append(f"median ||dW|| of {far} divided by that of {near}: {medians[0] / medians[1]:.1f}")
+    tries = comparison.tries[NAIVE]
+    best, capped = mean_loss(comparison, NAIVE), mean_loss(comparison, CAPPED)
+    high = tries.losses(at_multiple(comparison, NAIVE, 8)).get(0)
+    shown = ["diverged" if loss is None else f"{loss:.3f}" for loss in (best, high, capped)]
+    found.lines.append(f"{NAIVE}: {shown[0]} at its best rate, {shown[1]} at 8x, {shown[2]} at 8x with ||dW|| capped")
+    found.numbers["cap"] = {"best": best, "at_8x": high, "at_8x_capped": capped}
+    if best is not None and high is not None and capped is not None and high > best:
+        share = (high - capped) / (high - best)
+        found.numbers["cap"]["recovered"] = share
+        found.lines.append(f"the cap at Spectron's eta takes back {share:.0%} of what the high rate cost")
+    return found
+
+
+# -- equal FLOPs ----------------------------------------------------------------------------------------------------
+
+EQUAL_FLOPS = ("spectron", "lowrank-muon", "lowrank-adamw", "dense-adamw", "dense-muon")
+
+
+def equal_flops(comparison: Comparison) -> None:
+    """Matrix and auxiliary rate searched again, for dense arms at their shorter horizon."""
+    tune(comparison, comparison.enter(Arm(method, method) for method in EQUAL_FLOPS), [(LR, 2.0), (AUX_LR, 2.0)])
+
+
+STUDIES: dict[str, Study] = {
+    "ablation": Study(
+        "Orthogonalisation and renormalisation, at three ranks", ablation, ablation_findings, POCKET, seeds=3
+    ),
+    "lr-robustness": Study("Rates above the best one", lr_robustness, lr_findings, SLOW_AUX),
+    "update-norm": Study("The spectral norm of a step", update_norm, norm_study_findings, {**SLOW_AUX, **PROBES}),
+    "equal-flops": Study(
+        "Low rank against dense at equal FLOPs", equal_flops, best_of_kinds, POCKET, budget="flops", seeds=3
+    ),
+}
+
+
+def find_study(name: str) -> Study:
+    """The study of this name.
+
+    Raises:
+        ValueError: an unknown one; lists the known ones.
+    """
+    if name not in STUDIES:
+        raise ValueError(f"unknown study {name!r}{nearest(name, STUDIES)} (studies: {', '.join(STUDIES)})")
+    return STUDIES[name]

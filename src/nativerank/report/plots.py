@@ -1,0 +1,125 @@
+"""Figures of a comparison, by matplotlib from its record alone (`compare.json`, or a sweep of benchmarks/results).
+
+curves.svg   loss against tokens and against training FLOPs, every arm at its best
+rates.svg    validation loss against the matrix rate, one line per arm, where several rates ran
+norms.svg    ||dW||, change of the layer's output and ||W|| along training, where a study recorded them
+"""
+
+from pathlib import Path
+from typing import Any
+
+KEY = "optim.lr"
+LABELS = {"update_norm": "||dW||", "output_change": "RMS change of the layer's output", "sigma_W": "||W||"}
+STYLES = {  # of the plain methods; other arms take the next colour
+    "spectron": ("#d1495b", "-", "o"),
+    "lowrank-muon": ("#edae49", "-", "s"),
+    "lowrank-adamw": ("#00798c", "-", "^"),
+    "self-guided": ("#7768ae", "-", "D"),
+    "dense-muon": ("#8d8d8d", "--", "s"),
+    "dense-adamw": ("#3b3b3b", "--", "^"),
+}
+OTHERS = ("#66a182", "#2e4057", "#c17767", "#5b8e7d", "#a44a3f", "#4f6d7a", "#8f6593", "#b5a642", "#6c464f", "#1b998b")
+HINT = "figures need matplotlib: pip install 'nativerank[report]'"
+
+
+def draw(record: dict[str, Any], folder: Path) -> list[Path]:
+    """Draws what the record holds; returns the files.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    made = []
+    if record["curves"]:
+        made.append(draw_curves(record, folder / "curves.svg"))
+    lines = rate_lines(record)
+    if any(len(points) > 1 for points in lines.values()):
+        made.append(draw_rates(lines, folder / "rates.svg", record["title"]))
+    series = record.get("study", {}).get("series")
+    if series:
+        made.append(draw_norms(series, folder / "norms.svg"))
+    return made
+
+
+def style(label: str, number: int) -> dict[str, Any]:
+    """Colour, dash and marker of an arm."""
+    color, dash, marker = STYLES.get(label, (OTHERS[number % len(OTHERS)], "-", "v"))
+    return {"color": color, "linestyle": dash, "marker": marker, "markersize": 4, "label": label}
+
+
+def canvas(columns: int, width: float, height: float = 3.8) -> tuple[Any, list[Any]]:
+    """A figure with axes side by side; without a display, and the same bytes from the same numbers."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    matplotlib.rcParams.update({"svg.hashsalt": "nativerank", "font.size": 9})
+    figure, axes = pyplot.subplots(1, columns, figsize=(width, height), layout="constrained", squeeze=False)
+    for panel in axes[0]:
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(alpha=0.25)
+    return figure, list(axes[0])
+
+
+def save(figure: Any, file: Path) -> Path:
+    """Writes an SVG without a date."""
+    from matplotlib import pyplot
+
+    figure.savefig(file, metadata={"Date": None})
+    pyplot.close(figure)
+    return file
+
+
+def draw_curves(record: dict[str, Any], file: Path) -> Path:
+    """Training loss as a line, validations as dots; against tokens and against FLOPs."""
+    figure, panels = canvas(2, 10.5)
+    for number, (label, curve) in enumerate(record["curves"].items()):
+        look = style(label, number)
+        marker = look.pop("marker")
+        for panel, unit in zip(panels, (1.0, curve["flops_per_token"]), strict=True):
+            tokens, losses = [unit * t for t, _ in curve["train"]], [loss for _, loss in curve["train"]]
+            panel.plot(tokens, losses, linewidth=1, **look)
+            tokens, losses = [unit * t for t, _ in curve["validation"]], [loss for _, loss in curve["validation"]]
+            dots = {"color": look["color"], "markersize": look["markersize"], "linestyle": "", "marker": marker}
+            panel.plot(tokens, losses, **dots)
+    panels[0].set(xlabel="tokens", ylabel="loss (nats/token): line training, dots validation")
+    panels[1].set(xlabel="training FLOPs")
+    panels[1].legend(frameon=False, fontsize=8)
+    return save(figure, file)
+
+
+def rate_lines(record: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
+    """(rate, loss) points of each arm with its first seed, other coordinates at their best."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for label, best in record["best"].items():
+        others = {key: value for key, value in best.items() if key != KEY}
+        cells = [
+            cell for cell in record["cells"] if cell["method"] == label and cell["seed"] == 0 and "val_loss" in cell
+        ]
+        found[label] = sorted((c[KEY], c["val_loss"]) for c in cells if all(c[k] == v for k, v in others.items()))
+    return found
+
+
+def draw_rates(lines: dict[str, list[tuple[float, float]]], file: Path, title: str) -> Path:
+    """Validation loss against the matrix rate."""
+    figure, (panel,) = canvas(1, 7.2)
+    for number, (label, points) in enumerate(lines.items()):
+        if points:
+            panel.plot(*zip(*points, strict=True), **style(label, number))
+    panel.set(xscale="log", xlabel="matrix learning rate", ylabel="validation loss (nats/token)")
+    panel.legend(frameon=False, fontsize=8)
+    panel.set_title(title, loc="left", fontsize=9)
+    return save(figure, file)
+
+
+def draw_norms(series: dict[str, dict[str, list[float]]], file: Path) -> Path:
+    """Three panels along the steps, logarithmic."""
+    figure, panels = canvas(len(LABELS), 13.5)
+    for number, (label, values) in enumerate(series.items()):
+        look = {"color": (*OTHERS, *(color for color, _, _ in STYLES.values()))[number % (len(OTHERS) + len(STYLES))]}
+        for panel, key in zip(panels, LABELS, strict=True):
+            panel.plot(values["steps"], values[key], linewidth=1, label=label, **look)
+    for panel, name in zip(panels, LABELS.values(), strict=True):
+        panel.set(yscale="log", xlabel="step", title=name)
+    panels[-1].legend(frameon=False, fontsize=7)
+    return save(figure, file)

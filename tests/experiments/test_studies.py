@@ -1,0 +1,170 @@
+"""Every study's plan, and its findings from losses and norms that are known."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from nativerank.experiments.compare import Comparison, expected_seconds, rehearse
+from nativerank.experiments.request import Request, carry_out
+from nativerank.experiments.studies import (
+    CAPPED,
+    EQUAL_FLOPS,
+    RANKS,
+    STARTS,
+    STUDIES,
+    VARIANTS,
+    WIDTH_METHODS,
+    WIDTHS,
+    find_study,
+    width_label,
+)
+from nativerank.train.guard import Diverged
+
+MINUTES = {"ablation": (25, 60), "lr-robustness": (20, 45), "update-norm": (8, 20), "equal-flops": (12, 30)}
+
+
+@pytest.fixture
+def pocket(prepared):
+    """Settings of a study's cells: its own defaults on the tests' data."""
+
+    def make(name, **changes):
+        return {**STUDIES[name].defaults, "data.path": str(prepared), "train.checkpoint_every": 0, **changes}
+
+    return make
+
+
+@pytest.fixture
+def study(tmp_path, pocket, stand_in):
+    """study(name, seeds): its record, from cells that are not trained."""
+
+    def go(name, seeds=1):
+        request = Request(tmp_path / name, pocket(name), study=name, budget=STUDIES[name].budget, seeds=seeds)
+        return carry_out(request, lambda line: None)
+
+    return go
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_the_plan(name, tmp_path, pocket):
+    request = Request(
+        tmp_path, pocket(name), study=name, budget=STUDIES[name].budget, seeds=STUDIES[name].seeds, jobs=2
+    )
+    cells = rehearse(request.run, Comparison(tmp_path, request.common, request.budget, request.seeds, 2))
+    assert len({cell.name for _, cell in cells}) == len(cells)
+    labels = {contender.arm.label for contender, _ in cells}
+    assert len(labels) == len({id(contender) for contender, _ in cells}), "no two arms share a label"
+    low, high = MINUTES[name]
+    minutes = expected_seconds(cells, tmp_path, 2) / 60
+    assert low <= minutes <= high, f"{len(cells)} cells"
+
+
+def test_the_tests_minutes_name_every_study():
+    assert set(MINUTES) == set(STUDIES)
+    with pytest.raises(ValueError, match="unknown study 'ablatoin'; did you mean ablation"):
+        find_study("ablatoin")
+
+
+def ablation_loss(settings):
+    """Without a part the loss is higher and the best rate elsewhere, far away for the raw momentum."""
+    orthogonal, renormalized = settings.get("optim.orthogonalizer") != "none", "optim.renormalize" not in settings
+    best = {(True, True): 0.08, (True, False): 0.03, (False, True): 100.0, (False, False): 0.5}[
+        orthogonal, renormalized
+    ]
+    if settings["method"] == "lowrank-adamw":
+        best, orthogonal = 0.005, False
+    distance = settings["optim.lr"] / best
+    lost = 0.2 * (not orthogonal) + 0.1 * (not renormalized)
+    return 3.0 + lost + abs(distance - 1 / distance) * 0.01 + 1 / settings["rank.value"]
+
+
+def test_ablation(study, stand_in):
+    stand_in.loss = ablation_loss
+    record = study("ablation")
+    assert [arm["group"] for arm in record["arms"][:: len(VARIANTS)]] == list(RANKS.values())
+    assert all(arm["edges"] == [] for arm in record["arms"])
+    lost = record["study"]["numbers"]["32"]
+    full, orthogonal, renormalized, neither, adamw = lost.values()
+    assert full < orthogonal < renormalized < neither and adamw > full
+    best = {arm["label"]: arm["best"]["optim.lr"] for arm in record["arms"]}
+    for rank in RANKS:
+        assert 50 <= best[f"renormalisation only, rank {rank}"] <= 200, "the search walked there"
+    # At the other ranks it starts there: the best rate and its neighbours.
+    for rank in list(RANKS)[1:]:
+        assert sum(c["method"] == f"renormalisation only, rank {rank}" for c in record["cells"]) == 3
+
+
+def robust_loss(settings):
+    """Losses rise with the distance above the best rate: Spectron's slowly, Muon's until it diverges."""
+    steep = {"spectron": 0.1, "lowrank-adamw": 0.4, "lowrank-muon": 0.8, "dense-adamw": 0.2}[settings["method"]]
+    distance = settings["optim.lr"] / STARTS[settings["method"]]
+    if settings["method"] == "lowrank-muon" and distance > 6:
+        return Diverged.exit_code, "step 40: 6 spikes in a row"
+    return 3.0 + steep * abs(distance - 1)
+
+
+def test_robustness_and_transfer(study, stand_in, tmp_path):
+    stand_in.loss = robust_loss
+    record = study("lr-robustness")
+    numbers = record["study"]["numbers"]
+    assert numbers["loss_increase"]["spectron"]["4x"] == pytest.approx(0.3)
+    assert numbers["loss_increase"]["lowrank-muon"]["8x"] is None
+    assert numbers["ratio"]["lowrank-adamw"]["5x"] == pytest.approx(4) and "8x" not in numbers["ratio"]["lowrank-muon"]
+    assert numbers["ratio"]["lowrank-muon"]["4x"] == pytest.approx(8) and "spectron" not in numbers["ratio"]
+    assert numbers["best_rate_by_width"]["spectron"] == dict.fromkeys(WIDTHS, STARTS["spectron"])
+    assert any("8x diverged" in line for line in record["study"]["lines"])
+    wide = {cell["method"]: cell for cell in record["cells"]}
+    labels = {width_label(method, width) for method in WIDTH_METHODS for width in WIDTHS}
+    assert labels <= set(wide)
+    configs = sorted(Path(c["model.config"]).name for c in stand_in.ran if "model.config" in c)
+    assert set(configs) == {f"d{width}.json" for width in WIDTHS}
+    assert {c["train.steps"] for c in stand_in.ran if "model.config" in c} == {300}
+    params = {arm["label"]: arm["parameters"]["non_embedding"] for arm in record["arms"]}
+    assert params[width_label("spectron", 256)] > 3.5 * params[width_label("spectron", 128)]
+
+
+def norm_rows(settings):
+    """A step of a size that follows the rate, one of them refused by the guard."""
+    size = settings["optim.lr"] * {"spectron": 0.5, "lowrank-adamw": 40.0}.get(settings["method"], 5.0)
+    probe = {"update_norm": size, "output_change": 2 * size, "sigma_W": 3 * size}
+    rows = [{"step": 10 * k, "loss": 3.0, "tokens": k, "probes": {"o": probe}} for k in range(1, 11)]
+    rows[4]["probes"] = {"o": {**probe, "update_norm": 0.0}}
+    return rows
+
+
+def test_update_norms(study, stand_in):
+    stand_in.rows = norm_rows
+    stand_in.loss = lambda s: 3.1 if "optim.update_cap" in s else robust_loss(s)
+    record = study("update-norm")
+    numbers, series = record["study"]["numbers"], record["study"]["series"]
+    naive, spectron = STARTS["lowrank-adamw"], STARTS["spectron"]
+    assert numbers["spectron"]["update_norm"] == pytest.approx(dict.fromkeys(("median", "p90", "max"), spectron * 0.5))
+    assert numbers["median_ratio"] == pytest.approx(8 * naive * 40 / (5 * spectron * 0.5))
+    assert len(series["spectron at 5x"]["steps"]) == 9, "the refused step is no step"
+    capped = [c for c in stand_in.ran if "optim.update_cap" in c]
+    assert [(c["optim.update_cap"], c["optim.lr"]) for c in capped] == [(spectron, pytest.approx(8 * naive))]
+    high = 3.0 + 0.4 * 7
+    assert numbers["cap"]["recovered"] == pytest.approx((high - 3.1) / (high - 3.0))
+    assert CAPPED in {arm["label"] for arm in record["arms"]}
+
+
+def test_equal_flops(study, stand_in):
+    record = study("equal-flops", seeds=3)
+    flops = [arm["flops"] for arm in record["arms"]]
+    assert max(flops) / min(flops) < 1.005
+    steps = {arm["label"]: arm["steps"] for arm in record["arms"]}
+    assert [steps[m] for m in EQUAL_FLOPS[:3]] == [600] * 3 and 250 < steps["dense-adamw"] == steps["dense-muon"] < 600
+    numbers = record["study"]["numbers"]
+    means = {arm["label"]: arm["mean"] for arm in record["arms"]}
+    assert numbers["low_rank"] == min(EQUAL_FLOPS[:3], key=means.get)
+    assert numbers["dense"] == min(EQUAL_FLOPS[3:], key=means.get)
+    assert numbers["difference"]["n"] == 3
+    assert re.search(r"minus best dense .* 95% interval \[.*under-trained", record["study"]["lines"][0])
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_study_in_which_everything_fails_still_says_so(name, study, stand_in, tmp_path):
+    stand_in.loss = lambda settings: (1, "out of memory")
+    record = study(name)
+    assert all(arm["mean"] is None for arm in record["arms"])
+    assert "no run finished" in (tmp_path / name / "table.md").read_text()

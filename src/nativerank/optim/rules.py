@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nativerank.linalg.gram import at_least_float32, gram
+from nativerank.linalg.gram import at_least_float32, gram, to_float64
 from nativerank.linalg.norms import power_iteration, spectral_norm
 from nativerank.linalg.orthogonalize import orthogonalize, orthogonalizing_factor
 
@@ -139,9 +139,7 @@ def certified_rho(O_A: Tensor, O_B: Tensor, A: Tensor, B: Tensor, eta: float) ->
     (below 1e-9 for d r < 1e6) and that of rho O in float32 (below 1e-5 for r < 1e4) the factor MARGIN covers. Weight
     decay and the rounding of the stored factors after the step are outside the bound.
     """
-    # MPS has no float64: there the norms are measured on the host.
-    on_host = [X.cpu() if X.device.type == "mps" else X for X in (O_A, O_B, A, B)]
-    c_A, c_B, a, b = (MARGIN * spectral_norm(X.double()) for X in on_host)
+    c_A, c_B, a, b = (MARGIN * spectral_norm(to_float64(X)) for X in (O_A, O_B, A, B))
     linear, quadratic = c_A * b + c_B * a, c_A * c_B
     root = 2 * eta / (linear + (linear.square() + 4 * quadratic * eta).sqrt()).clamp_min(torch.finfo(linear.dtype).tiny)
     return torch.where(linear + quadratic > 0, root, 0.0).to(O_A)

@@ -26,7 +26,7 @@ import math
 import torch
 from torch import Tensor
 
-from nativerank.linalg.gram import Reduce, at_least_float32, full_precision, gram, split_finite
+from nativerank.linalg.gram import Reduce, at_least_float32, full_precision, gram, split_finite, symmetric_product
 
 Coefficients = list[tuple[float, float, float]]
 
@@ -100,7 +100,7 @@ def factor_by_eigenvalues(G: Tensor, polynomials: Coefficients) -> Tensor:
         x, q = x * s.square(), q * s
     q = q.to(V.dtype).masked_fill(~finite[..., None], torch.nan)
     with full_precision(G.device):
-        return (V * q.unsqueeze(-2)) @ V.mT
+        return symmetric_product(V * q.unsqueeze(-2), V.mT)
 
 
 def ridge(polynomials: Coefficients, dtype: torch.dtype) -> float:

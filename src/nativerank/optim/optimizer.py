@@ -3,12 +3,14 @@
 A group's `rule` names an entry of `rules.RULES`. Matrices of equal shape are updated as one stack: their state is
 stored side by side for good and each parameter's state is a view of it, so that state_dict() looks like any other
 optimizer's; gradients, and the weights where a rule needs them, are copied side by side at a step, in stacks of at
-most STACK_BYTES, beyond which stacking stops paying. Gradients are never written, state exists from construction on,
-and no value is read back to the host.
+most STACK_BYTES, beyond which stacking stops paying; on a CPU that is earlier, and stacks of large matrices are
+updated at once there, one per core. Gradients are never written, state exists from construction on, and no value is
+read back to the host.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +19,8 @@ from torch.optim.adamw import adamw
 
 from nativerank.config import OptimConfig
 from nativerank.linalg.gram import full_precision
-from nativerank.linalg.orthogonalize import coefficients
+from nativerank.linalg.orthogonalize import EIGEN_RANK, coefficients
+from nativerank.optim.parallel import run_all
 from nativerank.optim.rules import NONE, RULES, Options, Rule, Stack, State, initial_state, shape_scale, step_device
 
 # Shared with the configuration, which is their one home; what a method decides is set here for direct use.
@@ -27,7 +30,7 @@ RULE_OPTIONS = (
 )
 DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(OptimConfig) if f.name in RULE_OPTIONS}
 DEFAULTS |= {"lr": 1e-3, "nesterov": False, "shape_scale": "none"}
-STACK_BYTES = 1 << 25  # of one side of a stack
+STACK_BYTES, STACK_BYTES_CPU = 1 << 25, 1 << 21  # of one side of a stack
 
 
 @dataclass
@@ -80,8 +83,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
             if rule.kind == "elementwise":
                 self._step_adamw(group)
             else:
-                for bucket in self._group_buckets(index):
-                    _step_bucket(bucket, rule, group)
+                pieces = [partial(_step_bucket, bucket, rule, group) for bucket in self._group_buckets(index)]
+                run_all(pieces, torch.get_num_threads() if _one_per_core(group["params"]) else 1)
         if self.guides is not None:
             self.guides.set(self.guides.step + 1)
         return loss
@@ -186,7 +189,13 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
 
 def _members_per_stack(unit: tuple[Tensor, ...]) -> int:
-    return max(1, STACK_BYTES // max(p.numel() * p.element_size() for p in unit))
+    limit = STACK_BYTES_CPU if unit[0].device.type == "cpu" else STACK_BYTES
+    return max(1, limit // max(p.numel() * p.element_size() for p in unit))
+
+
+def _one_per_core(params: list[Tensor]) -> bool:
+    """Whether several stacks are updated at once: on a CPU, where eigenvalues are used, which cores cannot share."""
+    return all(p.device.type == "cpu" for p in params) and any(min(p.shape[-2:]) >= EIGEN_RANK for p in params)
 
 
 def _check(group: dict[str, Any]) -> None:
@@ -226,6 +235,7 @@ def _check(group: dict[str, Any]) -> None:
         )
 
 
+@torch.no_grad()
 def _step_bucket(bucket: Bucket, rule: Rule, options: Options) -> None:
     """One stacked update. Members without gradients are left out, their state untouched."""
     active = [

@@ -1,0 +1,42 @@
+"""Independent pieces of work side by side on the cores of a CPU.
+
+Cores cannot share an r x r eigenvalue problem: the second one brings a quarter. One piece per core, each with one
+thread inside, uses them all. Pieces of less than a millisecond gain nothing, since Python takes turns between threads.
+"""
+
+import functools
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+
+def run_all(pieces: Sequence[Callable[[], Any]], at_once: int) -> None:
+    """Calls every piece, `at_once` at a time; raises what the first failing one raised."""
+    if at_once == 1 or len(pieces) == 1:
+        for piece in pieces:
+            piece()
+        return
+    for done in [_workers(at_once).submit(piece) for piece in pieces]:
+        done.result()
+
+
+@functools.cache
+def _workers(count: int) -> ThreadPoolExecutor:
+    """Threads inside which PyTorch and its math library use one thread; between calls they sleep."""
+    started = threading.Barrier(count + 1)
+
+    def start() -> None:
+        torch.get_num_threads()  # makes PyTorch set up this thread, which would undo the next line if it came later
+        torch.set_num_threads(1)
+        started.wait()
+
+    before = torch.get_num_threads()
+    pool = ThreadPoolExecutor(count, thread_name_prefix="nativerank", initializer=start)
+    for _ in range(count):
+        pool.submit(int)
+    started.wait()
+    torch.set_num_threads(before)  # the workers also set what threads started later would inherit
+    return pool

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from nativerank.linalg.orthogonalize import EIGEN_RANK
 from nativerank.optim.optimizer import LowRankOptimizer
-from nativerank.optim.parallel import run_all
+from nativerank.optim.parallel import at_once, run_all
 
 
 @pytest.fixture
@@ -37,13 +38,20 @@ def test_every_piece_runs_in_a_thread_of_its_own_with_one_thread_inside(threads)
     assert inherited == [2]
 
 
-@pytest.mark.parametrize("at_once", [1, 2])
-def test_errors_arrive(at_once):
+@pytest.mark.parametrize("count", [1, 2])
+def test_errors_arrive(count):
     def fail():
         raise RuntimeError("the second piece")
 
     with pytest.raises(RuntimeError, match="the second piece"):
-        run_all([int, fail, int], at_once)
+        run_all([int, fail, int], count)
+
+
+def test_only_large_matrices_on_a_cpu_are_worked_on_together(threads):
+    threads(2)
+    small, large = torch.empty(300, EIGEN_RANK - 1), torch.empty(EIGEN_RANK, 300)
+    assert (at_once([small]), at_once([small, large])) == (1, 2)
+    assert at_once([large, large.to("meta")]) == 1
 
 
 @pytest.mark.parametrize("rule", ["spectron", "muon"])

@@ -1,8 +1,7 @@
 """How long a training step takes, in its parts, beside the dense twin's.
 
-One process, steps of both models interleaved, medians: on a noisy machine only such ratios mean something. The loop's
-own `train_step` is what runs, with the loop's own probe around it, timed apart. Shapes are a preset's, or scaled to
-another width with the preset's proportions.
+Steps of both models are interleaved. The loop's own `train_step` is what runs, with the loop's own probe around it,
+timed apart. Shapes are a preset's, or scaled to another width with the preset's proportions.
 """
 
 import statistics
@@ -10,6 +9,7 @@ from typing import Any
 
 import torch
 
+from nativerank.bench.measure import check_sizes, ratio, rounds
 from nativerank.config import TrainConfig
 from nativerank.evaluate.probes import TOKENS, Probe, probed_names
 from nativerank.methods import build_optimizer, factorize, find_method
@@ -89,10 +89,7 @@ def bench_train(
     Returns:
         Both sides' medians, and `speedup`: dense step seconds over low-rank step seconds (median of paired ratios).
     """
-    given = {"repeats": repeats, "d_model": d_model, "layers": layers, "batch_size": batch_size}
-    for name, value in given.items():
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} must be at least 1, got {value}")
+    check_sizes(repeats=repeats, d_model=d_model, layers=layers, batch_size=batch_size)
     if find_method(method).layer is None or find_method(dense_method).layer is not None:
         raise ValueError(f"bench train compares a low-rank method with a dense one, got {method} and {dense_method}")
     preset = scaled(find_preset(preset_name.removesuffix(DENSE)), d_model, layers)
@@ -100,10 +97,10 @@ def bench_train(
     where = pick_device(device)
     sides = [Contestant(preset, method, where), Contestant(preset, dense_method, where)]
     generator = torch.Generator().manual_seed(0)
-    for repeat in range(repeats + 2):
+    for in_order, record in rounds(sides, repeats, warmup=2):
         ids = torch.randint(preset.vocab_size, (batch_size, preset.context + 1), generator=generator).to(where)
-        for side in sides if repeat % 2 else reversed(sides):
-            side.step((ids[:, :-1], ids[:, 1:], None), record=repeat >= 2)
+        for side in in_order:
+            side.step((ids[:, :-1], ids[:, 1:], None), record)
     tokens = batch_size * preset.context
     steps = [[sum(parts) for parts in zip(*side.seconds.values(), strict=True)] for side in sides]
     return {
@@ -115,6 +112,6 @@ def bench_train(
         "repeats": repeats,
         "low_rank": sides[0].summary(tokens),
         "dense": sides[1].summary(tokens),
-        "speedup": statistics.median(dense / low for low, dense in zip(*steps, strict=True)),
+        "speedup": ratio(steps[1], steps[0]),
         "environment": versions(),
     }

@@ -9,6 +9,7 @@ EXAMPLE = """examples:
   nativerank bench train
   nativerank bench train --d_model 512 --json result.json
   nativerank bench bound
+  nativerank bench optimizer --model.preset spectron-m --threads 2
 """
 
 
@@ -48,6 +49,22 @@ def add_parser(subparsers: Any) -> None:
     bound.add_argument("--no_train", dest="train_too", action="store_false", help="the adversarial set alone")
     add_json(bound)
     bound.set_defaults(run=run_bound)
+    optimizer = names.add_parser(
+        "optimizer",
+        help="what Spectron's algebra costs: seconds, share of a layer's work, FLOPs",
+        description="Orthogonalization in r x r and plain: for one matrix, beside one layer, over a preset's factors.",
+        epilog=EXAMPLE,
+        formatter_class=raw,
+    )
+    optimizer.add_argument("--model.preset", dest="preset_name", default="spectron-s", metavar="PRESET")
+    optimizer.add_argument("--layers", type=int, help="another depth of the preset")
+    optimizer.add_argument("--d_model", type=int, default=1024, help="width of the single layer, ranks a quarter of it")
+    optimizer.add_argument("--tokens_per_step", type=int, default=8192, help="tokens through the single layer")
+    optimizer.add_argument("--repeats", type=int, default=5, help="recorded calls of everything")
+    optimizer.add_argument("--threads", type=int, nargs="+", help="numbers of threads (default: 1 and PyTorch's own)")
+    optimizer.add_argument("--device", default="cpu", choices=["cpu", "cuda", "mps"])
+    add_json(optimizer)
+    optimizer.set_defaults(run=run_optimizer)
 
 
 def run_train(flags: argparse.Namespace) -> int:
@@ -71,6 +88,69 @@ def run_bound(flags: argparse.Namespace) -> int:
     if not write_json(result, flags.json):
         show_bound(result)
     return 0
+
+
+def run_optimizer(flags: argparse.Namespace) -> int:
+    """Measures and shows."""
+    from nativerank.bench.optimizer import bench_optimizer
+
+    check_json(flags.json)
+    result = bench_optimizer(**{k: v for k, v in vars(flags).items() if k not in ("run", "json", "benchmark")})
+    if not write_json(result, flags.json):
+        show_optimizer(result)
+    return 0
+
+
+def show_optimizer(result: dict[str, Any]) -> None:
+    """Times for each number of threads, then the FLOPs, which hold on any machine."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    for part in result["measured"]:
+        console.print(_optimizer_times(result, part))
+    console.print(_optimizer_flops(result))
+    console.print("k = 5 steps on (d, r): gram 4 d r^2 + (4 k - 3) 2 r^3, plain k (4 d r^2 + 2 r^3); norm: 6 d r")
+
+
+def _optimizer_times(result: dict[str, Any], part: dict[str, Any]) -> Any:
+    from rich.table import Table
+
+    table = Table(title=f"{part['threads']} thread{'s' * (part['threads'] > 1)}, medians of {result['repeats']}")
+    for column in ("", "ms", ""):
+        table.add_column(column, justify="right" if column else "left")
+
+    def row(name: str, seconds: float, remark: str = "") -> None:
+        table.add_row(name, f"{1e3 * seconds:,.1f}", remark)
+
+    for one in part["orthogonalize"]:
+        row("plain Newton-Schulz of ({}, {})".format(*one["shape"]), one["seconds"]["plain"])
+        for form, name in (("gram", "in r x r"), ("gram_products", "in r x r, products alone")):
+            row(f"  {name}", one["seconds"][form], f"{one['speedup'][form]:.2f}x as fast")
+    layer, step = part["layer"], part["step"]
+    what = f"layer of width {layer['d_model']}, rank {layer['rank']}, {layer['tokens_per_step']:,} tokens"
+    row(f"{what}: forward, backward", layer["seconds"]["forward_backward"])
+    for form, share in layer["share"].items():
+        name = "orthogonalization and norms" if form == "algebra" else f"optimizer step, {form}"
+        row(f"  {name}", layer["seconds"][form], f"{share:.2%}")
+    row(f"{result['preset']}: Muon, one factor after the other", step["seconds"]["one_at_a_time"])
+    row(f"  Spectron, all {step['factors']}", step["seconds"]["spectron"], f"{step['speedup']:.2f}x as fast")
+    return table
+
+
+def _optimizer_flops(result: dict[str, Any]) -> Any:
+    from rich.table import Table
+
+    table = Table(title="FLOPs: orthogonalization and norms over the matrices' forward and backward, by tokens a step")
+    sizes = [row["tokens_per_step"] for row in result["flops"]["layer"]["share_of_matrices"]]
+    for column in ("", "GFLOP", *(f"{n // 1024}k" for n in sizes), "1% at"):
+        table.add_column(column, justify="right" if column else "left")
+    for part, flops in result["flops"].items():
+        name = result["preset"] if part == "preset" else part
+        for form, total in flops["per_step"].items():
+            shares = [f"{row[form]:.2%}" for row in flops["share_of_matrices"]]
+            tokens = f"{flops['one_percent_tokens'][form]['matrices']:,}"
+            table.add_row(f"{name}, {form}", f"{total / 1e9:,.2f}", *shares, tokens)
+    return table
 
 
 def show_bound(result: dict[str, Any]) -> None:

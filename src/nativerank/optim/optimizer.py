@@ -19,8 +19,8 @@ from torch.optim.adamw import adamw
 
 from nativerank.config import OptimConfig
 from nativerank.linalg.gram import full_precision
-from nativerank.linalg.orthogonalize import EIGEN_RANK, coefficients
-from nativerank.optim.parallel import run_all
+from nativerank.linalg.orthogonalize import coefficients
+from nativerank.optim.parallel import at_once, run_all
 from nativerank.optim.rules import NONE, RULES, Options, Rule, Stack, State, initial_state, shape_scale, step_device
 
 # Shared with the configuration, which is their one home; what a method decides is set here for direct use.
@@ -84,7 +84,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 self._step_adamw(group)
             else:
                 pieces = [partial(_step_bucket, bucket, rule, group) for bucket in self._group_buckets(index)]
-                run_all(pieces, torch.get_num_threads() if _one_per_core(group["params"]) else 1)
+                run_all(pieces, at_once(group["params"]))
         if self.guides is not None:
             self.guides.set(self.guides.step + 1)
         return loss
@@ -191,11 +191,6 @@ class LowRankOptimizer(torch.optim.Optimizer):
 def _members_per_stack(unit: tuple[Tensor, ...]) -> int:
     limit = STACK_BYTES_CPU if unit[0].device.type == "cpu" else STACK_BYTES
     return max(1, limit // max(p.numel() * p.element_size() for p in unit))
-
-
-def _one_per_core(params: list[Tensor]) -> bool:
-    """Whether several stacks are updated at once: on a CPU, where eigenvalues are used, which cores cannot share."""
-    return all(p.device.type == "cpu" for p in params) and any(min(p.shape[-2:]) >= EIGEN_RANK for p in params)
 
 
 def _check(group: dict[str, Any]) -> None:

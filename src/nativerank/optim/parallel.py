@@ -6,20 +6,29 @@ thread inside, uses them all. Pieces of less than a millisecond gain nothing, si
 
 import functools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from nativerank.linalg.orthogonalize import EIGEN_RANK
 
 
-def run_all(pieces: Sequence[Callable[[], Any]], at_once: int) -> None:
-    """Calls every piece, `at_once` at a time; raises what the first failing one raised."""
-    if at_once == 1 or len(pieces) == 1:
+def at_once(matrices: Iterable[Tensor]) -> int:
+    """How many of these should be worked on together: as many as cores where eigenvalues are used, on a CPU."""
+    ranks = [min(X.shape[-2:]) if X.device.type == "cpu" else 0 for X in matrices]
+    return torch.get_num_threads() if min(ranks, default=0) > 0 and max(ranks) >= EIGEN_RANK else 1
+
+
+def run_all(pieces: Sequence[Callable[[], Any]], count: int) -> None:
+    """Calls every piece, `count` at a time; raises what the first failing one raised."""
+    if count == 1 or len(pieces) == 1:
         for piece in pieces:
             piece()
         return
-    for done in [_workers(at_once).submit(piece) for piece in pieces]:
+    for done in [_workers(count).submit(piece) for piece in pieces]:
         done.result()
 
 

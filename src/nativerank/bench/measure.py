@@ -1,0 +1,50 @@
+"""What the timing benchmarks share: contestants take turns in one process, and medians of paired ratios are reported.
+
+On a noisy machine nothing else means anything: absolute seconds of two runs differ by more than the contestants do.
+"""
+
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+from nativerank.train.step import Stopwatch
+
+T = TypeVar("T")
+
+
+def check_sizes(**sizes: int | None) -> None:
+    """Raises a ValueError naming the flag of a size below 1."""
+    for name, value in sizes.items():
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} must be at least 1, got {value}")
+
+
+def rounds(contestants: Sequence[T], repeats: int, warmup: int) -> Iterator[tuple[list[T], bool]]:
+    """(the contestants, in reverse order every other time, and whether this round counts)."""
+    for turn in range(warmup + repeats):
+        yield (list(contestants) if turn % 2 else list(reversed(contestants))), turn >= warmup
+
+
+def race(calls: dict[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of `repeats` calls of each, interleaved, after one that does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for names, counts in rounds(list(calls), repeats, warmup=1):
+        for name in names:
+            watch = Stopwatch(device, wait=True)
+            calls[name]()
+            watch.mark(name)
+            if counts:
+                seconds[name].append(watch.seconds[name])
+    return seconds
+
+
+def medians(seconds: dict[str, list[float]]) -> dict[str, float]:
+    """The median of each."""
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def ratio(above: list[float], below: list[float]) -> float:
+    """Median of the ratios of the same rounds."""
+    return statistics.median(a / b for a, b in zip(above, below, strict=True))

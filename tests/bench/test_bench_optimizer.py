@@ -1,0 +1,98 @@
+"""The optimizer's benchmark on tiny shapes: its keys and ratios, its FLOPs against PyTorch's counter, bad input."""
+
+import json
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from nativerank.accounting.algebra import algebra_flops
+from nativerank.bench.measure import race, ratio, rounds
+from nativerank.bench.optimizer import low_rank_skeleton, plain_newton_schulz
+from nativerank.linalg import orthogonalize, orthogonalize_plain, power_iteration
+from nativerank.models import PRESETS
+from nativerank.optim.roles import factor_modules
+
+TINY = "--model.preset pocket --layers 1 --d_model 64 --tokens_per_step 32 --repeats 2 --threads 1".split()
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    from nativerank.cli.main import main
+
+    file = tmp_path_factory.mktemp("bench") / "result.json"
+    assert main(["bench", "optimizer", *TINY, "--json", str(file)]) == 0
+    return json.loads(file.read_text())
+
+
+def test_every_time_and_ratio_is_there(result):
+    (part,) = result["measured"]
+    assert part["threads"] == 1 and [row["shape"] for row in part["orthogonalize"]] == [[64, 16], [128, 32]]
+    for row in part["orthogonalize"]:
+        assert set(row["seconds"]) == {"plain", "gram", "gram_products"} and min(row["seconds"].values()) > 0
+        assert set(row["speedup"]) == {"gram", "gram_products"} and min(row["speedup"].values()) > 0
+        assert row["relative_difference"] <= 1e-3
+    layer, step = part["layer"], part["step"]
+    assert (layer["d_ffn"], layer["rank"], layer["tokens_per_step"]) == (256, 16, 32)
+    assert set(layer["share"]) == {"algebra", "spectron", "certified", "exact"} and min(layer["share"].values()) > 0
+    assert step["factors"] == 14 and step["speedup"] > 0 and min(step["seconds"].values()) > 0
+    assert set(result["environment"]) >= {"commit", "torch", "machine", "device"}
+
+
+def test_the_table_names_what_was_measured(capsys):
+    from nativerank.cli.main import main
+
+    assert main(["bench", "optimizer", *TINY]) == 0
+    out = capsys.readouterr().out
+    for words in ("plain Newton-Schulz of (64, 16)", "optimizer step, certified", "all 14", "4 d r^2", "1% at"):
+        assert words in out
+
+
+@pytest.mark.parametrize("name", ["repeats", "d_model", "layers", "tokens_per_step", "threads"])
+def test_sizes_below_one_are_one_line(name, capsys):
+    from nativerank.cli.main import main
+
+    assert main(["bench", "optimizer", f"--{name}", "0"]) == 2
+    assert capsys.readouterr().err == f"nativerank: error: --{name} must be at least 1, got 0\n"
+
+
+def test_a_width_that_is_no_multiple_of_the_head_size_is_one_line(capsys):
+    from nativerank.cli.main import main
+
+    assert main(["bench", "optimizer", "--d_model", "100"]) == 2
+    assert "multiple of 64, the head size, got 100" in capsys.readouterr().err
+
+
+def test_the_plain_form_is_the_textbooks():
+    for shape in [(60, 12), (12, 60)]:
+        M = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+        assert (plain_newton_schulz(M).double() - orthogonalize_plain(M)).abs().max() < 1e-5
+
+
+def test_counted_flops_are_those_of_the_model_and_of_the_algebra():
+    model = low_rank_skeleton(PRESETS["pocket"])
+    counted = algebra_flops(model, context=16)
+    totals = {}
+    for form, run in (("gram", orthogonalize), ("plain", plain_newton_schulz)):
+        with FlopCounterMode(display=False) as counter:
+            for _, layer in factor_modules(model):
+                for X in layer.factors():
+                    run(X)
+                    power_iteration(X, X[:, 0])
+        totals[form] = counter.get_total_flops()
+    assert counted["per_step"] == totals
+    matrices = 3 * sum(gemm.flops for _, layer in factor_modules(model) for gemm in layer.gemms())
+    assert counted["forward_backward_per_token"]["matrices"] == matrices
+    for form, total in totals.items():
+        tokens = counted["one_percent_tokens"][form]["matrices"]
+        assert total / (tokens * matrices) == pytest.approx(0.01, rel=1e-3)
+        row = counted["share_of_matrices"][0]
+        assert row[form] == pytest.approx(total / (row["tokens_per_step"] * matrices))
+
+
+def test_contestants_take_turns_and_warmups_do_not_count():
+    assert list(rounds("ab", repeats=2, warmup=1)) == [(["b", "a"], False), (["a", "b"], True), (["b", "a"], True)]
+    calls = []
+    seconds = race({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2, torch.device("cpu"))
+    assert "".join(calls) == "baabba" and [len(s) for s in seconds.values()] == [2, 2]
+    assert ratio([2.0, 9.0, 4.0], [1.0, 3.0, 2.0]) == 2.0

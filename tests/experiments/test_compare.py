@@ -196,8 +196,8 @@ def test_the_curve_is_that_of_the_best_point(ask, stand_in):
     stand_in.rows = rows
     record = ask("spectron", seeds=1)
     curve = record["curves"]["spectron"]
-    assert len(curve["train"]) <= 150 and curve["train"][-1][0] == 12800
-    assert curve["train"][0] == [96, pytest.approx(0.1 + 4 - 2 / 400)]
+    assert len(curve["train"]) <= 60 and curve["train"][-1][0] == 12800
+    assert curve["train"][0] == [7 * 32, pytest.approx(0.1 + 4 - 4 / 400)]
     assert curve["validation"] == [[6400, 3.5], [12800, 3.0]]
     assert curve["flops_per_token"] == record["arms"][0]["flops_per_token"]
 

@@ -35,8 +35,8 @@ def test_a_failed_cell_is_reported_and_stops_nothing(tmp_path, fake):
     fake.broken, said = {0.02}, []
     rows = run_grid(CELLS, tmp_path, say=said.append)
     assert [row.get("val_loss") for row in rows] == [0.01, None, 0.03]
-    assert rows[1]["error"] == "nativerank: error: it broke"
-    assert sum("error: nativerank: error: it broke" in line for line in said) == 1 and len(said) == 3
+    assert rows[1]["error"] == "it broke"
+    assert sum("error: it broke" in line for line in said) == 1 and len(said) == 3
     assert said[-1].startswith("[3/3] ")
 
 
@@ -107,7 +107,7 @@ def test_a_real_cell(tmp_path, settings, cli, monkeypatch):
     monkeypatch.setattr(grid.Children, "run", run)
     good, bad = (Cell(tuple(sorted(settings(train__steps=2, rank__value=r).items()))) for r in (4, 99))
     rows = run_grid([bad, good], tmp_path, say=lambda line: None)
-    assert rows[0]["error"].startswith("nativerank: error: rank of model.layers.0.self_attn.q_proj must be")
+    assert rows[0]["error"].startswith("rank of model.layers.0.self_attn.q_proj must be")
     assert rows[1]["step"] == 2 and rows[1]["val_loss"] > 0 and rows[1]["cell"] == good.name
     assert (tmp_path / "cells" / good.name / "model").is_dir()
     assert not (tmp_path / "cells" / bad.name).exists()

@@ -43,27 +43,33 @@ def add_parser(subparsers: Any) -> None:
 
 
 def compare_parser(defaults: dict[str, Any]) -> Any:
-    """The train flags, with other defaults, and those of a comparison."""
+    """The flags of a comparison, and the train flags with other defaults."""
     usage = "[--methods A,B | --study NAME] [--tune] [--lrs L] --out DIR "
-    parser = build_parser(DESCRIPTION, EXAMPLE, "nativerank compare", usage)
+    parser = build_parser(DESCRIPTION, EXAMPLE, "nativerank compare", usage, add_flags)
+    parser.set_defaults(defaults)
+    return parser
+
+
+def add_flags(parser: Any) -> None:
+    """What a comparison takes besides the train flags; all texts, read by `read_request`."""
     group = parser.add_argument_group("comparison")
     group.add_argument("--methods", metavar="A,B,...", help="the arms, METHOD or METHOD[KEY=VALUE;...]")
     for name, key in LISTS.items():
-        group.add_argument(f"--{name}", metavar="LIST", help=f"values of {key}, or multiples such as 0.5x (default 1x)")
+        group.add_argument(
+            f"--{name}", metavar="LIST", help=f"values of {key}, or multiples such as 0.5x (without: 1x)"
+        )
     group.add_argument("--ratios", metavar="LIST", help="rank ratios; every low-rank arm once with each")
     group.add_argument(
         "--tune",
         nargs="?",
-        const="lr,aux_lr,init_scale,lr",
+        const="",
         metavar="LIST",
         help="line search over coordinates instead of a grid (alone: lr,aux_lr,init_scale,lr)",
     )
-    group.add_argument("--seeds", metavar="N", help="seeds 0 .. N-1 (default 3, or the study's)")
-    group.add_argument("--budget", metavar="tokens|flops", help="what all arms have in common (default tokens)")
-    group.add_argument("--jobs", metavar="K", default="1", help="runs side by side, the threads divided among them")
+    group.add_argument("--seeds", metavar="N", help="seeds 0 .. N-1 (without: 3, or the study's)")
+    group.add_argument("--budget", metavar="tokens|flops", help="what all arms have in common (without: tokens)")
+    group.add_argument("--jobs", metavar="K", help="runs side by side, the threads divided among them (without: 1)")
     group.add_argument("--study", metavar="NAME", help="a study with arms of its own")
-    parser.set_defaults(defaults)
-    return parser
 
 
 def read_request(argv: list[str]) -> tuple[Any, Any]:
@@ -132,7 +138,7 @@ def refuse_own(study: str, flags: Any) -> dict[str, Any]:
 def arms_and_grid(flags: Any, common: dict[str, Any]) -> dict[str, Any]:
     """The arms, and the product grid or the stages of a search."""
     from nativerank.experiments.arms import RANKS, parse_arms, parse_values, with_ratios
-    from nativerank.experiments.search import parse_stages
+    from nativerank.experiments.search import ALL_STAGES, parse_stages
 
     if flags.methods is None:
         raise ValueError("compare needs --methods A,B,... or --study NAME")
@@ -148,7 +154,7 @@ def arms_and_grid(flags: Any, common: dict[str, Any]) -> dict[str, Any]:
         return {"arms": arms, "grid": grid}
     if given:
         raise ValueError(f"--tune searches by itself, so --{next(iter(given))} has no meaning")
-    return {"arms": arms, "stages": parse_stages(flags.tune)}
+    return {"arms": arms, "stages": parse_stages(flags.tune or ALL_STAGES)}
 
 
 def whole(name: str, text: str | None, default: int) -> int:

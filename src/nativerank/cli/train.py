@@ -9,7 +9,7 @@ import argparse
 import re
 import shlex
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +42,19 @@ def add_parser(subparsers: Any) -> None:
 
 
 def build_parser(
-    description: str = DESCRIPTION, example: str = EXAMPLE, prog: str = "nativerank train", usage: str = ""
+    description: str = DESCRIPTION,
+    example: str = EXAMPLE,
+    prog: str = "nativerank train",
+    usage: str = "",
+    first: Callable[[Any], None] = lambda parser: None,
 ) -> Any:
-    """A parser for every key of RunConfig; errors are raised as ValueError, unknown keys name the nearest."""
+    """A parser for every key of RunConfig; errors are raised as ValueError, unknown keys name the nearest.
+
+    Args:
+        description, example, prog: what --help says.
+        usage: flags besides the keys, for the first line of --help.
+        first: adds them, so that they come first in --help.
+    """
     import jsonargparse
 
     class TrainParser(jsonargparse.ArgumentParser):
@@ -56,6 +66,7 @@ def build_parser(
 
     usage = f"{prog} {usage}[--config F.yaml] [--KEY VALUE ...]   (keys below; YAML files nest them)"
     parser = TrainParser(prog=prog, usage=usage, description=description, epilog=example, formatter_class=Formatter)
+    first(parser)
     parser.add_argument("--config", action="config", help="YAML file with any of the keys below")
     parser.add_class_arguments(RunConfig)
     parser.add_argument("--quiet", action="store_true", help="no progress, only warnings; the result in the run folder")

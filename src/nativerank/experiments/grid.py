@@ -180,10 +180,8 @@ def _run_cell(cell: Cell, folder: Path, jobs: int, children: Children) -> dict[s
     code, out_text, err_text = children.run([*command, "--quiet", "--json"], os.environ | {"OMP_NUM_THREADS": threads})
     row: dict[str, Any] = {"cell": cell.name, "settings": dict(cell.settings)}
     if code:
-        last = (err_text.strip().splitlines()[-1:] or [f"exit code {code}"])[0]
-        if code == Diverged.exit_code:
-            return row | {"diverged": last.removeprefix("nativerank: error: ")}
-        return row | {"error": last}
+        last = (err_text.strip().splitlines()[-1:] or [f"exit code {code}"])[0].removeprefix("nativerank: error: ")
+        return row | {"diverged" if code == Diverged.exit_code else "error": last}
     try:
         summary = json.loads(out_text)
     except ValueError:

@@ -16,7 +16,7 @@ from nativerank.experiments.statistics import paired_difference, spread
 from nativerank.train.metrics import read_rows
 from nativerank.train.setup import versions
 
-CURVE_POINTS = 150
+CURVE_POINTS = 60
 Entry = dict[str, Any]
 
 

@@ -18,7 +18,8 @@ STYLES = {  # of the plain methods; other arms take the next colour
     "dense-muon": ("#8d8d8d", "--", "s"),
     "dense-adamw": ("#3b3b3b", "--", "^"),
 }
-OTHERS = ("#66a182", "#2e4057", "#c17767", "#5b8e7d", "#a44a3f", "#4f6d7a", "#8f6593", "#b5a642", "#6c464f", "#1b998b")
+OTHERS = ("#66a182", "#2e4057", "#b5651d", "#5b8e7d", "#5e548e", "#4f6d7a", "#8f6593", "#b5a642", "#6c464f", "#1b998b")
+DASHES = ("-", "--", ":", "-.")
 HINT = "figures need matplotlib: pip install 'nativerank[report]'"
 
 
@@ -61,6 +62,13 @@ def canvas(columns: int, width: float, height: float = 3.8) -> tuple[Any, list[A
     return figure, list(axes[0])
 
 
+def legend(figure: Any, panel: Any) -> None:
+    """Below the panels, in as many columns as fit."""
+    handles, labels = panel.get_legend_handles_labels()
+    columns = max(1, int(figure.get_figwidth() * 12 / (max(map(len, labels), default=0) + 8)))
+    figure.legend(handles, labels, loc="outside lower left", frameon=False, fontsize=8, ncols=columns)
+
+
 def save(figure: Any, file: Path) -> Path:
     """Writes an SVG without a date."""
     from matplotlib import pyplot
@@ -84,7 +92,7 @@ def draw_curves(record: dict[str, Any], file: Path) -> Path:
             panel.plot(tokens, losses, **dots)
     panels[0].set(xlabel="tokens", ylabel="loss (nats/token): line training, dots validation")
     panels[1].set(xlabel="training FLOPs")
-    panels[1].legend(frameon=False, fontsize=8)
+    legend(figure, panels[0])
     return save(figure, file)
 
 
@@ -107,19 +115,23 @@ def draw_rates(lines: dict[str, list[tuple[float, float]]], file: Path, title: s
         if points:
             panel.plot(*zip(*points, strict=True), **style(label, number))
     panel.set(xscale="log", xlabel="matrix learning rate", ylabel="validation loss (nats/token)")
-    panel.legend(frameon=False, fontsize=8)
+    legend(figure, panel)
     panel.set_title(title, loc="left", fontsize=9)
     return save(figure, file)
 
 
 def draw_norms(series: dict[str, dict[str, list[float]]], file: Path) -> Path:
-    """Three panels along the steps, logarithmic."""
-    figure, panels = canvas(len(LABELS), 13.5)
-    for number, (label, values) in enumerate(series.items()):
-        look = {"color": (*OTHERS, *(color for color, _, _ in STYLES.values()))[number % (len(OTHERS) + len(STYLES))]}
+    """Three panels along the steps, logarithmic; a colour per arm, a dash per multiple of its rate ("ARM at 5x")."""
+    figure, panels = canvas(len(LABELS), 12.0, 4.4)
+    names = {label: label.partition(" at ")[::2] for label in series}
+    arms = list(dict.fromkeys(arm for arm, _ in names.values()))
+    multiples = list(dict.fromkeys(multiple for _, multiple in names.values()))
+    for label, values in series.items():
+        arm, multiple = names[label]
+        color, dash = style(arm, arms.index(arm))["color"], DASHES[multiples.index(multiple) % len(DASHES)]
         for panel, key in zip(panels, LABELS, strict=True):
-            panel.plot(values["steps"], values[key], linewidth=1, label=label, **look)
+            panel.plot(values["steps"], values[key], linewidth=1, label=label, color=color, linestyle=dash)
     for panel, name in zip(panels, LABELS.values(), strict=True):
         panel.set(yscale="log", xlabel="step", title=name)
-    panels[-1].legend(frameon=False, fontsize=7)
+    legend(figure, panels[0])
     return save(figure, file)

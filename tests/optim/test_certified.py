@@ -5,7 +5,7 @@ import torch
 
 from nativerank.bench.bound import D_IN, D_OUT, ETA, FORMS, adversarial, adversarial_cases, change, factors, gradients
 from nativerank.optim.optimizer import LowRankOptimizer
-from nativerank.optim.rules import RULES, Stack
+from nativerank.optim.rules import RULES, Stack, formed
 
 COLD = torch.Generator().manual_seed(5)
 
@@ -41,7 +41,7 @@ def test_the_set_is_what_it_claims():
             for X, G, u in ((A, G_A, u_A), (B, G_B, u_B))
         ]
         D_A, D_B, _ = RULES["spectron"].update(*stacks, group)
-        explicit = torch.linalg.matrix_norm((A - D_A) @ (B - D_B).mT - A @ B.mT, 2)
+        explicit = torch.linalg.matrix_norm((A - formed(D_A)) @ (B - formed(D_B)).mT - A @ B.mT, 2)
         torch.testing.assert_close(found, explicit, rtol=1e-6, atol=1e-9)
     sizes = torch.linalg.matrix_norm(A, 2)
     assert sizes.max() > 250 and sizes[sizes > 0].min() < 0.4

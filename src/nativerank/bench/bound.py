@@ -21,7 +21,7 @@ from torch import Tensor
 
 from nativerank.config import ModelConfig, OptimConfig, RunConfig, TrainConfig
 from nativerank.linalg.change import update_norm
-from nativerank.optim.rules import RULES, Options, Stack
+from nativerank.optim.rules import RULES, Options, Stack, formed
 from nativerank.train.loop import train
 from nativerank.train.metrics import read_rows
 from nativerank.train.setup import versions
@@ -102,7 +102,7 @@ def change(A: Tensor, B: Tensor, G_A: Tensor, G_B: Tensor, u: tuple[Tensor, Tens
         state = {"momentum": torch.zeros_like(X), "power_vector": v.clone()}
         stacks.append(Stack(X, G, state, (X.shape[-2], R)))
     D_A, D_B, _ = RULES["spectron"].update(*stacks, chosen)  # type: ignore[misc]
-    return update_norm(A, B, A.double() - D_A.double(), B.double() - D_B.double())
+    return update_norm(A, B, A.double() - formed(D_A).double(), B.double() - formed(D_B).double())
 
 
 def adversarial_cases() -> Iterator[tuple[str, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]]:

@@ -21,7 +21,20 @@ from nativerank.config import OptimConfig
 from nativerank.linalg.gram import full_precision
 from nativerank.linalg.orthogonalize import coefficients
 from nativerank.optim.parallel import at_once, run_all
-from nativerank.optim.rules import NONE, RULES, Options, Rule, Stack, State, initial_state, shape_scale, step_device
+from nativerank.optim.rules import (
+    NONE,
+    RULES,
+    Change,
+    Options,
+    Product,
+    Rule,
+    Stack,
+    State,
+    formed,
+    initial_state,
+    shape_scale,
+    step_device,
+)
 
 # Shared with the configuration, which is their one home; what a method decides is set here for direct use.
 RULE_OPTIONS = (
@@ -257,7 +270,18 @@ def _step_bucket(bucket: Bucket, rule: Rule, options: Options) -> None:
     for i, (side, change) in enumerate(zip(sides, changes, strict=True)):
         if options["weight_decay"]:
             torch._foreach_mul_(side, 1 - options["lr"] * options["weight_decay"])
-        torch._foreach_sub_(side, list((change.mT if i == 1 else change).to(side[0].dtype)))
+        _subtract(side, change, i == 1)
+
+
+def _subtract(side: list[Tensor], change: Change, down: bool) -> None:
+    """p <- p - D for every member. A product goes into a CPU's matrix in one pass over it, without a D in between."""
+    p = side[0]
+    if isinstance(change, Product) and p.device.type == "cpu" and p.dim() == 2 and p.dtype == change.M.dtype:
+        for member, M, Q in zip(side, *change, strict=True):
+            (member.mT if down else member).addmm_(M, Q, alpha=-1)
+        return
+    D = formed(change)
+    torch._foreach_sub_(side, list((D.mT if down else D).to(p.dtype)))
 
 
 def _stack(side: list[Tensor], state: State, down: bool, with_weight: bool) -> Stack:

@@ -20,7 +20,7 @@ A new rule is a function here, an entry in RULES and a test.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,6 +47,21 @@ class Stack:
     grad: Tensor
     state: State
     shape: tuple[int, int]
+
+
+class Product(NamedTuple):
+    """A change D = M Q (n, ..., d, r) as its factors: on a CPU the shell subtracts it without forming it."""
+
+    M: Tensor
+    Q: Tensor
+
+
+Change = Tensor | Product
+
+
+def formed(change: Change) -> Tensor:
+    """D as one tensor."""
+    return change.M @ change.Q if isinstance(change, Product) else change
 
 
 def shape_scale(kind: str, rows: int, cols: int) -> float:
@@ -79,11 +94,11 @@ def muon(side: Stack, options: Options) -> Tensor:
     return options["lr"] * shape_scale(options["shape_scale"], *side.shape) * O
 
 
-def spectron(A: Stack, B: Stack, options: Options) -> tuple[Tensor, Tensor, State]:
+def spectron(A: Stack, B: Stack, options: Options) -> tuple[Change, Change, State]:
     """(D_A, D_B, record) for stacks of pairs A (n, ..., d_out, r), B (n, ..., d_in, r).
 
-    Both factors' r x r iterations run as one batch, and rho is folded into the r x r factor of the tall product. The
-    record holds sigma_A, sigma_B and rho (n, ...), left on the device.
+    Both factors' r x r iterations run as one batch, and rho is folded into the r x r factor Q of D = M Q. The record
+    holds sigma_A, sigma_B and rho (n, ...), left on the device.
     """
     assert A.weight is not None and B.weight is not None
     M_A, M_B = at_least_float32(averaged(A, options)), at_least_float32(averaged(B, options))
@@ -96,8 +111,8 @@ def spectron(A: Stack, B: Stack, options: Options) -> tuple[Tensor, Tensor, Stat
         D_A, D_B = O_A * rho[..., None, None], O_B * rho[..., None, None]
         return D_A, D_B, {"sigma_A": sigma_A, "sigma_B": sigma_B, "rho": rho}
     rho = pair_rho(sigma_A + sigma_B, options)
-    D_A = M_A @ (Q_A * (scale_A * rho)[..., None, None])
-    D_B = M_B @ (Q_B * (scale_B * rho)[..., None, None])
+    D_A = Product(M_A, Q_A * (scale_A * rho)[..., None, None])
+    D_B = Product(M_B, Q_B * (scale_B * rho)[..., None, None])
     return D_A, D_B, {"sigma_A": sigma_A, "sigma_B": sigma_B, "rho": rho}
 
 

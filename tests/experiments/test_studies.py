@@ -10,6 +10,8 @@ from nativerank.experiments.request import Request, carry_out
 from nativerank.experiments.studies import (
     CAPPED,
     EQUAL_FLOPS,
+    NESTEROV,
+    PAPER,
     RANKS,
     STARTS,
     STUDIES,
@@ -109,8 +111,10 @@ def test_robustness_and_transfer(study, stand_in, tmp_path):
     numbers = record["study"]["numbers"]
     assert numbers["loss_increase"]["spectron"]["4x"] == pytest.approx(0.3)
     assert numbers["loss_increase"]["lowrank-muon"]["8x"] is None
-    assert numbers["ratio"]["lowrank-adamw"]["5x"] == pytest.approx(4) and "8x" not in numbers["ratio"]["lowrank-muon"]
-    assert numbers["ratio"]["lowrank-muon"]["4x"] == pytest.approx(8) and "spectron" not in numbers["ratio"]
+    ratio = numbers["ratio"][PAPER]
+    assert ratio["lowrank-adamw"]["5x"] == pytest.approx(4) and "8x" not in ratio["lowrank-muon"]
+    assert ratio["lowrank-muon"]["4x"] == pytest.approx(8) and set(ratio) == set(STARTS) - {PAPER, NESTEROV}
+    assert numbers["ratio"][NESTEROV] == ratio
     assert numbers["best_rate_by_width"]["spectron"] == dict.fromkeys(WIDTHS, STARTS["spectron"])
     assert any("8x diverged" in line for line in record["study"]["lines"])
     wide = {cell["method"]: cell for cell in record["cells"]}
@@ -139,7 +143,8 @@ def test_update_norms(study, stand_in):
     numbers, series = record["study"]["numbers"], record["study"]["series"]
     naive, spectron = STARTS["lowrank-adamw"], STARTS["spectron"]
     assert numbers["spectron"]["update_norm"] == pytest.approx(dict.fromkeys(("median", "p90", "max"), spectron * 0.5))
-    assert numbers["median_ratio"] == pytest.approx(8 * naive * 40 / (5 * spectron * 0.5))
+    assert set(numbers["median_ratio"]) == {f"{PAPER} at 5x", f"{NESTEROV} at 5x"}
+    assert numbers["median_ratio"]["spectron at 5x"] == pytest.approx(8 * naive * 40 / (5 * spectron * 0.5))
     assert len(series["spectron at 5x"]["steps"]) == 9, "the refused step is no step"
     capped = [c for c in stand_in.ran if "optim.update_cap" in c]
     assert [(c["optim.update_cap"], c["optim.lr"]) for c in capped] == [(spectron, pytest.approx(8 * naive))]
@@ -153,11 +158,11 @@ def test_equal_flops(study, stand_in):
     flops = [arm["flops"] for arm in record["arms"]]
     assert max(flops) / min(flops) < 1.005
     steps = {arm["label"]: arm["steps"] for arm in record["arms"]}
-    assert [steps[m] for m in EQUAL_FLOPS[:3]] == [600] * 3 and 250 < steps["dense-adamw"] == steps["dense-muon"] < 600
+    assert [steps[m] for m in EQUAL_FLOPS[:4]] == [600] * 4 and 250 < steps["dense-adamw"] == steps["dense-muon"] < 600
     numbers = record["study"]["numbers"]
     means = {arm["label"]: arm["mean"] for arm in record["arms"]}
-    assert numbers["low_rank"] == min(EQUAL_FLOPS[:3], key=means.get)
-    assert numbers["dense"] == min(EQUAL_FLOPS[3:], key=means.get)
+    assert numbers["low_rank"] == min(EQUAL_FLOPS[:4], key=means.get)
+    assert numbers["dense"] == min(EQUAL_FLOPS[4:], key=means.get)
     assert numbers["difference"]["n"] == 3
     assert re.search(r"minus best dense .* 95% interval \[.*under-trained", record["study"]["lines"][0])
 

@@ -15,6 +15,7 @@ from nativerank.experiments.statistics import paired_difference
 from nativerank.experiments.summary import cell_rows
 from nativerank.methods import find_method
 
+Increases = dict[float, float | None]  # by multiple of the best rate
 NORMS = ("update_norm", "output_change", "sigma_W")  # of a probed matrix
 
 
@@ -52,23 +53,30 @@ def signed(value: float | None) -> str:
     return "diverged" if value is None else f"{value:+.3f}"
 
 
-def robustness(comparison: Comparison, labels: Sequence[str], multiples: Sequence[float], of: str) -> Findings:
-    """Loss increases of every arm, and their ratio to those of the arm `of`."""
+def robustness(
+    comparison: Comparison, labels: Sequence[str], multiples: Sequence[float], of: Sequence[str]
+) -> Findings:
+    """Loss increases of every arm, and the ratio of the others' to those of each arm in `of`."""
     rows = {label: {m: increase(comparison, label, m) for m in multiples} for label in labels}
     found = Findings(numbers={"loss_increase": {k: {f"{m:g}x": v for m, v in row.items()} for k, row in rows.items()}})
     for label, row in rows.items():
         best = at_multiple(comparison, label, 1)[LR]
         words = ", ".join(f"{m:g}x {signed(value)}" for m, value in row.items())
         found.lines.append(f"loss increase over the best rate {best:g} of {label}: {words}")
-    ratios: dict[str, dict[str, float]] = {}
-    for label in labels:
-        pairs = {m: (rows[label][m], rows[of][m]) for m in multiples} if label != of else {}
-        ratios[label] = {f"{m:g}x": a / b for m, (a, b) in pairs.items() if a is not None and b is not None and b > 0}
-        if ratios[label]:
-            words = ", ".join(f"{ratio:.1f} at {m}" for m, ratio in ratios[label].items())
-            found.lines.append(f"loss increase of {label} divided by that of {of}: {words}")
-    found.numbers["ratio"] = {label: row for label, row in ratios.items() if row}
+    found.numbers["ratio"] = {
+        base: {label: ratios(rows[label], rows[base]) for label in labels if label not in of} for base in of
+    }
+    for base, others in found.numbers["ratio"].items():
+        for label, found_here in others.items():
+            words = ", ".join(f"{ratio:.1f} at {m}" for m, ratio in found_here.items())
+            found.lines.append(f"loss increase of {label} divided by that of {base}: {words or 'none'}")
     return found
+
+
+def ratios(above: Increases, below: Increases) -> dict[str, float]:
+    """Quotients of two arms' increases, where both finished and the divisor is an increase."""
+    pairs = {m: (above[m], below[m]) for m in above}
+    return {f"{m:g}x": a / b for m, (a, b) in pairs.items() if a is not None and b is not None and b > 0}
 
 
 def transfer(comparison: Comparison, by_width: dict[str, dict[int, str]]) -> Findings:

@@ -6,7 +6,8 @@ import math
 import pytest
 
 from nativerank.experiments.arms import parse_arms, parse_values
-from nativerank.experiments.compare import Comparison, Tries, expected_seconds, rehearse
+from nativerank.experiments.compare import Comparison, Tries
+from nativerank.experiments.expect import expected_seconds, rehearse
 from nativerank.experiments.request import RECORD, REQUEST, TABLE, Request, carry_out
 from nativerank.experiments.search import ALL_STAGES, parse_stages
 from nativerank.experiments.summary import edges
@@ -189,7 +190,7 @@ def test_the_record_reads_like_a_committed_sweep(ask, stand_in):
 def test_the_curve_is_that_of_the_best_point(ask, stand_in):
     def rows(settings):
         steps = [{"step": n, "tokens": 32 * n, "loss": settings["optim.lr"] + 4 - n / 400} for n in range(1, 401)]
-        steps[199]["val_loss"] = 3.5
+        steps[99]["val_loss"], steps[199]["val_loss"] = "nan", 3.5  # what is not finite is kept as a text
         end = {"event": "end", "step": 400, "tokens": 12800, "val_loss": 3.0}
         return [{"event": "start", "step": 0}, *steps, end]
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from nativerank.experiments.compare import Comparison, expected_seconds, rehearse
+from nativerank.experiments.compare import Comparison
+from nativerank.experiments.expect import expected_seconds, rehearse
 from nativerank.experiments.request import Request, carry_out
 from nativerank.experiments.studies import (
     CAPPED,

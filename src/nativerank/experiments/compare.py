@@ -6,101 +6,21 @@ gives every arm the same steps; "flops" gives it the total training FLOPs F of t
     steps = round(F / (FLOPs per token * tokens per step)).
 """
 
-import functools
 import itertools
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nativerank.accounting.flops import flops_per_token, guided_share
-from nativerank.experiments.arms import COORDINATES, ONCE, Arm, Value, configured
-from nativerank.experiments.grid import Cell, finished, run_grid
-from nativerank.hub.load import load
-from nativerank.layers import guided_layers
-from nativerank.methods import find_method
-from nativerank.models import count_parameters
-from nativerank.train.resolve import resolve, tokens_per_step
-from nativerank.train.setup import new_skeleton, open_data
+from nativerank.experiments.arms import COORDINATES, ONCE, Arm, Value
+from nativerank.experiments.contender import Contender, Point, measured
+from nativerank.experiments.grid import Cell, run_grid
 
-Point = dict[str, float]
 Row = dict[str, Any]
 Grid = Mapping[str, Sequence[Value]]  # coordinate -> values
 Runner = Callable[[list[Cell], Callable[[Cell], Row], Callable[[Cell], str]], list[Row]]
-
-# One thread of a cloud CPU at these sizes; what a process does besides its steps. A folder's own results replace both.
-FLOPS_PER_SECOND, OVERHEAD_SECONDS = 4e10, 8.0
-
-
-@dataclass(frozen=True)
-class Contender:
-    """An arm with everything that follows from its configuration.
-
-    Args:
-        arm: as it was entered.
-        settings: of its cells, without coordinates, steps and seed.
-        start: its coordinates where nobody moves them.
-        steps, tokens_per_step: length of its runs.
-        flops_per_token: of training, averaged over the run.
-        parameters: total and non_embedding; a guide, which is gone at the end, left out.
-        rank: as it was set, for tables; "" for dense matrices.
-        device: that it runs on.
-    """
-
-    arm: Arm
-    settings: dict[str, Any]
-    start: Point
-    steps: int
-    tokens_per_step: int
-    flops_per_token: float
-    parameters: dict[str, int]
-    rank: str
-    device: str
-
-    @property
-    def tokens(self) -> int:
-        return self.steps * self.tokens_per_step
-
-    @property
-    def flops(self) -> float:
-        """Of one run's training."""
-        return self.tokens * self.flops_per_token
-
-    def cell(self, point: Point, seed: int) -> Cell:
-        """The run of this arm at a point."""
-        own = {"train.steps": self.steps, "train.seed": seed}
-        return Cell(tuple(sorted({**self.settings, **point, **own}.items())))
-
-
-@functools.cache
-def measured(settings: str) -> dict[str, Any]:
-    """What the configuration of these settings (JSON) leads to, its model counted on the meta device.
-
-    Raises:
-        ValueError: whatever `nativerank train` would refuse before it builds weights.
-    """
-    config = resolve(configured(json.loads(settings)))
-    t, m, o = config.train, config.model, config.optim
-    assert t.steps and t.context and config.method
-    dataset = open_data(config, quiet=True)
-    model = load(config.init) if config.init else new_skeleton(config, dataset)[0]
-    flops = flops_per_token(model, t.context, guided_share(config.guide.share, config.guide.stochastic))
-    for layer in guided_layers(model).values():
-        layer.free_guide()
-    rank = "" if find_method(config.method).layer is None else f"{config.rank.value or config.rank.ratio or 'given'}"
-    start = dict(zip(COORDINATES, (o.lr, o.aux_lr, m.init_scale), strict=True))
-    return {
-        "start": {key: value for key, value in start.items() if value is not None},
-        "steps": t.steps,
-        "tokens_per_step": tokens_per_step(t),
-        "flops_per_token": flops.training,
-        "parameters": count_parameters(model),
-        "rank": rank,
-        "device": config.device or "cpu",
-    }
 
 
 @dataclass
@@ -245,43 +165,3 @@ class Comparison:
         """The remaining seeds at each arm's best point."""
         best = {label: self.tries[label].best() for label in labels}
         self.run([(label, p, s) for label, p in best.items() if p is not None for s in range(self.seeds)])
-
-
-def rehearse(program: Callable[[Comparison], None], plan: Comparison) -> list[tuple[Contender, Cell]]:
-    """The cells a program will run, found by running it against losses that rise on both sides of every start.
-
-    A search that has to walk will need more of them.
-    """
-    seen: dict[str, tuple[Contender, Cell]] = {}
-    twin = Comparison(plan.folder, plan.common, plan.budget, plan.seeds, plan.jobs)
-
-    def imagine(cells: list[Cell], about: Callable[[Cell], Row], name: Callable[[Cell], str]) -> list[Row]:
-        rows = []
-        for cell in cells:
-            contender = twin.contenders[about(cell)["arm"]]
-            settings = dict(cell.settings)
-            away = sum(abs(math.log(settings[key] / start)) for key, start in contender.start.items() if start)
-            seen[cell.name] = contender, cell
-            rows.append({"val_loss": away, "imagined": True})
-        return rows
-
-    twin.runner = imagine
-    program(twin)
-    return list(seen.values())
-
-
-def expected_seconds(cells: Iterable[tuple[Contender, Cell]], folder: Path, jobs: int) -> float | None:
-    """Time for the cells that have no result yet; None where nothing is known about the device."""
-    cells = list(cells)
-    done = finished(folder)
-    known = [row for row in done.values() if row.get("seconds") and row.get("flops")]
-    todo = [contender for contender, cell in cells if cell.name not in done]
-    if known:
-        per_flop = sum(row["seconds"] for row in known) / sum(row["flops"] for row in known)
-        overhead = OVERHEAD_SECONDS / 2  # a row's seconds begin after the imports
-    elif any(contender.device != "cpu" for contender in todo):
-        return None
-    else:
-        threads = max(1, (os.cpu_count() or 1) // jobs)
-        per_flop, overhead = 1 / (FLOPS_PER_SECOND * threads), OVERHEAD_SECONDS
-    return sum(contender.flops * per_flop + overhead for contender in todo) / min(jobs, max(1, len(todo)))

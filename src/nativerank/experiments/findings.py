@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nativerank.experiments.arms import LR
-from nativerank.experiments.compare import Comparison, Point
+from nativerank.experiments.compare import Comparison
+from nativerank.experiments.contender import Point
 from nativerank.experiments.statistics import paired_difference
 from nativerank.experiments.summary import cell_rows
 from nativerank.methods import find_method

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from nativerank.experiments.arms import Arm
-from nativerank.experiments.compare import Comparison, Grid, expected_seconds, rehearse
+from nativerank.experiments.compare import Comparison, Grid
+from nativerank.experiments.expect import expected_seconds, rehearse
 from nativerank.experiments.findings import Findings
 from nativerank.experiments.search import Stage, tune
 from nativerank.experiments.studies import Study, find_study

@@ -8,7 +8,8 @@ between neighbours below about 0.02 nats are noise. The best points then run all
 from collections.abc import Sequence
 
 from nativerank.experiments.arms import AUX_LR, INIT_SCALE, LR
-from nativerank.experiments.compare import Comparison, Point
+from nativerank.experiments.compare import Comparison
+from nativerank.experiments.contender import Point
 
 Stage = tuple[str, float]  # coordinate, factor between neighbours
 

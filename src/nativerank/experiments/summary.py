@@ -11,7 +11,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from nativerank.experiments.compare import Comparison, Point, Tries
+from nativerank.experiments.compare import Comparison, Tries
+from nativerank.experiments.contender import Point
 from nativerank.experiments.statistics import paired_difference, spread
 from nativerank.train.metrics import read_rows
 from nativerank.train.setup import versions
@@ -114,7 +115,7 @@ def curve(comparison: Comparison, label: str, point: Point) -> Entry | None:
     if not rows:
         return None
     steps = [row for row in rows if isinstance(row.get("loss"), float)]
-    validated = [[row["tokens"], row["val_loss"]] for row in rows if "val_loss" in row]
+    validated = [[row["tokens"], row["val_loss"]] for row in rows if isinstance(row.get("val_loss"), float)]
     width = max(1, math.ceil(len(steps) / CURVE_POINTS))
     chunks = [steps[start : start + width] for start in range(0, len(steps), width)]
     return {

@@ -1,0 +1,53 @@
+"""What a comparison will run and how long that takes, before anything runs."""
+
+import math
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from nativerank.experiments.compare import Comparison, Row
+from nativerank.experiments.contender import Contender
+from nativerank.experiments.grid import Cell, finished
+
+# One thread of a cloud CPU at these sizes; what a process does besides its steps. A folder's own results replace both.
+FLOPS_PER_SECOND, OVERHEAD_SECONDS = 4e10, 8.0
+
+
+def rehearse(program: Callable[[Comparison], None], plan: Comparison) -> list[tuple[Contender, Cell]]:
+    """The cells a program will run, found by running it against losses that rise on both sides of every start.
+
+    A search that has to walk will need more of them.
+    """
+    seen: dict[str, tuple[Contender, Cell]] = {}
+    twin = Comparison(plan.folder, plan.common, plan.budget, plan.seeds, plan.jobs)
+
+    def imagine(cells: list[Cell], about: Callable[[Cell], Row], name: Callable[[Cell], str]) -> list[Row]:
+        rows = []
+        for cell in cells:
+            contender = twin.contenders[about(cell)["arm"]]
+            settings = dict(cell.settings)
+            away = sum(abs(math.log(settings[key] / start)) for key, start in contender.start.items() if start)
+            seen[cell.name] = contender, cell
+            rows.append({"val_loss": away, "imagined": True})
+        return rows
+
+    twin.runner = imagine
+    program(twin)
+    return list(seen.values())
+
+
+def expected_seconds(cells: Iterable[tuple[Contender, Cell]], folder: Path, jobs: int) -> float | None:
+    """Time for the cells that have no result yet; None where nothing is known about the device."""
+    cells = list(cells)
+    done = finished(folder)
+    known = [row for row in done.values() if row.get("seconds") and row.get("flops")]
+    todo = [contender for contender, cell in cells if cell.name not in done]
+    if known:
+        per_flop = sum(row["seconds"] for row in known) / sum(row["flops"] for row in known)
+        overhead = OVERHEAD_SECONDS / 2  # a row's seconds begin after the imports
+    elif any(contender.device != "cpu" for contender in todo):
+        return None
+    else:
+        threads = max(1, (os.cpu_count() or 1) // jobs)
+        per_flop, overhead = 1 / (FLOPS_PER_SECOND * threads), OVERHEAD_SECONDS
+    return sum(contender.flops * per_flop + overhead for contender in todo) / min(jobs, max(1, len(todo)))

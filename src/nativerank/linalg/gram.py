@@ -88,5 +88,6 @@ def split_finite(G: Tensor) -> tuple[Tensor, Tensor]:
 
     Eigenvalue routines raise on NaN and infinity; whoever calls them puts NaN back where it belongs.
     """
-    finite = (0 * G).sum((-2, -1)) == 0  # six times as fast as isfinite, and this is needed at every step
+    # The diagonal tells: |G_ij| <= sqrt(G_ii G_jj) in a Gram matrix, and what follows from a bad one is NaN all over.
+    finite = G.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)
     return (G if finite.all() else G.masked_fill(~finite[..., None, None], 0.0)), finite

@@ -93,7 +93,7 @@ def factor_by_products(G: Tensor, polynomials: Coefficients) -> Tensor:
 def factor_by_eigenvalues(G: Tensor, polynomials: Coefficients) -> Tensor:
     """The same q(G) = V diag(q(l)) V^T; NaN where G is not finite."""
     G, finite = split_finite(G)
-    values, V = torch.linalg.eigh(G)
+    values, V = torch.linalg.eigh(G.mT)  # the same matrix in LAPACK's order
     x, q = values.double().clamp_min(0) + ridge(polynomials, G.dtype), torch.ones_like(values, dtype=torch.float64)
     for a, b, c in polynomials:
         s = a + b * x + c * x.square()

@@ -69,6 +69,7 @@ SWEPT: dict[str, dict[str, Rates]] = {
         "spectron": Rates(0.08, 0.01, 0.577),
         "lowrank-muon": Rates(0.0256, 0.02, 0.577),
         "lowrank-adamw": Rates(0.0048, 0.02, 0.577),
+        "self-guided": Rates(0.0048, 0.02),
         "dense-muon": Rates(0.0358, 0.02, 0.0625),
         "dense-adamw": Rates(0.0048, 0.01, 0.25),
     },

@@ -37,6 +37,7 @@ test-slow: install
 bench: install
 	$(BIN)/nativerank bench train --json benchmarks/results/bench-train-demo.json
 	$(BIN)/nativerank bench train --d_model 512 --json benchmarks/results/bench-train-512.json
+	$(BIN)/nativerank bench bound --json benchmarks/results/bench-bound.json
 	$(BIN)/nativerank bench optimizer --json benchmarks/results/bench-optimizer.json
 
 clean:

@@ -93,7 +93,8 @@ class OptimConfig:
             rho^2 + rho (sigma_A + sigma_B) = lr, which has the same bound and is up to 1.5 times as long.
         renormalize: false, an ablation, takes rho = lr whatever the factors' norms.
         power_iterations: power iterations per factor and step.
-        certified: Spectron with measured norms: the change of W stays within lr, proven, at a small cost.
+        certified: Spectron with measured norms: the change of W stays within lr, proven, at a small cost; takes the
+            place of `step`.
         update_cap: lowrank-adamw only: a step whose ||dW||_2 may exceed this (times the schedule) is shortened.
     """
 
@@ -317,6 +318,8 @@ def described(hint: Any) -> str:
         return " or ".join("null" if a is type(None) else described(a) for a in args)
     if origin is Literal:
         return f"one of {', '.join(map(str, args))}"
+    if origin is list:
+        return 'a list such as \'["a", "b"]\''
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
     return words.get(hint, f"a {getattr(origin or hint, '__name__', hint)}")
 

@@ -18,6 +18,7 @@ from nativerank.config import nearest
 from nativerank.layers import FactorizeReport, Guides, factorize_modules, matrix_parameters
 from nativerank.optim.optimizer import LowRankOptimizer
 from nativerank.optim.roles import assign_roles
+from nativerank.optim.rules import RULES
 
 
 @dataclass(frozen=True)
@@ -205,7 +206,8 @@ def build_optimizer(
     chosen: dict[str, Any] = {**row.options, **{k: v for k, v in options.items() if v is not None}}
     common: dict[str, Any] = {k: chosen[k] for k in ("betas", "eps") if k in chosen}
     rule = "adamw-capped" if row.rule == "adamw" and row.layer == "lowrank" and "update_cap" in chosen else row.rule
-    matrix = {"rule": rule, "lr": row.rates.lr if lr is None else lr, "weight_decay": weight_decay, **chosen}
+    own = {k: v for k, v in chosen.items() if k not in common or k in RULES[rule].options}
+    matrix = {"rule": rule, "lr": row.rates.lr if lr is None else lr, "weight_decay": weight_decay, **own}
     groups: list[dict[str, Any]] = [
         {"name": "matrices", "params": hidden, **matrix},
         {"name": Guides.GROUP, "params": roles.guides, **matrix},

@@ -1,5 +1,6 @@
 """The guide leads, fades and is gone: what it computes, when, and that nothing of it stays."""
 
+import copy
 import gc
 import itertools
 import math
@@ -180,6 +181,16 @@ def test_the_guide_its_gradient_and_its_state_are_freed():
     optimizer.zero_grad()
     backward(model, batch())
     optimizer.step()
+
+
+def test_a_copied_optimizer_still_leads_its_own_guides():
+    model = language_model()
+    optimizer = build_optimizer(model, "self-guided", guided_steps=2)
+    twin, twin_optimizer = copy.deepcopy((model, optimizer))
+    for _ in range(2):
+        twin_optimizer.step()
+    assert all(m.guide is None for m in guided_layers(twin).values())
+    assert all(m.guide is not None for m in guided_layers(model).values())
 
 
 def test_going_back_brings_the_guides_back_to_be_filled():

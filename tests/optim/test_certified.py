@@ -112,5 +112,5 @@ def test_certified_training_of_a_pair_stays_within_the_bound():
 
 def test_certified_belongs_to_spectron():
     p = torch.nn.Parameter(torch.ones(3, 2))
-    with pytest.raises(ValueError, match="certified belongs to the rule spectron, got muon"):
+    with pytest.raises(ValueError, match="certified True has no meaning for the update rule muon"):
         LowRankOptimizer([{"params": [p], "rule": "muon", "certified": True}])

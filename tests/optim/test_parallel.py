@@ -1,6 +1,7 @@
 """Pieces of work on several cores: the same bits, errors that arrive, and no trace in PyTorch's settings."""
 
 import threading
+import time
 
 import pytest
 import torch
@@ -45,6 +46,18 @@ def test_errors_arrive(count):
 
     with pytest.raises(RuntimeError, match="the second piece"):
         run_all([int, fail, int], count)
+
+
+def test_nothing_goes_on_after_an_error_has_arrived():
+    ended = []
+
+    def slow():
+        time.sleep(0.2)
+        ended.append(True)
+
+    with pytest.raises(ZeroDivisionError):
+        run_all([lambda: 1 / 0, slow], 2)
+    assert ended == [True]
 
 
 def test_only_large_matrices_on_a_cpu_are_worked_on_together(threads):

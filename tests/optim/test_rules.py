@@ -241,7 +241,7 @@ def test_small_stacks_give_what_large_ones_give(rule, monkeypatch):
     """Splitting equal shapes over several stacks is a matter of memory alone."""
     results = []
     for limit in (1 << 25, 1):
-        monkeypatch.setattr("nativerank.optim.optimizer.STACK_BYTES_CPU", limit)
+        monkeypatch.setattr("nativerank.optim.stacks.STACK_BYTES_CPU", limit)
         factors, loss = pair_problem(pairs=3)
         run(LowRankOptimizer([{"params": factors, "rule": rule, "lr": 0.1}]), loss, 4)
         results.append([p.detach() for p in factors])

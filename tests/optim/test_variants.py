@@ -151,9 +151,12 @@ def test_a_capped_pair_without_gradients_stays_and_keeps_its_age():
     [
         ({"rule": "spectron", "lr": 1.5}, "must be at most 1"),
         ({"rule": "spectron", "step": "long"}, "step must be paper or root, got 'long'"),
+        ({"rule": "adamw", "orthogonalizer": "none"}, "orthogonalizer none has no meaning for the update rule adamw"),
+        ({"rule": "muon", "step": "root"}, "step root has no meaning for the update rule muon"),
+        ({"rule": "spectron", "betas": (0.5, 0.5)}, "betas .* has no meaning for the update rule spectron"),
         ({"rule": "spectron", "certified": True, "renormalize": False}, "certified chooses rho"),
-        ({"rule": "spectron", "update_cap": 0.1}, "update_cap is a positive number for the rule adamw-capped"),
-        ({"rule": "adamw-capped"}, "update_cap is a positive number for the rule adamw-capped, got None"),
+        ({"rule": "spectron", "update_cap": 0.1}, "update_cap 0.1 has no meaning for the update rule spectron"),
+        ({"rule": "adamw-capped"}, "update_cap must be a positive number, got None"),
         ({"rule": "adamw-capped", "update_cap": -1.0}, "got -1.0"),
     ],
 )
@@ -174,5 +177,48 @@ def test_the_cap_belongs_to_naive_adamw():
     optimizer = build_optimizer(model, "lowrank-adamw", update_cap=0.1)
     assert optimizer.param_groups[0]["rule"] == "adamw-capped"
     assert build_optimizer(model, "lowrank-adamw").param_groups[0]["rule"] == "adamw"
-    with pytest.raises(ValueError, match=r"update_cap is a positive number for the rule adamw-capped, got 0\.1"):
+    with pytest.raises(ValueError, match=r"update_cap 0\.1 has no meaning for the update rule spectron"):
         build_optimizer(model, "spectron", update_cap=0.1)
+
+
+def test_options_of_the_auxiliary_group_reach_it_and_foreign_ones_are_refused():
+    model = nn.Sequential(LowRankLinear(6, 5, 2), nn.LayerNorm(5), LowRankLinear(5, 6, 2))
+    matrices, auxiliary = build_optimizer(model, "spectron", betas=(0.8, 0.9), eps=1e-6).param_groups
+    assert (auxiliary["betas"], auxiliary["eps"]) == ((0.8, 0.9), 1e-6) and matrices["betas"] == (0.9, 0.95)
+    with pytest.raises(ValueError, match="nesterov True has no meaning for the update rule adamw"):
+        build_optimizer(model, "lowrank-adamw", nesterov=True)
+
+
+@pytest.mark.parametrize("scale", [1e-44, 1e-40, 1e-20, 1e18])
+def test_certified_steps_along_tiny_and_huge_raw_momenta_stay_finite(scale):
+    params = [nn.Parameter(p.detach().float()) for p in factors()]
+    group = {"rule": "spectron", "certified": True, "orthogonalizer": "none", "lr": 0.1}
+    optimizer = LowRankOptimizer([{"params": params, **group}])
+    before = [p.detach().clone() for p in params]
+    for p in params:
+        p.grad = torch.full_like(p, scale)
+    optimizer.step()
+    assert all(torch.isfinite(p).all() for p in params)
+    change = [a @ b - c @ d for a, b, c, d in zip(params[::2], params[1::2], before[::2], before[1::2], strict=True)]
+    assert norms(change).max() <= 0.1 * (1 + 1e-5)  # the stored factors are rounded to float32
+
+
+def named(params):
+    return [(f"m{i // 2}.{'down' if i % 2 else 'up'}.weight", p) for i, p in enumerate(params)]
+
+
+def test_records_are_those_of_the_last_step_and_of_who_moved():
+    params = factors(pairs=3)
+    optimizer = LowRankOptimizer([{"params": named(params), "rule": "spectron", "lr": 0.1}])
+    assert optimizer.records() == {}
+    set_gradients(params, 0)
+    params[2].grad = None
+    optimizer.step()
+    assert set(optimizer.records()) == {"m0", "m2"}
+    alone = LowRankOptimizer([{"params": named(factors(pairs=3))[4:], "rule": "spectron", "lr": 0.1, "norm": "exact"}])
+    set_gradients([p for g in alone.param_groups for p in g["params"]], 0)
+    alone.step()
+    assert alone.records()["m2"]["sigma_A"] >= optimizer.records()["m2"]["sigma_A"] > 0
+    optimizer.zero_grad()
+    optimizer.step()
+    assert optimizer.records() == {}

@@ -53,7 +53,8 @@ def test_without_spikes_on_is_off_bit_for_bit(tmp_path, run_config, listen, fing
 def test_a_loss_spike_is_skipped(tmp_path, run_config, listen, plant, fingerprint):
     plant({6: 3.0})
     listener = listen()
-    train(run_config(out=tmp_path / "a", train__steps=12, **GUARDED), listener)
+    summary = train(run_config(out=tmp_path / "a", train__steps=12, **GUARDED), listener)
+    assert summary["refused_steps"] == 1
     assert events(tmp_path / "a") == [("loss_spike", "skip")]
     assert steps(tmp_path / "a") == list(range(1, 13))
     assert listener.said == [m for m in listener.said if m.startswith("step 6: loss spike")] != []
@@ -77,8 +78,8 @@ def test_a_skipped_step_moves_nothing(tmp_path, run_config, listen, plant, built
 def test_a_loss_spike_is_rolled_back_and_training_goes_on(tmp_path, run_config, listen, plant):
     plant({7: 3.0})
     common = dict(guard__action="rollback", train__checkpoint_every=2, train__steps=12, train__eval_every=2)
-    train(run_config(out=tmp_path / "a", **common, **GUARDED), listen())
-    assert events(tmp_path / "a") == [("loss_spike", "rollback")]
+    summary = train(run_config(out=tmp_path / "a", **common, **GUARDED), listen())
+    assert events(tmp_path / "a") == [("loss_spike", "rollback")] and summary["refused_steps"] == 1
     (row,) = [r for r in read_rows(tmp_path / "a") if "action" in r]
     assert (row["step"], row["rolled_back_to"]) == (7, 6)
     assert "val_loss" not in row, "the step it went back to was validated before"
@@ -86,6 +87,22 @@ def test_a_loss_spike_is_rolled_back_and_training_goes_on(tmp_path, run_config, 
     assert steps(tmp_path / "a") == [1, 2, 3, 4, 5, 6, 7, 7, 8, 9, 10, 11, 12]
     final = [r for r in read_rows(tmp_path / "a") if "loss" in r][-1]
     assert final["loss"] < read_rows(tmp_path / "a")[1]["loss"]
+
+
+def test_a_guide_fades_by_the_step_whatever_the_guard_does(tmp_path, run_config, listen, plant):
+    """Refused steps count, and a run set back across the guide's end has its guide again."""
+    from nativerank.layers.guided import guide_weight
+
+    plant({4: 3.0, 15: 3.0})  # two forwards a step: in steps 2 and 8
+    common = dict(method="self-guided", train__steps=12, train__accumulation=2, train__checkpoint_every=4)
+    guard = dict(guard__window=1, guard__loss_jump=1.0, guard__action="rollback")
+    train(run_config(out=tmp_path / "a", **common, **guard), listen())
+    rows = [r for r in read_rows(tmp_path / "a") if "loss" in r]
+    assert events(tmp_path / "a") == [("loss_spike", "skip"), ("loss_spike", "rollback")]
+    assert [r["step"] for r in rows] == [*range(1, 9), *range(5, 13)], "step 8 went back to 4, before the end at 6"
+    for row in rows:
+        assert row["guide_alpha"] == guide_weight(row["step"] - 1, 6)
+    assert rows[0]["guide_alpha"] == 1 and rows[-1]["guide_alpha"] == 0
 
 
 def test_the_data_go_on_after_a_rollback(tmp_path, run_config, listen, plant):

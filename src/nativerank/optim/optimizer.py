@@ -2,14 +2,12 @@
 
 A group's `rule` names an entry of `rules.RULES`. Matrices of equal shape are updated as one stack: their state is
 stored side by side for good and each parameter's state is a view of it, so that state_dict() looks like any other
-optimizer's; gradients, and the weights where a rule needs them, are copied side by side at a step, in stacks of at
-most STACK_BYTES, beyond which stacking stops paying; on a CPU that is earlier, and stacks of large matrices are
-updated at once there, one per core. Gradients are never written, state exists from construction on, and no value is
-read back to the host.
+optimizer's (`optim.stacks`). On a CPU stacks of large matrices are updated at once, one per core. Gradients are never
+written, state exists from construction on, and no value is read back to the host.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -18,23 +16,10 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from nativerank.config import OptimConfig
-from nativerank.linalg.gram import full_precision
 from nativerank.linalg.orthogonalize import coefficients
 from nativerank.optim.parallel import at_once, run_all
-from nativerank.optim.rules import (
-    NONE,
-    RULES,
-    Change,
-    Options,
-    Product,
-    Rule,
-    Stack,
-    State,
-    formed,
-    initial_state,
-    shape_scale,
-    step_device,
-)
+from nativerank.optim.rules import COMMON, NONE, RULES, State, initial_state, shape_scale, step_device
+from nativerank.optim.stacks import Bucket, members_per_stack, step_bucket
 
 # Shared with the configuration, which is their one home; what a method decides is set here for direct use.
 RULE_OPTIONS = (
@@ -43,16 +28,6 @@ RULE_OPTIONS = (
 )
 DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(OptimConfig) if f.name in RULE_OPTIONS}
 DEFAULTS |= {"lr": 1e-3, "nesterov": False, "shape_scale": "none"}
-STACK_BYTES, STACK_BYTES_CPU = 1 << 25, 1 << 21  # of one side of a stack
-
-
-@dataclass
-class Bucket:
-    """Equal-shaped parameters of a group (or equal-shaped pairs: `sides` is then up, down) and their stacked state."""
-
-    sides: list[list[Tensor]]
-    states: list[State]
-    record: State = field(default_factory=dict)
 
 
 class LowRankOptimizer(torch.optim.Optimizer):
@@ -96,7 +71,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             if rule.kind == "elementwise":
                 self._step_adamw(group)
             else:
-                pieces = [partial(_step_bucket, bucket, rule, group) for bucket in self._group_buckets(index)]
+                pieces = [partial(step_bucket, bucket, rule, group) for bucket in self._group_buckets(index)]
                 run_all(pieces, at_once(group["params"]))
         if self.guides is not None:
             self.guides.set(self.guides.step + 1)
@@ -119,10 +94,11 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 values = {
                     k: v.flatten(1).amax(-1).tolist() if v.dim() > 1 else v.tolist() for k, v in bucket.record.items()
                 }
-                for i, p in enumerate(bucket.sides[0]):
-                    if values and id(p) in names:
-                        module = names[id(p)].removesuffix(".weight").removesuffix(".up")
-                        found[module] = {k: v[i] for k, v in values.items()}
+                for row, i in enumerate(bucket.active):
+                    name = names.get(id(bucket.sides[0][i]))
+                    if values and name is not None:
+                        module = name.removesuffix(".weight").removesuffix(".up")
+                        found[module] = {k: v[row] for k, v in values.items()}
         return found
 
     def release(self, group: str) -> None:
@@ -147,6 +123,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
             if "step" in state:
                 state["step"] = state["step"].to(step_device(p))
         self._buckets = {}  # the loaded tensors are not views of our stacks any more: stack them again when needed
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "guides": self.guides}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -185,7 +164,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             self._buckets[index] = [
                 self._bucket([list(side) for side in zip(*units[i : i + size], strict=True)])
                 for units in members.values()
-                for size in [_members_per_stack(units[0])]
+                for size in [members_per_stack(units[0])]
                 for i in range(0, len(units), size)
             ]
         return self._buckets[index]
@@ -201,11 +180,6 @@ class LowRankOptimizer(torch.optim.Optimizer):
         return Bucket(sides, states)
 
 
-def _members_per_stack(unit: tuple[Tensor, ...]) -> int:
-    limit = STACK_BYTES_CPU if unit[0].device.type == "cpu" else STACK_BYTES
-    return max(1, limit // max(p.numel() * p.element_size() for p in unit))
-
-
 def _check(group: dict[str, Any]) -> None:
     if group.get("rule") not in RULES:
         raise ValueError(f"rule must be one of {', '.join(RULES)}, got {group.get('rule')!r}")
@@ -213,6 +187,9 @@ def _check(group: dict[str, Any]) -> None:
     if unknown:
         raise ValueError(f"unknown optimizer option {sorted(unknown)[0]!r}; known are {', '.join(DEFAULTS)}")
     options = {**DEFAULTS, **group}
+    for name in sorted(set(DEFAULTS) - COMMON - RULES[options["rule"]].options):
+        if options[name] != DEFAULTS[name]:
+            raise ValueError(f"{name} {options[name]} has no meaning for the update rule {options['rule']}")
     if options["lr"] < 0 or options["weight_decay"] < 0 or options["eps"] <= 0:
         got = ", ".join(f"{k} {options[k]}" for k in ("lr", "weight_decay", "eps"))
         raise ValueError(f"lr and weight_decay must be >= 0 and eps > 0, got {got}")
@@ -228,73 +205,13 @@ def _check(group: dict[str, Any]) -> None:
         raise ValueError(f"step must be paper or root, got {options['step']!r}")
     if options["norm"] not in ("power", "exact"):
         raise ValueError(f"norm must be power or exact, got {options['norm']!r}")
-    if options["certified"] and options["rule"] != "spectron":
-        raise ValueError(f"certified belongs to the rule spectron, got {options['rule']}")
     if options["certified"] and not options["renormalize"]:
         raise ValueError("certified chooses rho from measured norms; renormalize: false leaves it no say")
-    cap = options["update_cap"]
-    if (cap is not None) != (options["rule"] == "adamw-capped") or (cap is not None and cap <= 0):
-        raise ValueError(f"update_cap is a positive number for the rule adamw-capped, got {cap} for {options['rule']}")
+    if options["rule"] == "adamw-capped" and not (options["update_cap"] or 0) > 0:
+        raise ValueError(f"update_cap must be a positive number, got {options['update_cap']}")
     bounded = options["rule"] == "spectron" and options["renormalize"] and options["orthogonalizer"] != NONE
     if bounded and options["step"] == "paper" and options["lr"] > 1 and not options["certified"]:
         raise ValueError(
             "spectron's lr is a bound on ||dW|| and must be at most 1 (its proof needs rho <= 1), "
             f"got {options['lr']}; with step root or certified it may be larger"
         )
-
-
-@torch.no_grad()
-def _step_bucket(bucket: Bucket, rule: Rule, options: Options) -> None:
-    """One stacked update. Members without gradients are left out, their state untouched."""
-    active = [
-        i for i, members in enumerate(zip(*bucket.sides, strict=True)) if all(p.grad is not None for p in members)
-    ]
-    if not active:
-        return
-    everyone = len(active) == len(bucket.sides[0])
-    sides = bucket.sides if everyone else [[side[i] for i in active] for side in bucket.sides]
-    rows = None if everyone else torch.tensor(active, device=sides[0][0].device)
-    states = bucket.states if rows is None else [{k: v[rows.to(v.device)] for k, v in s.items()} for s in bucket.states]
-    pair = rule.kind == "pair"
-    stacks = [_stack(side, state, i == 1, pair) for i, (side, state) in enumerate(zip(sides, states, strict=True))]
-    assert rule.update is not None
-    with full_precision(sides[0][0].device):
-        result = rule.update(*stacks, options)
-    changes = result[:2] if pair else [result]
-    if pair:
-        bucket.record = result[2] if everyone else {}
-    if rows is not None:
-        for whole, part in zip(bucket.states, states, strict=True):
-            for key in whole:
-                whole[key].index_copy_(0, rows.to(whole[key].device), part[key])
-    for i, (side, change) in enumerate(zip(sides, changes, strict=True)):
-        if options["weight_decay"]:
-            torch._foreach_mul_(side, 1 - options["lr"] * options["weight_decay"])
-        _subtract(side, change, i == 1)
-
-
-def _subtract(side: list[Tensor], change: Change, down: bool) -> None:
-    """p <- p - D for every member. A product goes into a CPU's matrix in one pass over it, without a D in between."""
-    p = side[0]
-    if isinstance(change, Product) and p.device.type == "cpu" and p.dim() == 2 and p.dtype == change.M.dtype:
-        for member, M, Q in zip(side, *change, strict=True):
-            (member.mT if down else member).addmm_(M, Q, alpha=-1)
-        return
-    D = formed(change)
-    torch._foreach_sub_(side, list((D.mT if down else D).to(p.dtype)))
-
-
-def _stack(side: list[Tensor], state: State, down: bool, with_weight: bool) -> Stack:
-    """The parameters as a Stack; a `down` (r, d_in) becomes the tall view B (d_in, r), momentum included."""
-    weight = _side_by_side([p.detach() for p in side]) if with_weight else None
-    grad = _side_by_side([p.grad for p in side if p.grad is not None])
-    rows, cols = side[0].shape[-2:]
-    if down:
-        weight, grad = None if weight is None else weight.mT, grad.mT
-        state = {k: v.mT if v.dim() == grad.dim() else v for k, v in state.items()}
-    return Stack(weight, grad, state, (rows, cols))
-
-
-def _side_by_side(tensors: list[Tensor]) -> Tensor:
-    """A stack; of a single tensor a view, so that large matrices are not copied at all."""
-    return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)

@@ -7,7 +7,7 @@ thread inside, uses them all. Pieces of less than a millisecond gain nothing, si
 import functools
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import torch
@@ -28,7 +28,9 @@ def run_all(pieces: Sequence[Callable[[], Any]], count: int) -> None:
         for piece in pieces:
             piece()
         return
-    for done in [_workers(count).submit(piece) for piece in pieces]:
+    started = [_workers(count).submit(piece) for piece in pieces]
+    wait(started)  # also where one fails: none may go on writing behind the caller's back
+    for done in started:
         done.result()
 
 

@@ -157,7 +157,8 @@ def certified_rho(O_A: Tensor, O_B: Tensor, A: Tensor, B: Tensor, eta: float) ->
     c_A, c_B, a, b = (MARGIN * spectral_norm(to_float64(X)) for X in (O_A, O_B, A, B))
     linear, quadratic = c_A * b + c_B * a, c_A * c_B
     root = 2 * eta / (linear + (linear.square() + 4 * quadratic * eta).sqrt()).clamp_min(torch.finfo(linear.dtype).tiny)
-    return torch.where(linear + quadratic > 0, root, 0.0).to(O_A)
+    largest = torch.finfo(O_A.dtype).max  # for O so small that rho overflows
+    return torch.where(linear + quadratic > 0, root.clamp_max(largest), 0.0).to(O_A)
 
 
 def adamw_capped(A: Stack, B: Stack, options: Options) -> tuple[Tensor, Tensor, State]:
@@ -200,19 +201,24 @@ class Rule:
     """How the shell drives an update function.
 
     `update` takes one Stack (kind "matrix") or two (kind "pair"); kind "elementwise" is AdamW, which the shell hands
-    to torch whole. `state` names the tensors kept per parameter.
+    to torch whole. `state` names the tensors kept per parameter, `options` what it reads besides COMMON.
     """
 
     kind: str
     state: tuple[str, ...]
+    options: frozenset[str]
     update: Callable[..., Any] | None = None
 
 
+COMMON = frozenset({"lr", "weight_decay"})
+MOMENTS = frozenset({"betas", "eps"})
+ORTHOGONAL = frozenset({"momentum", "nesterov", "shape_scale", "orthogonalizer", "orthogonalizer_steps"})
+BOUNDED = ORTHOGONAL | {"norm", "power_iterations", "step", "renormalize", "certified"}
 RULES: dict[str, Rule] = {
-    "adamw": Rule("elementwise", ("exp_avg", "exp_avg_sq", "step")),
-    "muon": Rule("matrix", ("momentum",), muon),
-    "spectron": Rule("pair", ("momentum", "power_vector"), spectron),
-    "adamw-capped": Rule("pair", ("exp_avg", "exp_avg_sq", "step"), adamw_capped),
+    "adamw": Rule("elementwise", ("exp_avg", "exp_avg_sq", "step"), MOMENTS),
+    "muon": Rule("matrix", ("momentum",), ORTHOGONAL, muon),
+    "spectron": Rule("pair", ("momentum", "power_vector"), BOUNDED, spectron),
+    "adamw-capped": Rule("pair", ("exp_avg", "exp_avg_sq", "step"), MOMENTS | {"update_cap"}, adamw_capped),
 }
 
 

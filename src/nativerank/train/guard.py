@@ -32,6 +32,7 @@ class Guard:
     mean: float = math.nan
     seen: int = 0
     in_a_row: int = 0
+    refused: int = 0  # steps of the whole run, also of what was set back
     sigmas: dict[str, float] = field(default_factory=dict)
 
     def judge_step(self, loss: float, grad_norm: float) -> str | None:
@@ -91,7 +92,8 @@ class Guard:
     def load_state(self, values: dict[str, Any]) -> None:
         """The inverse of `state`."""
         self.mean = math.nan if values["mean"] is None else values["mean"]
-        self.seen, self.in_a_row, self.sigmas = values["seen"], values["in_a_row"], dict(values["sigmas"])
+        self.seen, self.in_a_row, self.refused = values["seen"], values["in_a_row"], values.get("refused", 0)
+        self.sigmas = dict(values["sigmas"])
 
     def _event(self, name: str) -> str:
         self.in_a_row += 1

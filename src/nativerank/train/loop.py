@@ -175,7 +175,8 @@ class Run:
         rate = multiplier(self.step, self.steps, o.schedule, o.warmup, o.decay, o.final_lr)
         self.optimizer.set_rate(rate)
         measured = self.device.type != "cuda" or before is not None
-        verdict: list[str] = []
+        guides, verdict = self.optimizer.guides, list[str]()
+        alpha = None if guides is None else guides.alpha
 
         def accept(loss: float, grad_norm: float) -> bool:
             event = self.guard.judge_step(loss, grad_norm)
@@ -186,10 +187,11 @@ class Run:
         result = train_step(
             self.model, self.optimizer, self._batches(), self.accumulation, o.clip, accept, time_phases=measured
         )
-        alpha = self.optimizer.guides and self.optimizer.guides.alpha
         self.step += 1
-        if self.optimizer.guides is not None:
-            self.optimizer.guides.set(self.step)  # also where the guard refused the update
+        if not result.updated:
+            self.guard.refused += 1
+            if guides is not None:
+                guides.set(self.step)  # a step that the optimizer did not see
         if self.profiler:
             self.profiler.step()
         seconds = time.perf_counter() - began
@@ -243,11 +245,11 @@ class Run:
         row.update(event=event, action=answer)
         self.listener.warn(f"step {self.step}: {event.replace('_', ' ')} (loss {row['loss']:.3f}): {answer}")
         if answer == "rollback" and last is not None:
-            cursor, in_a_row = self.loader.state(), self.guard.in_a_row
+            cursor, in_a_row, refused = self.loader.state(), self.guard.in_a_row, self.guard.refused
             self._load(last.path)
             # The data go on from where the spike was: replaying the same batches would replay the spike.
             self.loader.load_state(cursor)
-            self.guard.in_a_row, self.rollbacks = in_a_row, self.rollbacks + 1
+            self.guard.in_a_row, self.guard.refused, self.rollbacks = in_a_row, refused, self.rollbacks + 1
             self.saved_at = row["rolled_back_to"] = self.step
         return answer
 
@@ -380,6 +382,7 @@ class Run:
             "val_tokens": loss.tokens,
             "prompt": prompt,
             "sample": sample,
+            "refused_steps": self.guard.refused,
             "seconds": time.perf_counter() - self.started,
             "peak_memory_bytes": peak_memory_bytes(self.device),
             "out": str(self.out),

@@ -89,17 +89,30 @@ def build(config: RunConfig, dataset: Dataset, fresh: bool = True) -> Built:
     """
     device = pick_device(config.device or "cpu")
     if config.init:
-        model, report = _initial_model(config, dataset)
+        model, report = initial_model(config, dataset)
     else:
         model, report = _new_model(config, dataset, fresh)
-    hf: Any = model
-    rows = hf.get_input_embeddings().num_embeddings
+    check_fit(config, dataset, model)
+    model.to(device).train()
+    return Built(model, optimizer_for(config, model), report)
+
+
+def check_fit(config: RunConfig, dataset: Dataset, model: Any) -> None:
+    """Raises a ValueError if the data's token ids or the context are beyond the model."""
+    rows = model.get_input_embeddings().num_embeddings
     if rows < dataset.vocab_size:
         raise ValueError(f"the model's vocabulary of {rows} is smaller than the data's {dataset.vocab_size}")
-    limit = getattr(hf.config.get_text_config(), "max_position_embeddings", None)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit and config.train.context and config.train.context > limit:
         raise ValueError(f"train.context {config.train.context} exceeds the model's max_position_embeddings {limit}")
-    model.to(device).train()
+
+
+def optimizer_for(config: RunConfig, model: nn.Module) -> LowRankOptimizer:
+    """The optimizer of a resolved configuration; on the meta device too, where it costs nothing and checks the same.
+
+    Raises:
+        ValueError: what build_optimizer refuses.
+    """
     o, t = config.optim, config.train
     guided: dict[str, Any] = {}
     if find_method(config.method or "").guided:
@@ -107,7 +120,7 @@ def build(config: RunConfig, dataset: Dataset, fresh: bool = True) -> Built:
             "guided_steps": round(config.guide.share * (t.steps or 0)),
             "stochastic_guide": config.guide.stochastic,
         }
-    optimizer = build_optimizer(
+    return build_optimizer(
         model,
         config.method or "",
         lr=o.lr,
@@ -118,7 +131,6 @@ def build(config: RunConfig, dataset: Dataset, fresh: bool = True) -> Built:
         **guided,
         **{name: getattr(o, name) for name in RULE_OPTIONS},
     )
-    return Built(model, optimizer, report)
 
 
 def new_skeleton(config: RunConfig, dataset: Dataset) -> tuple[nn.Module, FactorizeReport | None]:
@@ -163,7 +175,8 @@ def name_end_of_text(hf: Any, eot_id: int) -> None:
         part.bos_token_id = part.eos_token_id = eot_id
 
 
-def _initial_model(config: RunConfig, dataset: Dataset) -> tuple[nn.Module, None]:
+def initial_model(config: RunConfig, dataset: Dataset) -> tuple[nn.Module, None]:
+    """The model of --init with its weights, and no report."""
     assert config.init is not None
     model = load(config.init)
     found = tokenizer_fingerprint(Path(config.init))

@@ -32,13 +32,13 @@ def stand_in(monkeypatch):
                 settings[key] = float(value) if "." in value or "e" in value else int(value)
         state.ran.append(settings)
         answer = state.loss(settings)
-        if isinstance(answer, tuple):
-            return *answer[:1], "", f"nativerank: error: {answer[1]}\n"
         rows = state.rows(settings)
         if rows:
             folder = words[words.index("--out") + 1]
-            (grid.Path(folder)).mkdir(parents=True)
+            (grid.Path(folder)).mkdir(parents=True, exist_ok=True)
             (grid.Path(folder) / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        if isinstance(answer, tuple):
+            return *answer[:1], "", f"nativerank: error: {answer[1]}\n"
         steps = settings["train.steps"]
         tokens = {"step": steps, "tokens": steps * 32, "seconds": 2.0, "peak_memory_bytes": 10**8}
         return 0, json.dumps({"val_loss": answer, "bits_per_byte": 1.0, **tokens}), ""

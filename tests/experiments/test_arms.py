@@ -35,6 +35,24 @@ def test_a_value_takes_the_type_of_its_key(key, text, value):
     assert configured({key: found})
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("optim.clip=1000000000", "optim.clip=1e9"),
+        ("optim.clip=1e9", "optim.clip=1e9"),
+        ("optim.eps=1e-09", "optim.eps=1e-9"),
+        ("optim.lr=0.0048", "optim.lr=0.0048"),
+        ("optim.clip=3.0", "optim.clip=3"),
+        ("optim.clip=123456789", "optim.clip=123456789"),
+        ("optim.nesterov=null", "optim.nesterov=null"),
+        ("optim.certified=true", "optim.certified=true"),
+    ],
+)
+def test_settings_are_shown_as_one_writes_them(text, shown):
+    (arm,) = parse_arms(f"spectron[{text}]")
+    assert arm.label == f"spectron[{shown}]" and parse_arms(arm.label) == [arm]
+
+
 def test_lists_in_brackets_are_not_torn():
     (arm,) = parse_arms("spectron[rank.exclude=[q_proj,k_proj],optim.betas=[0.9,0.99]]")
     assert arm.settings == {"rank.exclude": ["q_proj", "k_proj"], "optim.betas": [0.9, 0.99]}

@@ -9,7 +9,7 @@ from nativerank.experiments.arms import parse_arms, parse_values
 from nativerank.experiments.compare import Comparison, Tries
 from nativerank.experiments.expect import expected_seconds, rehearse
 from nativerank.experiments.request import RECORD, REQUEST, TABLE, Request, carry_out
-from nativerank.experiments.search import ALL_STAGES, parse_stages
+from nativerank.experiments.search import ALL_STAGES, parse_stages, search, tried_near
 from nativerank.experiments.summary import edges
 from nativerank.experiments.table import COLUMNS, render
 from nativerank.train.guard import Diverged
@@ -70,7 +70,7 @@ def test_names_of_cells_depend_on_settings_alone(tmp_path, common):
         assert cells[0].name != one.contenders[label].cell(point, 0).name
     assert (
         one.contenders["spectron"].cell(point, 0).name
-        != one.contenders["dense-adamw[optim.eps=1e-09]"].cell(point, 0).name
+        != one.contenders["dense-adamw[optim.eps=1e-9]"].cell(point, 0).name
     )
 
 
@@ -176,6 +176,111 @@ def test_tuning_treats_every_arm_alike_and_ends_inside(ask, stand_in):
     assert spectron["model.init_scale"] == 3**-0.5
     seeds = [cell["seed"] for cell in record["cells"] if cell["method"] == "spectron"]
     assert seeds.count(1) == seeds.count(2) == 1 and seeds.count(0) >= 7
+
+
+def test_a_search_keeps_to_its_grid(ask, stand_in):
+    """From 0.05 down to 0.0312 and back: 0.0499 is 0.05, which has run."""
+    stand_in.loss = lambda s: 3 + 0.1 * abs(math.log(s["optim.lr"] / 0.0312)) + 0.01 * s["train.seed"]
+    record = ask("spectron[optim.lr=0.05]", grid={}, stages=parse_stages("lr"), seeds=1)
+    assert [c["optim.lr"] for c in stand_in.ran] == [0.05, 0.0312, 0.08, 0.0195]
+    assert entry(record, "spectron[optim.lr=0.05]")["best"]["optim.lr"] == 0.0312
+    assert tried_near(0.0499, [0.05, 0.0495, 0.08]) == 0.05 and tried_near(0.052, [0.05]) == 0.052
+
+
+def test_a_coordinate_near_another_points_is_not_it(tmp_path, common, stand_in):
+    """What was tried at another auxiliary rate does not stand for a value here."""
+    comparison = Comparison(tmp_path, common(**{"optim__aux_lr": 0.01}), say=lambda line: None)
+    labels = comparison.enter(parse_arms("spectron[optim.lr=0.05]"))
+    other = {**comparison.contenders[labels[0]].start, "optim.lr": 0.0315, "optim.aux_lr": 0.5}
+    comparison.run([(labels[0], other, 0)])
+    search(comparison, labels, parse_stages("lr"))
+    assert 0.0312 not in {c["optim.lr"] for c in stand_in.ran if c["optim.aux_lr"] == 0.01}, "it started from the best"
+    assert {c["optim.lr"] for c in stand_in.ran if c["optim.aux_lr"] == 0.5} >= {0.0315, 0.0504}
+
+
+def test_what_training_refuses_is_refused_before_anything_runs(ask, stand_in, tmp_path):
+    for methods, grid in (
+        ("spectron[optim.lr=2]", {}),
+        ("lowrank-adamw,spectron", {"optim.lr": parse_values("--lrs", "0.1,2")}),
+        ("lowrank-adamw,spectron[optim.lr=0.5]", {"optim.lr": parse_values("--lrs", "1x,4x")}),
+    ):
+        with pytest.raises(ValueError, match=r"^spectron.*: spectron's lr is a bound .* at most 1 .* got 2"):
+            ask(methods, grid=grid)
+    for settings, said in (
+        ({"train__context": 4096}, "train.context 4096 exceeds"),
+        ({"train__probe": ["nothing"]}, "train.probe"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            ask("spectron", settings=settings)
+    assert stand_in.ran == [] and not (tmp_path / "out").exists()
+    # The certified form may take it, and AdamW too.
+    ask("spectron[optim.certified=true],lowrank-adamw", grid={"optim.lr": parse_values("--lrs", "2")}, seeds=1)
+    assert len(stand_in.ran) == 2
+
+
+def test_a_search_stops_at_a_refused_rate(ask, stand_in):
+    stand_in.loss = lambda s: 3 - s["optim.lr"]
+    record = ask("spectron[optim.lr=0.5]", grid={}, stages=parse_stages("lr"), seeds=1)
+    (arm,) = record["arms"]
+    assert max(c["optim.lr"] for c in stand_in.ran) == 0.8 == arm["best"]["optim.lr"]
+    assert (arm["refused"], arm["failed"]) == (1, 0)
+    assert arm["edges"] == [{"coordinate": "optim.lr", "side": "upper"}]
+
+
+def test_guided_arms_may_have_no_guided_step(ask, stand_in):
+    stand_in.loss = lambda settings: 3.0
+    ask("self-guided[guide.share=0]", seeds=1)
+    assert len(stand_in.ran) == 3
+
+
+def test_steps_that_the_guard_refused_are_told(ask, stand_in, tmp_path):
+    """From the cell's record, also where a row was written before rows had the number."""
+
+    def rows(settings):
+        spike = {"event": "loss_spike", "action": "skip"} if settings["optim.lr"] == 0.2 else {}
+        start = {"event": "start", "step": 0, "environment": {"commit": "abc", "machine": "x, 2 cores, 3 threads"}}
+        return [start, {"step": 1, "loss": 3.0, "tokens": 1, **spike}, {"step": 2, "loss": 3.0, "tokens": 2, **spike}]
+
+    stand_in.rows = rows
+    record = ask("spectron", seeds=2)
+    results = tmp_path / "out" / "results.jsonl"
+    before = [json.loads(line) for line in results.read_text().splitlines()]
+    assert {row["settings"]["optim.lr"]: row["refused_steps"] for row in before} == {0.05: 0, 0.1: 0, 0.2: 2}
+    old = [{key: row[key] for key in row if key not in ("refused_steps", "commit", "threads")} for row in before]
+    results.write_text("".join(json.dumps(row) + "\n" for row in old))
+    again = ask("spectron", seeds=2)
+    for found in (record, again):
+        assert found["arms"][0]["refused_steps"] == [2, 2] and found["arms"][0]["refused_steps_at_best"] == 0
+    assert len(record["commits"]) == 1 and again["commits"] == {"abc": 6} and again["cell_threads"] == [3]
+    table = (tmp_path / "out" / TABLE).read_text()
+    assert "4 steps refused in 2 of 6 cells |" in table and ", 3 threads per run" in table
+    stand_in.loss = lambda s: 3.0 - s["optim.lr"]
+    results.unlink()
+    ask("spectron", seeds=1)
+    assert "2 steps refused in 1 of 3 cells, 2 at the best point |" in (tmp_path / "out" / TABLE).read_text()
+
+
+def test_cells_of_several_commits_are_told_apart(ask, stand_in, tmp_path):
+    ask("spectron", seeds=1)
+    results = tmp_path / "out" / "results.jsonl"
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    assert "several commits" not in (tmp_path / "out" / TABLE).read_text()
+    results.write_text("".join(json.dumps({**row, "commit": "f" * 40}) + "\n" for row in rows[:1] + rows[2:]))
+    record = ask("spectron", seeds=1)
+    assert record["commits"]["f" * 40] == 2 and len(record["commits"]) == 2
+    said = f"The cells ran at several commits: {'f' * 12} (2 cells), {rows[1]['commit'][:12]} (1 cell)."
+    assert said in (tmp_path / "out" / TABLE).read_text()
+
+
+def test_a_cell_of_two_arms_is_told_as_the_first_ones(ask, stand_in, tmp_path):
+    grid = {"optim.lr": parse_values("--lrs", "1x,2x")}
+    record = ask("spectron[optim.lr=0.1],spectron[optim.lr=0.2]", grid=grid, seeds=1)
+    rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert {row["settings"]["optim.lr"]: row["arm"] for row in rows} == {
+        **dict.fromkeys((0.1, 0.2), "spectron[optim.lr=0.1]"),
+        0.4: "spectron[optim.lr=0.2]",
+    }
+    assert [arm["cells"] for arm in record["arms"]] == [2, 2]
 
 
 def test_the_record_reads_like_a_committed_sweep(ask, stand_in):

@@ -9,6 +9,7 @@ import pytest
 
 from nativerank.experiments import grid
 from nativerank.experiments.grid import RESULTS, Cell, finished, run_grid
+from nativerank.train.setup import versions
 
 CELLS = [Cell.of(method="spectron", optim__lr=lr) for lr in (0.01, 0.02, 0.03)]
 
@@ -78,13 +79,28 @@ def test_duplicates_run_once_and_names_depend_on_settings_alone(tmp_path, fake):
     assert fake.ran == [0.01] and len(rows) == 1
 
 
-def test_a_cell_is_a_resumable_run_with_its_share_of_the_threads(tmp_path, fake, monkeypatch):
-    monkeypatch.setattr(grid.os, "cpu_count", lambda: 8)
-    run_grid(CELLS[:1], tmp_path, jobs=4, say=lambda line: None)
+@pytest.mark.parametrize(("given", "share"), [(None, 2), ("12", 3), ("2", 1), ("8,4", 2), ("", 2)])
+def test_threads_are_those_given_or_the_cores_one_may_use(tmp_path, fake, monkeypatch, given, share):
+    monkeypatch.setattr(grid.os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(grid.os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS") if given is None else monkeypatch.setenv("OMP_NUM_THREADS", given)
+    (row,) = run_grid(CELLS[:1], tmp_path, jobs=4, say=lambda line: None)
+    assert fake.environment["OMP_NUM_THREADS"] == str(share) and row["threads"] == share
+
+
+def test_without_affinities_the_machines_cores_count(monkeypatch):
+    monkeypatch.setattr(grid.os, "cpu_count", lambda: 64)
+    monkeypatch.delattr(grid.os, "sched_getaffinity", raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert grid.threads_per_cell(4) == 16 and grid.threads_per_cell(100) == 1
+
+
+def test_a_cell_is_a_resumable_run(tmp_path, fake):
+    (row,) = run_grid(CELLS[:1], tmp_path, jobs=4, say=lambda line: None)
     words = fake.command[3:]
     assert words[0] == "train" and words[words.index("--resume") + 1] == "auto"
     assert words[words.index("--out") + 1] == str(tmp_path / "cells" / CELLS[0].name)
-    assert fake.environment["OMP_NUM_THREADS"] == "2"
+    assert row["commit"] == versions()["commit"]
 
 
 def test_flags_are_what_train_reads():
@@ -109,6 +125,7 @@ def test_a_real_cell(tmp_path, settings, cli, monkeypatch):
     rows = run_grid([bad, good], tmp_path, say=lambda line: None)
     assert rows[0]["error"].startswith("rank of model.layers.0.self_attn.q_proj must be")
     assert rows[1]["step"] == 2 and rows[1]["val_loss"] > 0 and rows[1]["cell"] == good.name
+    assert rows[1]["refused_steps"] == 0
     assert (tmp_path / "cells" / good.name / "model").is_dir()
     assert not (tmp_path / "cells" / bad.name).exists()
 

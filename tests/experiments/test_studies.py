@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from nativerank.experiments.compare import Comparison
+from nativerank.experiments import studies
+from nativerank.experiments.compare import Comparison, Tries
 from nativerank.experiments.expect import expected_seconds, rehearse
 from nativerank.experiments.request import Request, carry_out
 from nativerank.experiments.studies import (
@@ -22,6 +23,7 @@ from nativerank.experiments.studies import (
     find_study,
     width_label,
 )
+from nativerank.experiments.table import COLUMNS
 from nativerank.train.guard import Diverged
 
 MINUTES = {"ablation": (25, 60), "lr-robustness": (20, 45), "update-norm": (8, 20), "equal-flops": (12, 30)}
@@ -117,7 +119,8 @@ def test_robustness_and_transfer(study, stand_in, tmp_path):
     assert ratio["lowrank-muon"]["4x"] == pytest.approx(8) and set(ratio) == set(STARTS) - {PAPER, NESTEROV}
     assert numbers["ratio"][NESTEROV] == ratio
     assert numbers["best_rate_by_width"]["spectron"] == dict.fromkeys(WIDTHS, STARTS["spectron"])
-    assert any("8x diverged" in line for line in record["study"]["lines"])
+    assert numbers["without_loss"]["lowrank-muon"] == {"8x": "diverged 1 of 1"}
+    assert any("8x diverged 1 of 1" in line for line in record["study"]["lines"])
     wide = {cell["method"]: cell for cell in record["cells"]}
     labels = {width_label(method, width) for method in WIDTH_METHODS for width in WIDTHS}
     assert labels <= set(wide)
@@ -126,6 +129,72 @@ def test_robustness_and_transfer(study, stand_in, tmp_path):
     assert {c["train.steps"] for c in stand_in.ran if "model.config" in c} == {300}
     params = {arm["label"]: arm["parameters"]["non_embedding"] for arm in record["arms"]}
     assert params[width_label("spectron", 256)] > 3.5 * params[width_label("spectron", 128)]
+
+
+def pipes(table):
+    """Column marks of each line of a Markdown table, escaped bars left out."""
+    return {len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines() if line.startswith("|")}
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_studys_table_has_its_columns(name, study, stand_in, tmp_path):
+    stand_in.rows = norm_rows
+    stand_in.loss = ablation_loss if name == "ablation" else stand_in.loss
+    study(name)
+    assert pipes((tmp_path / name / "table.md").read_text()) == {len(COLUMNS) + 1}
+
+
+def test_the_tuned_rate_stays_where_the_search_ended(study, stand_in):
+    """Seed 0 chooses the start; at twice the rate the other seeds are lower, so the mean is too."""
+
+    def loss(settings):
+        if settings["method"] != "spectron" or "model.config" in settings:
+            return robust_loss(settings)
+        distance = settings["optim.lr"] / STARTS["spectron"]
+        twice = 0.9 if distance == 2 and settings["train.seed"] else 0.0
+        return 3.0 + 0.1 * abs(distance - 1) - twice + 0.01 * settings["train.seed"]
+
+    stand_in.loss = loss
+    record = study("lr-robustness", seeds=3)
+    spectron = next(arm for arm in record["arms"] if arm["label"] == "spectron")
+    assert spectron["best"]["optim.lr"] == 2 * STARTS["spectron"], "of all that ran it is the best"
+    increases = record["study"]["numbers"]["loss_increase"]["spectron"]
+    assert increases == pytest.approx({"0.5x": 0.05, "2x": 0.1 - 0.6, "4x": 0.3, "5x": 0.4, "8x": 0.7})
+    assert record["study"]["numbers"]["without_loss"]["spectron"] == {}
+    lines = record["study"]["lines"]
+    assert "spectron ends lower at optim.lr 0.16 than where its search stopped: 2.510 against 3.010" in lines
+    assert sum("ends lower" in line for line in lines) == 2, "with Nesterov it is the same"
+    assert any(line.startswith("loss increase over the best rate 0.08 of spectron: 0.5x +0.050") for line in lines)
+
+
+def test_a_multiple_without_a_loss_says_why(study, stand_in, monkeypatch):
+    """Nobody averages over the seeds that came through, and nothing that did not run is called diverged."""
+    monkeypatch.setattr(studies, "MULTIPLES", (2.0, 4.0, 8.0, 16.0))
+
+    def loss(settings):
+        distance = settings["optim.lr"] / STARTS[settings["method"]]
+        if settings["method"] == "lowrank-adamw" and distance == 4 and settings["train.seed"] < 2:
+            return Diverged.exit_code, "the loss is not finite"
+        if settings["method"] == "lowrank-adamw" and distance == 8 and settings["train.seed"] == 1:
+            return 1, "out of memory"
+        return 3.0 + 0.1 * abs(distance - 1)
+
+    stand_in.loss = loss
+    record = study("lr-robustness", seeds=3)
+    numbers, lines = record["study"]["numbers"], record["study"]["lines"]
+    assert numbers["without_loss"]["lowrank-adamw"] == {"4x": "diverged 2 of 3", "8x": "failed 1 of 3"}
+    assert numbers["loss_increase"]["lowrank-adamw"] == {"2x": pytest.approx(0.1), "4x": None, "8x": None, "16x": 1.5}
+    assert numbers["without_loss"]["spectron"] == {"16x": "refused"}
+    assert any("lowrank-adamw: 2x +0.100, 4x diverged 2 of 3, 8x failed 1 of 3, 16x +1.500" in line for line in lines)
+    assert any(line.startswith("spectron at 16x was refused: spectron's lr is a bound") for line in lines)
+    assert not any(c["method"] == "spectron" and c["optim.lr"] > 1 for c in stand_in.ran)
+
+
+def test_a_point_that_never_ran_is_not_diverged():
+    tries = Tries()
+    assert tries.lack({"optim.lr": 1.0}) == "not run"
+    tries.add({"optim.lr": 1.0}, 0, {"error": "x"})
+    assert tries.lack({"optim.lr": 1.0}) == "failed 1 of 1"
 
 
 def norm_rows(settings):
@@ -152,6 +221,18 @@ def test_update_norms(study, stand_in):
     high = 3.0 + 0.4 * 7
     assert numbers["cap"]["recovered"] == pytest.approx((high - 3.1) / (high - 3.0))
     assert CAPPED in {arm["label"] for arm in record["arms"]}
+    assert record["study"]["lines"][-2].startswith("lowrank-adamw: 3.000 at its best rate, 5.800 at 8x, 3.100 at 8x")
+
+
+def test_a_diverged_extreme_of_update_norms_is_called_so(study, stand_in):
+    stand_in.rows = norm_rows
+    far = 8 * STARTS["lowrank-adamw"]
+    stand_in.loss = lambda s: (Diverged.exit_code, "6 spikes") if s["optim.lr"] == pytest.approx(far) else 3.0
+    record = study("update-norm")
+    assert "recovered" not in record["study"]["numbers"]["cap"]
+    line = "lowrank-adamw: 3.000 at its best rate, diverged 1 of 1 at 8x, diverged 1 of 1 at 8x with ||dW|| capped"
+    assert line in record["study"]["lines"]
+    assert any(line.startswith("lowrank-adamw at 8x (diverged 1 of 1), median") for line in record["study"]["lines"])
 
 
 def test_equal_flops(study, stand_in):

@@ -70,6 +70,7 @@ def add_flags(parser: Any) -> None:
     group.add_argument("--budget", metavar="tokens|flops", help="what all arms have in common (without: tokens)")
     group.add_argument("--jobs", metavar="K", help="runs side by side, the threads divided among them (without: 1)")
     group.add_argument("--study", metavar="NAME", help="a study with arms of its own")
+    group.add_argument("--plan", action="store_true", help="show the runs it would make and their time; make none")
 
 
 def read_request(argv: list[str]) -> tuple[Any, Any]:
@@ -184,8 +185,13 @@ def run(argv: list[str]) -> int:
     """Compares, draws and shows."""
     request, flags = read_request(argv)
     check_json(flags.json)
-    from nativerank.experiments.request import carry_out
+    from nativerank.experiments.request import carry_out, plan
 
+    if flags.plan:
+        lines = plan(request)
+        if not write_json({"plan": lines}, flags.json):
+            print("\n".join(lines))
+        return 0
     stream = sys.stderr if flags.json == STDOUT else sys.stdout
 
     def say(line: str) -> None:
@@ -202,7 +208,16 @@ def run(argv: list[str]) -> int:
     if not write_json(record, flags.json) and not flags.quiet:
         show(record)
     say(f"{request.folder}: {', '.join(['table.md', 'compare.json', 'results.jsonl', *files])}")
-    return 0
+    return judged(record)
+
+
+def judged(record: dict[str, Any]) -> int:
+    """Exit code: 1 if no cell got as far as a result, a divergence being one; then the first reason is shown."""
+    reasons = [cell.get("error", cell.get("refused")) for cell in record["cells"]]
+    if not reasons or None in reasons:
+        return 0
+    print(f"nativerank: error: no run finished; the first one: {reasons[0]}", file=sys.stderr)
+    return 1
 
 
 def draw_figures(record: dict[str, Any], folder: Path, say: Callable[[str], None]) -> list[str]:

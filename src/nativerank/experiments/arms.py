@@ -94,8 +94,21 @@ def parse_arm(text: str) -> Arm:
 
 def shown(method: str, settings: Mapping[str, Any]) -> str:
     """An arm as it is written."""
-    inside = ";".join(f"{key}={str(v).lower() if isinstance(v, bool) else v}" for key, v in settings.items())
+    inside = ";".join(f"{key}={written(value)}" for key, value in settings.items())
     return f"{method}[{inside}]" if inside else method
+
+
+def written(value: Any) -> str:
+    """A value as a person writes it, which reads back as the same: true, null, 3, 1e9."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if not isinstance(value, float):
+        return str(value)
+    short = re.sub(r"e([+-])0*", lambda m: "e" + m[1].strip("+"), f"{value:g}")
+    plain = re.sub(r"e([+-])0*", lambda m: "e" + m[1].strip("+"), repr(value).removesuffix(".0"))
+    return short if float(short) == value and len(short) < len(plain) else plain
 
 
 def parse_settings(inner: str, arm: str) -> dict[str, Any]:

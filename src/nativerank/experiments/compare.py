@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nativerank.experiments.arms import COORDINATES, ONCE, Arm, Value
+from nativerank.experiments.arms import COORDINATES, LR, ONCE, Arm, Value
 from nativerank.experiments.contender import Contender, Point, measured
 from nativerank.experiments.grid import Cell, run_grid
 
@@ -44,6 +44,19 @@ class Tries:
     def losses(self, point: Point) -> dict[int, float]:
         """Validation losses of a point by seed; of the runs that reached their end."""
         return {seed: row["val_loss"] for seed, row in self.at(point).items() if "val_loss" in row}
+
+    def refused_steps(self, point: Point) -> int:
+        """Updates that the guard left out, over the runs of a point."""
+        return sum(row.get("refused_steps") or 0 for row in self.at(point).values())
+
+    def lack(self, point: Point) -> str | None:
+        """Why a point has no loss to speak of, or None: a mean over the seeds that came through would flatter it."""
+        rows = list(self.at(point).values())
+        for key in ("refused", "diverged", "failed"):
+            hit = sum(("error" if key == "failed" else key) in row for row in rows)
+            if hit:
+                return f"{key} {hit} of {len(rows)}" if key != "refused" else key
+        return None if rows else "not run"
 
     def best(self) -> Point | None:
         """The point of lowest mean loss among those with the most finished seeds; None if nothing finished.
@@ -86,6 +99,7 @@ class Comparison:
         self.runner: Runner = runner or (lambda cells, about, name: run_grid(cells, folder, jobs, say, about, name))
         self.contenders: dict[str, Contender] = {}
         self.tries: dict[str, Tries] = {}
+        self.anchors: dict[str, Point] = {}  # tuned points, which later tries do not move
 
     def enter(self, arms: Iterable[Arm]) -> list[str]:
         """Adds arms; returns their labels.
@@ -118,10 +132,20 @@ class Comparison:
         return Contender(arm, kept, **facts)
 
     def run(self, wanted: Iterable[tuple[str, Point, int]]) -> None:
-        """Runs (label, point, seed) cells that have no result yet."""
-        wanted = list(wanted)
+        """Runs (label, point, seed) cells that have no result yet; of one that training would refuse, says so."""
+        allowed = []
+        for label, point, seed in wanted:
+            if reason := self.contenders[label].refusal(point):
+                self.tries[label].add(point, seed, {"refused": reason})
+            else:
+                allowed.append((label, point, seed))
+        self._run_allowed(allowed)
+
+    def _run_allowed(self, wanted: list[tuple[str, Point, int]]) -> None:
         cells = [self.contenders[label].cell(point, seed) for label, point, seed in wanted]
-        owner = {cell.name: self.contenders[label] for cell, (label, _, _) in zip(cells, wanted, strict=True)}
+        owner: dict[str, Contender] = {}  # a cell that two arms reach is told as the first one's
+        for cell, (label, _, _) in zip(cells, wanted, strict=True):
+            owner.setdefault(cell.name, self.contenders[label])
 
         def about(cell: Cell) -> Row:
             contender = owner[cell.name]
@@ -137,6 +161,10 @@ class Comparison:
         for (label, point, seed), cell in zip(wanted, cells, strict=True):
             self.tries[label].add(point, seed, rows[cell])
 
+    def run_folder(self, label: str, point: Point, seed: int) -> Path:
+        """Where a cell runs."""
+        return self.folder / "cells" / self.contenders[label].cell(point, seed).name
+
     def run_product(self, labels: Iterable[str], grid: Grid) -> None:
         """Every combination of the values, with every seed; a coordinate that the grid leaves out stays at its default.
 
@@ -144,6 +172,13 @@ class Comparison:
             ValueError: a coordinate that an arm lacks, or absolute values for one that its brackets set.
         """
         self.run([(label, p, s) for label in labels for p in self.product(label, grid) for s in range(self.seeds)])
+
+    def check_product(self, labels: Iterable[str], grid: Grid) -> None:
+        """Raises a ValueError for the first point of a grid that training would refuse."""
+        for label in labels:
+            for point in self.product(label, grid):
+                if reason := self.contenders[label].refusal(point):
+                    raise ValueError(f"{label} at lr {point[LR]:g}: {reason}")
 
     def product(self, label: str, grid: Grid) -> list[Point]:
         """The points of a grid for one arm."""
@@ -162,6 +197,7 @@ class Comparison:
         return [dict(point) for point in itertools.product(*axes)]
 
     def run_seeds(self, labels: Iterable[str]) -> None:
-        """The remaining seeds at each arm's best point."""
-        best = {label: self.tries[label].best() for label in labels}
-        self.run([(label, p, s) for label, p in best.items() if p is not None for s in range(self.seeds)])
+        """The remaining seeds at each arm's best point, which is its tuned point from now on."""
+        best = {label: point for label in labels if (point := self.tries[label].best()) is not None}
+        self.anchors |= best
+        self.run([(label, p, s) for label, p in best.items() for s in range(self.seeds)])

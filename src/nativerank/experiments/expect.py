@@ -1,13 +1,12 @@
 """What a comparison will run and how long that takes, before anything runs."""
 
 import math
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from nativerank.experiments.compare import Comparison, Row
 from nativerank.experiments.contender import Contender
-from nativerank.experiments.grid import Cell, finished
+from nativerank.experiments.grid import Cell, finished, threads_per_cell
 
 # One thread of a cloud CPU at these sizes; what a process does besides its steps. A folder's own results replace both.
 FLOPS_PER_SECOND, OVERHEAD_SECONDS = 4e10, 8.0
@@ -48,6 +47,5 @@ def expected_seconds(cells: Iterable[tuple[Contender, Cell]], folder: Path, jobs
     elif any(contender.device != "cpu" for contender in todo):
         return None
     else:
-        threads = max(1, (os.cpu_count() or 1) // jobs)
-        per_flop, overhead = 1 / (FLOPS_PER_SECOND * threads), OVERHEAD_SECONDS
+        per_flop, overhead = 1 / (FLOPS_PER_SECOND * threads_per_cell(jobs)), OVERHEAD_SECONDS
     return sum(contender.flops * per_flop + overhead for contender in todo) / min(jobs, max(1, len(todo)))

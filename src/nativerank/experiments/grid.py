@@ -4,9 +4,11 @@
                 / cells/HASH/       the run folder of a cell
 
 Interrupted grids go on where they stopped: a cell with a result is skipped, one without is resumed. `jobs` cells run
-side by side, each in its own process with its share of the threads. A cell that fails is recorded, tried again when
-the grid is called again, and does not stop the others. One that diverges is a result: its row holds `diverged`, the
-reason, in place of a loss. Ctrl-C ends the cells that run, each with its last step saved, and starts no more.
+side by side, each in its own process with its share of the threads (OMP_NUM_THREADS, or the cores that this process
+may use). A cell that fails is recorded, tried again when the grid is called again, and does not stop the others. One
+that diverges is a result: its row holds `diverged`, the reason, in place of a loss. A row also holds the commit, the
+threads, and how many steps the guard refused. Ctrl-C ends the cells that run, each with its last step saved, and
+starts no more.
 """
 
 import hashlib
@@ -25,7 +27,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nativerank.experiments.cell_log import refused_steps
 from nativerank.train.guard import Diverged
+from nativerank.train.setup import versions
 
 RESULTS = "results.jsonl"
 KEPT = ("val_loss", "bits_per_byte", "step", "tokens", "seconds", "peak_memory_bytes")  # of a run's summary
@@ -82,7 +86,7 @@ def run_grid(
     Args:
         cells: duplicates run once.
         folder: holds results and run folders.
-        jobs: processes at once; the machine's threads are divided among them.
+        jobs: processes at once; the threads are divided among them.
         say: told about every cell that ends.
         about: what else a cell's row shall hold.
         name: what a cell is called where it is told about; None names the keys in which the cells differ.
@@ -173,19 +177,36 @@ def _run_side_by_side(cells: list[Cell], folder: Path, jobs: int) -> Generator[d
             raise
 
 
+def threads_per_cell(jobs: int) -> int:
+    """A cell's share of the threads that the user gives, or of the cores that this process may use."""
+    given = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    if given.isdecimal():
+        threads = int(given)
+    elif hasattr(os, "sched_getaffinity"):  # containers and taskset leave fewer cores than the machine has
+        threads = len(os.sched_getaffinity(0))
+    else:
+        threads = os.cpu_count() or 1
+    return max(1, threads // jobs)
+
+
 def _run_cell(cell: Cell, folder: Path, jobs: int, children: Children) -> dict[str, Any]:
     out = folder / "cells" / cell.name
-    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    threads = threads_per_cell(jobs)
     command = [sys.executable, "-m", "nativerank", "train", *cell.flags(), "--out", str(out), "--resume", "auto"]
-    code, out_text, err_text = children.run([*command, "--quiet", "--json"], os.environ | {"OMP_NUM_THREADS": threads})
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    code, out_text, err_text = children.run([*command, "--quiet", "--json"], environment)
     row: dict[str, Any] = {"cell": cell.name, "settings": dict(cell.settings)}
+    row |= {"commit": versions()["commit"], "threads": threads}
     if code:
         last = (err_text.strip().splitlines()[-1:] or [f"exit code {code}"])[0].removeprefix("nativerank: error: ")
-        return row | {"diverged" if code == Diverged.exit_code else "error": last}
+        if code != Diverged.exit_code:
+            return row | {"error": last}
+        return row | {"diverged": last, "refused_steps": refused_steps(out)}
     try:
         summary = json.loads(out_text)
     except ValueError:
         return row | {"error": f"no JSON but {out_text[:80]!r}"}
+    row["refused_steps"] = summary.get("refused_steps", refused_steps(out))
     if not math.isfinite(summary["val_loss"]):
         return row | {"diverged": f"the validation loss is {summary['val_loss']}"}
     return row | {key: summary[key] for key in KEPT}

@@ -2,7 +2,8 @@
 
 A line search tries both neighbours (value / factor, value * factor) of the best value until the best has both, so it
 ends at a point without a better neighbour and never at the edge of what was tried. It runs one seed: there, differences
-between neighbours below about 0.02 nats are noise. The best points then run all seeds.
+between neighbours below about 0.02 nats are noise. The best points then run all seeds. Values are rounded to three
+digits, so the way back would miss a value by a little: one that was tried NEAR the wanted one stands for it.
 """
 
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from nativerank.experiments.compare import Comparison
 from nativerank.experiments.contender import Point
 
 Stage = tuple[str, float]  # coordinate, factor between neighbours
+NEAR = 0.02  # of a value
 
 STAGES: dict[str, Stage] = {"lr": (LR, 1.6), "aux_lr": (AUX_LR, 2.0), "init_scale": (INIT_SCALE, 2.0)}
 ALL_STAGES = "lr,aux_lr,init_scale,lr"  # the matrix rate again, as the others move its optimum
@@ -46,13 +48,20 @@ def search(comparison: Comparison, labels: Sequence[str], stages: Sequence[Stage
         line_search(comparison, {label: point for label, point in best.items() if key in point}, key, factor)
 
 
+def tried_near(value: float, tried: Sequence[float]) -> float:
+    """The value itself, or the nearest that was tried within NEAR of it."""
+    nearest = min(tried, key=lambda other: abs(other - value), default=value)
+    return nearest if abs(nearest - value) <= NEAR * value else value
+
+
 def line_search(comparison: Comparison, best: dict[str, Point], key: str, factor: float) -> None:
     """Moves every arm's best point along one coordinate, in place."""
 
     def neighbours(label: str) -> list[Point]:
-        here = best[label][key]
-        values = (here, float(f"{here / factor:.3g}"), float(f"{here * factor:.3g}"))
-        return [{**best[label], key: value} for value in values]
+        here = best[label]
+        values = (here[key], *(float(f"{value:.3g}") for value in (here[key] / factor, here[key] * factor)))
+        tried = [p[key] for p in comparison.tries[label].points() if {**p, key: 0} == {**here, key: 0}]
+        return [{**here, key: tried_near(value, tried)} for value in values]
 
     def loss(label: str, point: Point) -> float:
         return comparison.tries[label].losses(point).get(0, float("inf"))

@@ -23,9 +23,12 @@ from nativerank.experiments.compare import Comparison
 from nativerank.experiments.findings import (
     Findings,
     at_multiple,
+    below,
     best_of_kinds,
+    lack,
     mean_loss,
     norm_findings,
+    refusals,
     robustness,
     signed,
     transfer,
@@ -55,6 +58,7 @@ class Study:
     seeds: int = 1
 
 
+CONFIGS = "configs"  # folder inside that of the comparison
 POCKET: dict[str, Any] = {"model.preset": "pocket", "train.steps": 600}
 SLOW_AUX: dict[str, Any] = {**POCKET, "optim.aux_lr": 0.003}  # where the matrices do more of the work
 
@@ -98,7 +102,10 @@ def ablation_findings(comparison: Comparison) -> Findings:
         full = next(iter(means.values()))
         found.numbers[str(rank)] = means
         if full is not None:
-            lost = [f"{name} {signed(None if m is None else m - full)}" for name, m in list(means.items())[1:]]
+            lost = [
+                f"{name} {signed(None if m is None else m - full, lack(comparison, f'{name}, rank {rank}'))}"
+                for name, m in list(means.items())[1:]
+            ]
             found.lines.append(f"{group}: both {full:.3f}; against it {', '.join(lost)}")
     return found
 
@@ -144,7 +151,7 @@ def width_arm(comparison: Comparison, method: str, d_model: int, steps: int) -> 
     config = resolve(configured({**comparison.common, "method": method}))
     preset = find_preset(config.model.preset)
     hf = hf_config(scaled(preset, d_model, None), open_data(config, quiet=True).vocab_size, config.train.context)
-    file = comparison.folder / "configs" / f"d{d_model}.json"
+    file = comparison.folder / CONFIGS / f"d{d_model}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(hf.to_dict(), indent=1) + "\n", encoding="utf-8")
     settings = {
@@ -195,10 +202,15 @@ def norm_study_findings(comparison: Comparison) -> Findings:
             ratios[near] = medians[0] / medians[1]
             found.lines.append(f"median ||dW|| of {far} divided by that of {near}: {ratios[near]:.1f}")
     found.numbers["median_ratio"] = ratios
-    tries = comparison.tries[NAIVE]
-    best, capped = mean_loss(comparison, NAIVE), mean_loss(comparison, CAPPED)
-    high = tries.losses(at_multiple(comparison, NAIVE, 8)).get(0)
-    shown = ["diverged" if loss is None else f"{loss:.3f}" for loss in (best, high, capped)]
+    for label in labels:
+        points = {m: at_multiple(comparison, label, m) for m in NORM_MULTIPLES}
+        found.lines += refusals(comparison, label, points) + below(comparison, label)
+    spots = [(NAIVE, 1.0), (NAIVE, 8.0), (CAPPED, 1.0)]
+    best, high, capped = losses = [mean_loss(comparison, label, m) for label, m in spots]
+    shown = [
+        f"{loss:.3f}" if loss is not None else f"{lack(comparison, *spot)}"
+        for loss, spot in zip(losses, spots, strict=True)
+    ]
     found.lines.append(f"{NAIVE}: {shown[0]} at its best rate, {shown[1]} at 8x, {shown[2]} at 8x with ||dW|| capped")
     found.numbers["cap"] = {"best": best, "at_8x": high, "at_8x_capped": capped}
     if best is not None and high is not None and capped is not None and high > best:

@@ -24,6 +24,7 @@ COLUMNS = (
     "diverged",
     "notes",
 )
+BAR = r"\|"  # in a cell, where a bare one would end it
 CAVEAT = (
     "Short runs at this size are under-trained: the order of the arms is a measurement at this length, not the claim "
     "of a paper. "
@@ -49,15 +50,35 @@ def render(record: dict[str, Any], lines: Sequence[str] = ()) -> str:
     parts += [f"- {line}" for line in lines] + ([""] if lines else [])
     environment = record["environment"]
     kept = not_searched(record)
-    parts += [f"Nobody tried several values of {', '.join(kept)}: the default of each arm stood.", ""] if kept else []
+    if kept:
+        what = ", ".join(kept)
+        parts += [f"Nobody tried several values of {what}: each arm has the one given, or its own default.", ""]
+    parts += [mixed_commits(record), ""] if len(record["commits"]) > 1 else []
     parts += [
         f"{CAVEATS[record['budget']]} Validation loss in nats/token at each arm's best point, mean over seeds; "
         "differences are paired by seed, with Student's 95% interval. FLOPs: training, without the optimizer's own.",
         "",
         f"nativerank {environment['nativerank']} ({environment['commit'][:12]}), torch {environment['torch']}, "
-        f"{environment['machine']}",
+        f"{environment['machine'].rpartition(', ')[0]}{threads(record)}",
     ]
     return "\n".join(parts) + "\n"
+
+
+def mixed_commits(record: dict[str, Any]) -> str:
+    """That the cells are not of one program."""
+    found = ", ".join(f"{commit[:12]} ({count(number, 'cell')})" for commit, number in record["commits"].items())
+    return f"The cells ran at several commits: {found}."
+
+
+def threads(record: dict[str, Any]) -> str:
+    """How many each run had; nothing where no row says so."""
+    numbers = " or ".join(map(str, record["cell_threads"]))
+    return f", {numbers} thread{'' if numbers == '1' else 's'} per run" if numbers else ""
+
+
+def count(number: int, noun: str) -> str:
+    """1 run, 2 runs."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def not_searched(record: dict[str, Any]) -> list[str]:
@@ -83,7 +104,7 @@ def cells(rank: int, entry: dict[str, Any]) -> list[str]:
     best = entry["best"] or {}
     return [
         str(rank) if best else "-",
-        f"`{entry['label']}`",
+        f"`{entry['label'].replace('|', BAR)}`",
         *(number(best.get(key), ".4g") for key in COORDINATES),
         entry["rank"] or "dense",
         f"{entry['steps']:,}",
@@ -117,10 +138,16 @@ def difference(entry: dict[str, Any]) -> str:
 
 
 def notes(entry: dict[str, Any]) -> str:
-    """Best values at the edge of what was tried, failed cells."""
+    """Best values at the edge of what was tried, cells without a result, steps that the guard refused."""
     words = [f"best {edge['coordinate']} at the {edge['side']} edge" for edge in entry["edges"]]
     if entry["failed"]:
         words.append(f"{entry['failed']} of {entry['cells']} cells failed")
+    if entry["refused"]:
+        words.append(f"{entry['refused']} of {entry['cells']} cells refused")
+    if entry["refused_steps"]:
+        steps, runs = count(sum(entry["refused_steps"]), "step"), len(entry["refused_steps"])
+        at_best = f", {entry['refused_steps_at_best']} at the best point" if entry["refused_steps_at_best"] else ""
+        words.append(f"{steps} refused in {runs} of {entry['cells']} cells{at_best}")
     if not entry["best"]:
         words.append("no run finished")
     return "; ".join(words)

@@ -63,7 +63,7 @@ def test_two_arms_from_the_command_line_to_the_figures(tmp_path, cli, flags, in_
     # Again: nothing is run; JSON alone on standard output.
     again = cli("compare", *words, "--json")
     assert again.code == 0 and json.loads(again.out)["best"] == record["best"]
-    assert "val_loss" not in again.err and again.err.startswith("8 runs")
+    assert "val_loss" not in again.err and again.err.startswith("8 runs, all done\n")
     assert len((tmp_path / "cmp" / "results.jsonl").read_text().splitlines()) == len(rows)
 
 
@@ -81,6 +81,33 @@ def test_divergence_is_a_result(tmp_path, cli, flags, in_process, monkeypatch):
     assert (result.code, result.out) == (0, ""), result
     (arm,) = json.loads((tmp_path / "cmp" / "compare.json").read_text())["arms"]
     assert (arm["diverged"], arm["failed"], arm["n"]) == (2, 0, 0)
+
+
+def test_nothing_finished_is_an_error_with_the_first_reason(tmp_path, cli, flags, monkeypatch):
+    monkeypatch.setattr(grid.Children, "run", lambda self, command, environment: (1, "", "trace\nout of memory\n"))
+    result = cli("compare", *flags(), "--methods", "spectron", "--seeds", "2", "--quiet", "--out", tmp_path / "cmp")
+    assert (result.code, result.out) == (1, "")
+    assert result.err == "nativerank: error: no run finished; the first one: out of memory\n"
+    assert "2 of 2 cells failed; no run finished" in (tmp_path / "cmp" / "table.md").read_text()
+
+
+def test_a_plan_shows_the_runs_and_makes_none(tmp_path, cli, flags, monkeypatch):
+    words = [*flags(), "--methods", "spectron,dense-adamw", "--lrs", "0.1,0.2", "--seeds", "3"]
+    out = tmp_path / "deep" / "cmp"
+    result = cli("compare", *words, "--plan", "--jobs", "2", "--out", out)
+    assert result.code == 0 and result.err == ""
+    lines = result.out.splitlines()
+    assert lines[:3] == ["12 runs, 2 at a time: about 1 min to go", "2 arms:", "  spectron: 6 runs"]
+    assert lines[3] == "    lr 0.1, aux_lr 0.003, init_scale 0.5774 (3 seeds)" and "  dense-adamw: 6 runs" in lines
+    assert not (tmp_path / "deep").exists()
+    one = cli("compare", *flags(), "--methods", "spectron", "--seeds", "1", "--plan", "--json", "--out", out)
+    assert json.loads(one.out)["plan"][:3] == ["1 run, 1 at a time: about 1 min to go", "1 arm:", "  spectron: 1 run"]
+    # Of a study too, which writes model configs; and beside a comparison nothing changes.
+    study = ["--study", "lr-robustness", "--data.path", words[words.index("--data.path") + 1], "--plan"]
+    out.mkdir(parents=True)
+    result = cli("compare", *study, "--out", out)
+    assert result.code == 0 and "  spectron, d_model 64: 5 runs" in result.out.splitlines()
+    assert list(out.iterdir()) == []
 
 
 def test_without_matplotlib_one_line_says_how(tmp_path, cli, flags, in_process, monkeypatch):
@@ -114,6 +141,8 @@ def test_without_matplotlib_one_line_says_how(tmp_path, cli, flags, in_process, 
         (["--study", "ablaton"], "unknown study 'ablaton'; did you mean ablation? (studies: ablation, lr-robustness,"),
         (["--study", "ablation", "--methods", "spectron"], "--study ablation has its own arms and rates, so --methods"),
         (["--study", "equal-flops", "--budget", "flops"], "--study equal-flops has its own budget, so --budget"),
+        (["--methods", "spectron[optim.lr=2]"], "spectron[optim.lr=2]: spectron's lr is a bound on ||dW|| and must be"),
+        (["--methods", "spectron", "--lrs", "0.1,2"], "spectron at lr 2: spectron's lr is a bound on ||dW|| and must"),
         (["--methods", "spectron", "--json", "/nowhere/x.json"], "--json /nowhere/x.json: there is no folder /nowhere"),
     ],
 )

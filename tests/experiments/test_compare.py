@@ -330,6 +330,43 @@ def test_a_folder_holds_one_comparison(ask, stand_in, change):
         ask(seeds=1, **change)
 
 
+def test_a_folder_is_claimed_before_anything_is_written(ask, stand_in, tmp_path, monkeypatch):
+    """A kill in the rehearsal, where a study writes model configs, leaves a folder that the same command takes up."""
+
+    def killed(program, comparison):
+        (comparison.folder / "configs").mkdir()
+        (comparison.folder / "configs" / "d64.json").write_text("{}")
+        raise SystemExit(137)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("nativerank.experiments.request.rehearse", killed)
+        patch.setattr("nativerank.experiments.request.undoing", lambda folder: lambda: None)  # kill -9 runs no handler
+        with pytest.raises(SystemExit):
+            ask(seeds=1)
+    ask(seeds=1)
+    assert len(stand_in.ran) == 6
+
+
+def test_a_folder_with_a_killed_writers_leftover_is_free(ask, stand_in, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / f".{REQUEST}.partial").write_text("{")
+    ask(seeds=1)
+    assert len(stand_in.ran) == 6
+
+
+def test_what_failed_before_it_began_takes_away_only_its_own(ask, stand_in, tmp_path):
+    bad = {"grid": {"optim.lr": parse_values("--lrs", "2")}}
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ValueError, match="at most 1"):
+        ask("spectron", **bad)
+    assert list((tmp_path / "out").iterdir()) == []
+    ask("spectron", seeds=1)
+    before = sorted(path.name for path in (tmp_path / "out").iterdir())
+    with pytest.raises(ValueError, match="at most 1"):
+        ask("spectron", **bad)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == before and REQUEST in before
+
+
 def test_a_folder_with_other_things_is_left_alone(ask, stand_in, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("years")

@@ -3,6 +3,8 @@
 curves.svg   loss against tokens and against training FLOPs, every arm at its best
 rates.svg    validation loss against the matrix rate, one line per arm, where several rates ran
 norms.svg    ||dW||, change of the layer's output and ||W|| along training, where a study recorded them
+robustness.svg   loss increase against the multiple of the best rate, and the best rate against the width
+ablation.svg     loss against the rank, one line per variant
 """
 
 from pathlib import Path
@@ -38,6 +40,11 @@ def draw(record: dict[str, Any], folder: Path) -> list[Path]:
     series = record.get("study", {}).get("series")
     if series:
         made.append(draw_norms(series, folder / "norms.svg"))
+    numbers = record.get("study", {}).get("numbers", {})
+    if "loss_increase" in numbers:
+        made.append(draw_robustness(numbers, folder / "robustness.svg"))
+    if record.get("study", {}).get("name") == "ablation":
+        made.append(draw_ablation(numbers, folder / "ablation.svg"))
     return made
 
 
@@ -134,4 +141,67 @@ def draw_norms(series: dict[str, dict[str, list[float]]], file: Path) -> Path:
     for panel, name in zip(panels, LABELS.values(), strict=True):
         panel.set(yscale="log", xlabel="step", title=name)
     legend(figure, panels[0])
+    return save(figure, file)
+
+
+def draw_robustness(numbers: dict[str, Any], file: Path) -> Path:
+    """Loss increases above each arm's best rate, and that rate at each width.
+
+    Args:
+        numbers: `loss_increase` and `without_loss` of findings, and `best_rate_by_width` where widths were compared.
+        file: to write.
+    """
+    widths = {method: rates for method, rates in numbers.get("best_rate_by_width", {}).items() if rates}
+    figure, panels = canvas(2 if widths else 1, 10.5 if widths else 7.2)
+    plot_increases(panels[0], numbers["loss_increase"], numbers["without_loss"])
+    if widths:
+        plot_rates_by_width(panels[1], widths)
+    legend(figure, panels[0])
+    return save(figure, file)
+
+
+def plot_increases(
+    panel: Any, increases: dict[str, dict[str, float | None]], without: dict[str, dict[str, str]]
+) -> None:
+    """A line per arm through 0 at its best rate; a cross at the top where a run diverged."""
+    for number, (label, by_multiple) in enumerate(increases.items()):
+        look = style(label, number)
+        rises = {float(m.removesuffix("x")): rise for m, rise in by_multiple.items() if rise is not None}
+        # Without a loss anywhere there is no best rate either, whose increase is none.
+        points = sorted({**rises, 1.0: 0.0}.items()) if rises else []
+        panel.plot([m for m, _ in points], [rise for _, rise in points], **look)
+        shift = 1 + 0.02 * number  # several arms may diverge at one multiple
+        lost = [float(m.removesuffix("x")) for m, why in without.get(label, {}).items() if why.startswith("diverged")]
+        cross = {**look, "marker": "x", "markersize": 6, "linestyle": "", "label": "_"}
+        heights = [0.97] * len(lost)
+        panel.plot([shift * m for m in lost], heights, transform=panel.get_xaxis_transform(), **cross)
+    panel.axhline(0, color="black", linewidth=0.6)
+    panel.set_xscale("log", base=2)
+    panel.xaxis.set_major_formatter(lambda multiple, _: f"{multiple:g}x")
+    panel.set(xlabel="multiple of the best matrix rate (x at the top: diverged)", ylabel="loss increase (nats/token)")
+
+
+def plot_rates_by_width(panel: Any, rates: dict[str, dict[str, float]]) -> None:
+    """The best matrix rate of each method against d_model."""
+    for number, (method, by_width) in enumerate(rates.items()):
+        points = sorted((int(width), rate) for width, rate in by_width.items())
+        panel.plot([width for width, _ in points], [rate for _, rate in points], **style(method, number))
+    widths = sorted({int(width) for by_width in rates.values() for width in by_width})
+    panel.set(xscale="log", yscale="log", xlabel="d_model", ylabel="best matrix rate")
+    panel.set_xticks(widths, list(map(str, widths)))
+    panel.set_xticks([], minor=True)
+
+
+def draw_ablation(numbers: dict[str, dict[str, float | None]], file: Path) -> Path:
+    """Mean validation loss against the rank; `numbers`: rank -> variant -> loss, None where a run diverged."""
+    figure, (panel,) = canvas(1, 7.2)
+    ranks = sorted(numbers, key=int)
+    for number, variant in enumerate(dict.fromkeys(name for losses in numbers.values() for name in losses)):
+        points = [(int(rank), loss) for rank in ranks if (loss := numbers[rank].get(variant)) is not None]
+        method = variant.rpartition("(")[2].removesuffix(")")  # "both (spectron)" has the colour of spectron
+        look = {**style(method, number), "label": variant}
+        panel.plot([rank for rank, _ in points], [loss for _, loss in points], **look)
+    panel.set(xlabel="rank", ylabel="validation loss (nats/token)")
+    panel.set_xticks([int(rank) for rank in ranks])
+    legend(figure, panel)
     return save(figure, file)

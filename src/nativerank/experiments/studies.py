@@ -153,7 +153,9 @@ def width_arm(comparison: Comparison, method: str, d_model: int, steps: int) -> 
     hf = hf_config(scaled(preset, d_model, None), open_data(config, quiet=True).vocab_size, config.train.context)
     file = comparison.folder / CONFIGS / f"d{d_model}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(hf.to_dict(), indent=1) + "\n", encoding="utf-8")
+    text = json.dumps(hf.to_dict(), indent=1) + "\n"
+    if not file.exists() or file.read_text(encoding="utf-8") != text:  # a run may be reading it, beside a --plan
+        file.write_text(text, encoding="utf-8")
     settings = {
         "model.config": str(file),
         "model.embedding_std": preset.embedding_std,

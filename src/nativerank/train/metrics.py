@@ -2,8 +2,8 @@
 
 Keys of a step's row: step, tokens, loss (nats/token), lr, aux_lr, grad_norm (before clipping), tokens_per_second,
 seconds, optimizer_share (share of the step's time; on CUDA only at probed steps), peak_memory_bytes; for self-guided
-guide_alpha, the guide's weight in this step; at some steps val_loss and probes ({module: {...}}, see below). A step that
-the guard judged carries `event` (loss_spike, sigma_spike, gradient_not_finite, loss_not_finite), `action` (skip,
+guide_alpha, the guide's weight in this step; at some steps val_loss and probes ({module: {...}}, see below). A step
+that the guard judged carries `event` (loss_spike, sigma_spike, gradient_not_finite, loss_not_finite), `action` (skip,
 rollback, none, stop) and after a rollback `rolled_back_to`; the steps it undid stay in the file and come again, so the
 last row of a step is the one that counts. Other rows with `event` (start, resume, checkpoint_damaged, interrupted, end)
 carry what belongs to the event; the one of the end counts `refused_steps`.

@@ -19,7 +19,7 @@ PROBE_KEYS = {
 }  # fmt: skip
 END_KEYS = {
     "event", "step", "tokens", "val_loss", "perplexity", "bits_per_byte", "xz_bits_per_byte", "val_tokens", "prompt",
-    "sample", "seconds", "peak_memory_bytes", "out",
+    "sample", "seconds", "peak_memory_bytes", "refused_steps", "out",
 }  # fmt: skip
 
 

@@ -31,9 +31,11 @@ def test_training_measures_every_matrix_at_every_interval(monkeypatch, run_confi
 
 def test_bad_input_is_one_line(cli):
     result = cli("bench", "bound", "--probe_every", "0")
-    assert (
-        result.code == 2
-        and result.err == "nativerank: error: --probe_every must lie in [1, --steps], got 0 of None steps\n"
+    assert (result.code, result.err) == (2, "nativerank: error: --probe_every must be at least 1, got 0\n")
+    result = cli("bench", "bound", "--steps", "2")
+    assert (result.code, result.err) == (
+        2,
+        "nativerank: error: --steps 2 ends before the first measurement at step 3\n",
     )
 
 

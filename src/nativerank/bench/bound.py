@@ -21,7 +21,7 @@ from torch import Tensor
 
 from nativerank.config import ModelConfig, OptimConfig, RunConfig, TrainConfig
 from nativerank.linalg.change import update_norm
-from nativerank.optim.rules import RULES, Options, Stack, formed
+from nativerank.optim.rules import Options, Stack, formed, spectron
 from nativerank.train.loop import train
 from nativerank.train.metrics import read_rows
 from nativerank.train.setup import versions
@@ -101,7 +101,7 @@ def change(A: Tensor, B: Tensor, G_A: Tensor, G_B: Tensor, u: tuple[Tensor, Tens
     for X, G, v in ((A, G_A, u[0]), (B, G_B, u[1])):
         state = {"momentum": torch.zeros_like(X), "power_vector": v.clone()}
         stacks.append(Stack(X, G, state, (X.shape[-2], R)))
-    D_A, D_B, _ = RULES["spectron"].update(*stacks, chosen)  # type: ignore[misc]
+    D_A, D_B, _ = spectron(stacks[0], stacks[1], chosen)
     return update_norm(A, B, A.double() - formed(D_A).double(), B.double() - formed(D_B).double())
 
 
@@ -191,8 +191,10 @@ def bench_bound(
         seed: of the runs.
         train_too: False leaves the training runs out.
     """
-    if probe_every < 1 or (steps is not None and steps < probe_every):
-        raise ValueError(f"--probe_every must lie in [1, --steps], got {probe_every} of {steps} steps")
+    if probe_every < 1:
+        raise ValueError(f"--probe_every must be at least 1, got {probe_every}")
+    if steps is not None and steps < probe_every:
+        raise ValueError(f"--steps {steps} ends before the first measurement at step {probe_every}")
     runs = [in_training(f, preset_name, steps, probe_every, seed) for f in ("paper", "certified")] if train_too else []
     return {
         "benchmark": "bound",

@@ -1,6 +1,8 @@
 """nativerank bench: measurements that anyone can repeat, as ratios within one process."""
 
 import argparse
+import importlib
+from collections.abc import Callable
 from typing import Any
 
 from nativerank.cli.output import add_json, check_json, write_json
@@ -34,7 +36,7 @@ def add_parser(subparsers: Any) -> None:
     train.add_argument("--repeats", type=int, default=7, help="recorded steps of each side")
     train.add_argument("--device", default="cpu", choices=["cpu", "cuda", "mps"])
     add_json(train)
-    train.set_defaults(run=run_train)
+    train.set_defaults(run=runner("train", show))
     bound = names.add_parser(
         "bound",
         help="the largest ||dW|| / eta of Spectron's forms, on adversarial steps and in training",
@@ -48,7 +50,7 @@ def add_parser(subparsers: Any) -> None:
     bound.add_argument("--seed", type=int, default=0)
     bound.add_argument("--no_train", dest="train_too", action="store_false", help="the adversarial set alone")
     add_json(bound)
-    bound.set_defaults(run=run_bound)
+    bound.set_defaults(run=runner("bound", show_bound))
     optimizer = names.add_parser(
         "optimizer",
         help="what Spectron's algebra costs: seconds, share of a layer's work, FLOPs",
@@ -64,41 +66,21 @@ def add_parser(subparsers: Any) -> None:
     optimizer.add_argument("--threads", type=int, nargs="+", help="numbers of threads (default: 1 and PyTorch's own)")
     optimizer.add_argument("--device", default="cpu", choices=["cpu", "cuda", "mps"])
     add_json(optimizer)
-    optimizer.set_defaults(run=run_optimizer)
+    optimizer.set_defaults(run=runner("optimizer", show_optimizer))
 
 
-def run_train(flags: argparse.Namespace) -> int:
-    """Measures and shows."""
-    from nativerank.bench.train import bench_train
+def runner(name: str, show: Callable[[dict[str, Any]], None]) -> Callable[[argparse.Namespace], int]:
+    """What measures by bench.NAME's bench_NAME, whose arguments are the flags, and shows."""
 
-    check_json(flags.json)
-    options = {k: v for k, v in vars(flags).items() if k not in ("run", "json", "benchmark")}
-    result = bench_train(**options)
-    if not write_json(result, flags.json):
-        show(result)
-    return 0
+    def run(flags: argparse.Namespace) -> int:
+        check_json(flags.json)
+        measure = getattr(importlib.import_module(f"nativerank.bench.{name}"), f"bench_{name}")
+        result = measure(**{k: v for k, v in vars(flags).items() if k not in ("run", "json", "benchmark")})
+        if not write_json(result, flags.json):
+            show(result)
+        return 0
 
-
-def run_bound(flags: argparse.Namespace) -> int:
-    """Measures and shows."""
-    from nativerank.bench.bound import bench_bound
-
-    check_json(flags.json)
-    result = bench_bound(**{k: v for k, v in vars(flags).items() if k not in ("run", "json", "benchmark")})
-    if not write_json(result, flags.json):
-        show_bound(result)
-    return 0
-
-
-def run_optimizer(flags: argparse.Namespace) -> int:
-    """Measures and shows."""
-    from nativerank.bench.optimizer import bench_optimizer
-
-    check_json(flags.json)
-    result = bench_optimizer(**{k: v for k, v in vars(flags).items() if k not in ("run", "json", "benchmark")})
-    if not write_json(result, flags.json):
-        show_optimizer(result)
-    return 0
+    return run
 
 
 def show_optimizer(result: dict[str, Any]) -> None:

@@ -73,4 +73,6 @@ def line_search(comparison: Comparison, best: dict[str, Point], key: str, factor
     while wanted := missing():
         comparison.run(wanted)
         for label, point in best.items():
-            point[key] = min(neighbours(label), key=lambda p, label=label: loss(label, p))[key]  # type: ignore[misc]
+            around = neighbours(label)
+            losses = [loss(label, p) for p in around]
+            point[key] = around[losses.index(min(losses))][key]

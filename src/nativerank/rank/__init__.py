@@ -1,0 +1,1 @@
+"""How many directions a matrix needs: rank by spectral energy, and ranks that change during training."""

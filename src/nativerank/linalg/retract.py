@@ -1,0 +1,227 @@
+"""Back to orthonormal columns: factorizations X = Q R with Q^T Q = I, and what belongs to them.
+
+    X: (..., d, r) with d >= r, Q: (..., d, r), R: (..., r, r)
+    way        R                                       Q
+    qr         upper triangular, diagonal >= 0         Householder QR, signs fixed, one matrix after the other
+    cholesky   the same R, by Cholesky of X^T X        X R^-1
+    polar      symmetric, >= 0: (X^T X)^(1/2)          X R^-1, the frame nearest to X
+    cayley     -                                       (I + K/2)^-1 (I - K/2) U, K = P D U^T - U D^T P, P = I - U U^T/2
+
+Every way is a retraction: for D tangent to U, U - t D becomes U - t D + O(t^2). For other D polar and cayley give
+U - t tangent(U, D) + O(t^2); a triangular R leaves U - t (D - U N), N upper triangular, which has a rotation within the
+span of U that D did not ask for. `cholesky` and `polar` take one Gram matrix and one product, 4 d r^2 FLOPs and O(r^3).
+Rounding in X^T X grows with the condition number; r x r matrices tell by how
+much. Where it would pass `LIMIT`, that matrix alone is done again in float64, and where float64 does not suffice
+(rank-deficient, zero, out of range) by Householder QR or SVD, which complete the frame. So |Q^T Q - I| stays below
+1e-5 in float32 for every finite X. Asking whether any matrix of the stack needs that is the one time the host waits for
+a GPU. MPS has no float64: there the careful part runs on the CPU.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from nativerank.linalg.gram import Reduce, at_least_float32, full_precision, gram, split_finite, to_float64
+
+Pair = tuple[Tensor, Tensor]
+
+TRIANGULAR = ("qr", "cholesky")  # ways whose R is upper triangular
+WAYS = (*TRIANGULAR, "polar", "cayley")
+
+LIMIT = {torch.float32: 4e-6, torch.float64: 1e-13}  # of the error expected in Q^T Q
+ROUNDING = 8.0  # error of Q^T Q in units of eps times the growth of rounding; measured up to d = 28672, r = 512
+NEWTON_STEPS = 8  # enough where one pass in float32 is; else the eigenvalues do it
+
+
+def frame_factor(X: Tensor, way: str = "cholesky", reduce: Reduce | None = None) -> Pair:
+    """(Q, R) with X = Q R, Q in X's dtype and R in float32 at least; both NaN where X is not finite.
+
+    Args:
+        X: stack of tall matrices; with `reduce`, this process's rows of it.
+        way: "qr", "cholesky" (the same up to rounding) or "polar".
+        reduce: sums Gram matrices over the processes that hold the other rows. There float64 too promises no more than
+            LIMIT of float32 for ill-conditioned X, and X beyond that (condition above 1e4) is an error, on all
+            processes alike.
+
+    Raises:
+        ValueError: unknown way, X not tall, or what shards cannot do.
+    """
+    if way not in ("qr", "cholesky", "polar"):
+        raise ValueError(f"a frame is found by qr, cholesky or polar, got {way!r}")
+    if reduce is None and X.shape[-2] < X.shape[-1]:
+        raise ValueError(f"a frame needs at least as many rows as columns, got {tuple(X.shape)}")
+    if reduce and way == "qr":
+        raise ValueError("qr needs whole columns: use cholesky, which gives the same frame, on sharded rows")
+    Y = at_least_float32(X)
+    limit = LIMIT[torch.float32 if reduce else Y.dtype]
+    Q, R = _householder(Y) if way == "qr" else _by_gram(Y, way, reduce, limit)
+    return Q.to(X.dtype), R
+
+
+def retract(X: Tensor, way: str = "cholesky", start: Tensor | None = None, reduce: Reduce | None = None) -> Tensor:
+    """The frame Q (..., d, r) that X is brought back to, in X's dtype.
+
+    Args:
+        X: stack of tall matrices, frames after a step.
+        way: "qr", "cholesky", "polar" or "cayley".
+        start: the frames before the step; cayley needs them.
+        reduce: as in `frame_factor`.
+    """
+    if way != "cayley":
+        return frame_factor(X, way, reduce)[0]
+    if start is None:
+        raise ValueError("cayley needs the frame before the step: pass start")
+    return _cayley(start, X, reduce).to(X)
+
+
+def tangent(Q: Tensor, G: Tensor, reduce: Reduce | None = None) -> Tensor:
+    """G - Q sym(Q^T G): the part of G (..., d, r) along which the frames Q stay orthonormal to first order."""
+    with full_precision(Q.device):
+        C = _summed(Q.mT @ G, reduce)
+        return G - Q @ ((C + C.mT) / 2)
+
+
+def qr_vjp(Q: Tensor, R: Tensor, dQ: Tensor, reduce: Reduce | None = None) -> Tensor:
+    """dA (..., d, r), the gradient of a loss in A = Q R, from its gradient dQ in Q alone.
+
+        dA = (dQ - Q S) R^-T,   S = T + T^T - diag(T),   T = triu(Q^T dQ)
+
+    R is upper triangular and invertible.
+    """
+    with full_precision(Q.device):
+        T = _summed(Q.mT @ dQ, reduce).triu()
+        S = T + T.triu(1).mT
+        inverse = torch.linalg.solve_triangular(R.mT, _identity(R), upper=False)  # R^-T
+        return dQ @ inverse - Q @ (S @ inverse)
+
+
+def _summed(x: Tensor, reduce: Reduce | None) -> Tensor:
+    return reduce(x) if reduce else x
+
+
+def _identity(R: Tensor) -> Tensor:
+    return torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)
+
+
+def _householder(X: Tensor) -> Pair:
+    """Sign-fixed QR; a zero on the diagonal of R keeps its column of Q."""
+    X, finite = _finite(X)
+    Q, R = torch.linalg.qr(X.cpu() if X.device.type == "mps" else X)
+    sign = torch.where(R.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(R.dtype)  # (..., r)
+    Q, R = (Q * sign.unsqueeze(-2)).to(X.device), (sign.unsqueeze(-1) * R).to(X.device)
+    return _nan_unless(finite, Q), _nan_unless(finite, R)
+
+
+def _singular(X: Tensor) -> Pair:
+    """Polar factors by SVD, which completes the frame of a rank-deficient X."""
+    X, finite = _finite(X)
+    P, s, Zh = torch.linalg.svd(X, full_matrices=False)
+    return _nan_unless(finite, P @ Zh), _nan_unless(finite, Zh.mT @ (s.unsqueeze(-1) * Zh))
+
+
+def _finite(X: Tensor) -> tuple[Tensor, Tensor]:
+    finite = X.isfinite().all(-1).all(-1)
+    return X.masked_fill(~finite[..., None, None], 0.0), finite
+
+
+def _nan_unless(finite: Tensor, X: Tensor) -> Tensor:
+    return X.masked_fill(~finite[..., None, None], torch.nan)
+
+
+def _by_gram(X: Tensor, way: str, reduce: Reduce | None, limit: float) -> Pair:
+    """(X R^-1, R); again with more digits for the matrices of the stack that need them."""
+    G = gram(X, reduce)
+    G = G.cpu() if G.device.type == "mps" else G
+    R, inverse, growth = _roots(way, X.dtype)(G)
+    with full_precision(X.device):
+        Q = X @ inverse.to(X.device)
+    R = R.to(X.device)
+    poor = ~(_in_range(G, growth) * (ROUNDING * torch.finfo(X.dtype).eps) <= limit).to(X.device)  # NaN is poor too
+    if poor.any():
+        Q[poor], R[poor] = _careful(X[poor], way, reduce, limit)
+    return Q, R
+
+
+def _roots(way: str, dtype: torch.dtype) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
+    if way == "cholesky":
+        return _triangular_root
+    return _newton_root if dtype == torch.float32 else _eigen_root
+
+
+def _careful(X: Tensor, way: str, reduce: Reduce | None, limit: float) -> Pair:
+    """What one pass in float32 cannot do, in float64; what float64 cannot do, without a Gram matrix."""
+    if X.dtype == torch.float32:
+        Q, R = _by_gram(to_float64(X), way, reduce, limit)
+        return Q.to(X), R.to(X)
+    if reduce is None:
+        return _householder(X) if way == "cholesky" else _singular(X)
+    if gram(X, reduce).diagonal(dim1=-2, dim2=-1).isfinite().all():
+        raise ValueError(f"sharded rows of a matrix that has lost its rank cannot be made a frame: {tuple(X.shape)}")
+    return X * torch.nan, gram(X, reduce) * torch.nan
+
+
+def _in_range(G: Tensor, growth: Tensor) -> Tensor:
+    """`growth`, infinite where squares of a column may have underflowed."""
+    info = torch.finfo(G.dtype)
+    return growth.masked_fill(G.diagonal(dim1=-2, dim2=-1).amin(-1) < info.tiny / info.eps, torch.inf)
+
+
+def _triangular_root(G: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(R, R^-1, growth of rounding) with R^T R = G, R upper triangular.
+
+    The error of Q^T Q is R^-T E R^-1 with |E_ij| <= c eps |x_i| |x_j|, so growth = max_j (sum_i |x_i| |R^-1_ij|)^2;
+    scaling a column of X does not change it.
+    """
+    L, info = torch.linalg.cholesky_ex(G)
+    R = L.mT
+    inverse = torch.linalg.solve_triangular(R, _identity(R), upper=True)
+    lengths = G.diagonal(dim1=-2, dim2=-1).sqrt()
+    growth = (lengths.unsqueeze(-2) @ inverse.abs()).square().amax((-2, -1))
+    return R, inverse, growth.masked_fill(info != 0, torch.inf)
+
+
+def _newton_root(G: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(H, H^-1, growth) with H = G^(1/2), by the coupled Newton-Schulz iteration; growth infinite where it is slow.
+
+    Y -> Y T, Z -> T Z, T = (3 I - Z Y) / 2 from Y = G / c, Z = I has limits (G / c)^(1/2) and its inverse.
+    """
+    size = G.abs().sum(-1).amax(-1)[..., None, None]  # bounds the largest eigenvalue, and is near it for near frames
+    I = _identity(G)
+    Y, Z = G / size, I.expand_as(G)
+    with full_precision(G.device):
+        for _ in range(NEWTON_STEPS):
+            T = 1.5 * I - 0.5 * (Z @ Y)
+            Y, Z = Y @ T, T @ Z
+            off = (T - I).abs().amax((-2, -1))  # error before this step, which squares it
+            if G.device.type == "cpu" and bool((off < 1e-4).all()):
+                break
+    H, inverse = Y * size.sqrt(), Z * size.rsqrt()
+    growth = (size * inverse.abs().sum(-1).amax(-1)[..., None, None].square())[..., 0, 0]
+    return (H + H.mT) / 2, inverse, growth.masked_fill(~(off < 1e-4), torch.inf)
+
+
+def _eigen_root(G: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(H, H^-1, growth) with H = G^(1/2), by eigenvalues; growth is lambda_max / lambda_min."""
+    G, finite = split_finite(G)
+    values, V = torch.linalg.eigh(G)
+    root = values.clamp_min(torch.finfo(G.dtype).tiny).sqrt().unsqueeze(-2)
+    H, inverse = (V * root) @ V.mT, (V / root) @ V.mT
+    growth = (values[..., -1] / values[..., 0]).masked_fill(~finite | (values[..., 0] <= 0), torch.inf)
+    return H, inverse, growth
+
+
+def _cayley(U: Tensor, X: Tensor, reduce: Reduce | None) -> Tensor:
+    """The Cayley transform of the step D = U - X, in float64, then `polar` against drift of U itself.
+
+    By Sherman, Morrison and Woodbury, with K = A B^T, A = [P D, U], B = [U, -P D] (d, 2 r):
+        Q = U - A (I + B^T A / 2)^-1 B^T U
+    """
+    U, D = to_float64(U), to_float64(U) - to_float64(X)
+    M = _summed(U.mT @ D, reduce)
+    PD = D - U @ (M / 2)
+    A, B = torch.cat([PD, U], -1), torch.cat([U, -PD], -1)
+    BA = _summed(B.mT @ A, reduce)
+    BU = _summed(B.mT @ U, reduce)
+    C, _ = torch.linalg.solve_ex(_identity(BA) + BA / 2, BU)
+    return frame_factor(U - A @ C, "polar", reduce)[0]

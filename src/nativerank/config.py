@@ -43,27 +43,66 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AdaptConfig:
+    """Ranks that change during training, per matrix, by the energy of its spectrum. E(r) is the share of ||W||_F^2 in
+    the r leading singular directions.
+
+    Args:
+        mode: "schedule" looks at the spectra again and again, "once" at `start` only: after a warm-up at the rank that
+            was set, or at full rank with `--rank.ratio 1`. None is "schedule" if a threshold is given, else "off".
+        threshold: a matrix shrinks to the smallest r with E(r) >= threshold. It grows where its last columns hold so
+            much that those to come, continuing the same decay, would hold more than the rest, 1 - threshold.
+        start: first look, as a share of the steps.
+        every: between two looks, as a share of the steps.
+        until: no look after this share of the steps.
+        min: no matrix shrinks below this rank.
+        multiple: new ranks are multiples of this, rounded up when shrinking (bounds of a matrix go first).
+        hysteresis: a matrix shrinks by at least this share of its rank, or not at all.
+        grow: how much a matrix grows at one look, as a share of its rank (one `multiple` at least); 0 never grows. What
+            is dropped again after it had grown is not grown again.
+        max: no matrix grows beyond this rank; None is the largest at which the factors are smaller than the matrix.
+    """
+
+    mode: Literal["off", "schedule", "once"] | None = None
+    threshold: float | None = None
+    start: float = 0.1
+    every: float = 0.05
+    until: float = 0.8
+    min: int = 8
+    multiple: int = 4
+    hysteresis: float = 0.1
+    grow: float = 0.25
+    max: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class RankConfig:
-    """How thin the factors are; set at most one of ratio and value.
+    """How thin the factors are; set at most one of ratio, value and energy (value beside energy is a cap).
 
     Args:
         ratio: r = int(ratio * d_in), or int(ratio * min(d_in, d_out)) where that reaches break-even.
         value: one rank for every matrix.
+        energy: per matrix the smallest rank that keeps this share of ||W||_F^2 of its dense initialisation, or of the
+            weight that is converted.
         rule: "auto" as above; "code" keeps int(ratio * d_in) clipped to min(d_in, d_out), as Spectron's code does.
         init: "svd" truncates the dense initialisation, "sampled" draws factors with the same spectrum and never
-            forms a dense matrix; "auto" is svd up to width 2048.
+            forms a dense matrix; "auto" is svd up to width 2048. "flat" draws frames with equal singular values and
+            the Frobenius norm of the whole dense matrix, as SCT means to.
         include: only modules matching one of these glob patterns are factorized.
         exclude: modules matching one of these glob patterns stay dense.
         overrides: glob pattern -> rank, for single modules.
+        adapt: ranks that change during training.
     """
 
     ratio: float | None = None
     value: int | None = None
+    energy: float | None = None
     rule: Literal["auto", "code"] = "auto"
-    init: Literal["auto", "svd", "sampled"] = "auto"
+    init: Literal["auto", "svd", "sampled", "flat"] = "auto"
     include: list[str] = field(default_factory=list)
     exclude: list[str] = field(default_factory=list)
     overrides: dict[str, int] = field(default_factory=dict)
+    adapt: AdaptConfig = field(default_factory=AdaptConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +134,17 @@ class OptimConfig:
         power_iterations: power iterations per factor and step.
         certified: Spectron with measured norms: the change of W stays within lr, proven, at a small cost; takes the
             place of `step`.
+        layerwise: update inside the backward pass and free each gradient at once: the same bits, less memory. Takes
+            clip 0 and train.accumulation 1; of a step with a bad gradient, updates made before it was seen stay.
         update_cap: lowrank-adamw only: a step whose ||dW||_2 may exceed this (times the schedule) is shortened.
+        frames: stiefel-spectron only: "both" keeps U and V of U diag(s) V^T orthonormal, "one" trains A V^T with only V
+            orthonormal.
+        s_lr: peak AdamW rate of s in U diag(s) V^T; None is lr, for stiefel-spectron 0.004.
+        retraction: what makes the frames orthonormal again: "cholesky" and "qr" are the same map, "polar" the nearest
+            frame, "cayley" a rotation.
+        preserve: the retraction leaves W as it is, by an r x r SVD.
+        riemannian: tangent projection of the factors' gradients, first moments transported.
+        retract_every: sct only: steps between two retractions.
     """
 
     lr: float | None = None
@@ -118,7 +167,14 @@ class OptimConfig:
     step: Literal["paper", "root"] = "paper"
     renormalize: bool = True
     certified: bool = False
+    layerwise: bool = False
     update_cap: float | None = None
+    frames: Literal["both", "one"] | None = None
+    s_lr: float | None = None
+    retraction: Literal["qr", "cholesky", "polar", "cayley"] | None = None
+    preserve: bool = False
+    riemannian: bool = False
+    retract_every: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +217,8 @@ class TrainConfig:
             preset's sequences per step at another batch_size (a larger batch than a preset without accumulation has
             is one pass).
         context: tokens of one sequence.
+        recompute: keep only the inputs of the transformer blocks and run each block again in the backward pass: the
+            same bits, less memory, about a third more time.
         eval_every: steps between validations, 0 for the one at the end only.
         eval_tokens: tokens of a validation during the run; the one at the end reads the whole split.
         checkpoint_every: steps between checkpoints, 0 for the one at the end only.
@@ -175,6 +233,7 @@ class TrainConfig:
     batch_size: int | None = None
     accumulation: int | None = None
     context: int | None = None
+    recompute: bool = False
     eval_every: int = 100
     eval_tokens: int = 32768
     checkpoint_every: int = 100

@@ -17,7 +17,7 @@ from torch import nn
 from nativerank.config import nearest
 from nativerank.layers import FactorizeReport, Guides, factorize_modules, matrix_parameters
 from nativerank.optim.optimizer import LowRankOptimizer
-from nativerank.optim.roles import assign_roles
+from nativerank.optim.roles import Pair, assign_roles
 from nativerank.optim.rules import RULES
 
 
@@ -39,6 +39,7 @@ class Method:
         rule: update rule of the matrices, an entry of optim.rules.RULES.
         rates: defaults without a sweep. source: where these come from.
         options: this method's own defaults of rule options.
+        one_frame: (layer, rule) of its form with one orthonormal factor, or None.
     """
 
     layer: str | None
@@ -46,6 +47,17 @@ class Method:
     rates: Rates
     source: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    one_frame: tuple[str, str] | None = None
+
+    def form(self, frames: str | None) -> tuple[str | None, str]:
+        """(layer kind, update rule): the row's, or with frames "one" those of A V^T.
+
+        Raises:
+            ValueError: the method has no choice of frames.
+        """
+        if frames is not None and self.one_frame is None:
+            raise ValueError(f"frames belongs to stiefel-spectron, not to a method with rule {self.rule}")
+        return self.one_frame if frames == "one" and self.one_frame else (self.layer, self.rule)
 
     @property
     def guided(self) -> bool:
@@ -59,6 +71,16 @@ METHODS: dict[str, Method] = {
     "lowrank-adamw": Method("lowrank", "adamw", Rates(1e-3, 1e-3), "Spectron's code, AdamW examples"),
     "lowrank-muon": Method("lowrank", "muon", Rates(0.01, 0.003), "pocket sweep", {"nesterov": True}),
     "self-guided": Method(GUIDED, "adamw", Rates(1e-3, 1e-3), "Spectron's code, AdamW examples"),
+    "sct": Method("spectral", "sct", Rates(4e-3, 3e-3), "ours: SCT's 5e-4 is for a converted model"),
+    "tsvd": Method("spectral", "tsvd", Rates(4e-3, 3e-3), "ours: no rate of the paper is known"),
+    "stiefel-spectron": Method(
+        "spectral",
+        "stiefel-spectron",
+        Rates(0.05, 0.003),
+        "ours",
+        {"nesterov": True, "retraction": "polar", "s_lr": 4e-3},
+        ("lowrank", "frame-spectron"),
+    ),
     "dense-adamw": Method(None, "adamw", Rates(1e-3, 1e-3), "common practice below 1B parameters"),
     "dense-muon": Method(
         None, "muon", Rates(0.02, 0.003), "Muon's default", {"nesterov": True, "shape_scale": "original"}
@@ -104,12 +126,14 @@ def factorize(
     *,
     rank_ratio: float | None = None,
     rank: int | None = None,
+    energy: float | None = None,
     rank_rule: str = "auto",
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     overrides: Mapping[str, int] | None = None,
     init: str | None = None,
     guide: str | None = None,
+    frames: str | None = None,
 ) -> FactorizeReport:
     """Replaces the linear maps of a model by factor layers, in place.
 
@@ -121,11 +145,14 @@ def factorize(
         method: a low-rank row of the method table; it decides the layer kind.
         rank_ratio: r = int(ratio * d_in), see RankConfig; a quarter when neither ratio nor rank is given.
         rank: one rank for all.
+        energy: per matrix the smallest rank that keeps this share of ||W||_F^2 (at most rank, if that is given too);
+            on the meta device, where there is no W, of a Gaussian one.
         rank_rule: "auto" or "code".
         include, exclude: glob patterns over module names (or dotted suffixes of them).
         overrides: pattern -> rank.
         init: "svd" truncates the present weights (the default), "sampled" draws factors of the same spectrum.
         guide: self-guided only: "product" (the default) starts the guide as A B^T, "dense" as the present weights.
+        frames: stiefel-spectron only: "both" (the default) or "one", see OptimConfig.
 
     Returns:
         What became what, with ranks, parameters before and after, and warnings.
@@ -135,7 +162,8 @@ def factorize(
             found, or a large matrix left dense without being excluded.
     """
     row = find_method(method)
-    if row.layer is None:
+    layer, _ = row.form(frames)
+    if layer is None:
         raise ValueError(f"{method} keeps dense matrices; factorize takes a low-rank method")
     if rank is not None and rank_ratio is not None:
         raise ValueError(f"give rank or rank_ratio, not both: rank={rank}, rank_ratio={rank_ratio}")
@@ -143,9 +171,10 @@ def factorize(
         raise ValueError(f"guide is product or dense, for self-guided only, got {guide!r} for {method}")
     return factorize_modules(
         model,
-        kind=f"{row.layer}-dense" if guide == "dense" else row.layer,
+        kind=f"{layer}-dense" if guide == "dense" else layer,
         ratio=rank_ratio,
         value=rank,
+        energy=energy,
         rule=rank_rule,
         include=include,
         exclude=exclude,
@@ -164,6 +193,7 @@ def build_optimizer(
     matrices: Sequence[str] | None = None,
     guided_steps: int | None = None,
     stochastic_guide: bool = True,
+    frames: str | None = None,
     seed: int = 0,
     **options: Any,
 ) -> LowRankOptimizer:
@@ -179,6 +209,7 @@ def build_optimizer(
         guided_steps: self-guided only: updates after which the guides are gone. They follow the optimizer's steps; a
             loop that resumes calls `optimizer.guides.set(step)` before it loads a state.
         stochastic_guide: self-guided only: compute a guide with probability alpha.
+        frames: stiefel-spectron only: "both" or "one", as in factorize.
         seed: of the draws of a stochastic guide.
         options: rule options by keyword (optim.optimizer.DEFAULTS), e.g. nesterov=True.
 
@@ -194,7 +225,9 @@ def build_optimizer(
         raise ValueError(f"{method} found no factor pair in the model; call nativerank.factorize(model) first")
     if row.layer is None and roles.pairs:
         raise ValueError(f"{method} trains dense matrices, but {roles.pairs[0].name} is factorized")
-    hidden = [half for pair in roles.pairs for half in (pair.up, pair.down)] or roles.matrices
+    layer, base_rule = row.form(frames)
+    check_form(roles.pairs, base_rule, method)
+    hidden = [member for pair in roles.pairs for member in pair.members] or roles.matrices
     if not hidden:
         raise ValueError(f"{method} found no hidden matrix in the model")
     if row.guided and not roles.guides:
@@ -205,7 +238,10 @@ def build_optimizer(
         raise ValueError(f"guided_steps belongs to self-guided, which needs it; got {guided_steps} for {method}")
     chosen: dict[str, Any] = {**row.options, **{k: v for k, v in options.items() if v is not None}}
     common: dict[str, Any] = {k: chosen[k] for k in ("betas", "eps") if k in chosen}
-    rule = "adamw-capped" if row.rule == "adamw" and row.layer == "lowrank" and "update_cap" in chosen else row.rule
+    capped = base_rule == "adamw" and layer == "lowrank" and "update_cap" in chosen
+    rule = "adamw-capped" if capped else base_rule
+    if layer != row.layer:  # with one frame there is no s
+        chosen = {k: v for k, v in chosen.items() if k in RULES[rule].options or k in options}
     own = {k: v for k, v in chosen.items() if k not in common or k in RULES[rule].options}
     matrix = {"rule": rule, "lr": row.rates.lr if lr is None else lr, "weight_decay": weight_decay, **own}
     groups: list[dict[str, Any]] = [
@@ -223,3 +259,15 @@ def build_optimizer(
     if guided_steps is not None:
         optimizer.guides = Guides(model, optimizer, guided_steps, seed, stochastic_guide)
     return optimizer
+
+
+def check_form(pairs: Sequence[Pair], rule: str, method: str) -> None:
+    """Raises a ValueError for factors in a form that the rule does not update: A B^T or U diag(s) V^T."""
+    wanted = RULES[rule].kind == "triple"
+    for pair in pairs:
+        if wanted != (pair.s is not None):
+            forms = ("A B^T", "U diag(s) V^T")
+            raise ValueError(
+                f"{method} trains factors {forms[wanted]}, but {pair.name} is {forms[not wanted]}; "
+                f"factorize with method={method!r} or choose another method"
+            )

@@ -191,7 +191,7 @@ def make_hf_config(values: Any, file: Path) -> Any:
     try:
         return AutoConfig.for_model(**values)
     except Exception as error:  # transformers raises what it likes on values it does not accept
-        raise ValueError(f"{file} is no valid config: {_one_line(error)}") from error
+        raise ValueError(f"{file} is no valid config: {one_line(error)}") from error
 
 
 def skeleton(config: Any) -> nn.Module:
@@ -206,11 +206,11 @@ def skeleton(config: Any) -> nn.Module:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except Exception as error:
-        reason = _one_line(error)
+        reason = one_line(error)
         raise ValueError(f"no causal language model from this {config.model_type} config: {reason}") from error
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
@@ -260,7 +260,7 @@ def materialize(
         model: Hugging Face model, factorized or not.
         seed: with a parameter's name it seeds that parameter's numbers.
         init_scale: standard deviation of hidden matrices times sqrt(fan_in).
-        init: "svd", "sampled", or "auto" by width.
+        init: "svd", "sampled", "flat", or "auto" by width.
         embedding_std: standard deviation of the token embedding, instead of the architecture's own.
     """
     hf: Any = allocate(model)

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from nativerank.bench.bound import D_IN, D_OUT, ETA, FORMS, adversarial, adversarial_cases, change, factors, gradients
+from nativerank.optim.directions import Stack, formed
 from nativerank.optim.optimizer import LowRankOptimizer
-from nativerank.optim.rules import RULES, Stack, formed
+from nativerank.optim.rules import RULES
 
 COLD = torch.Generator().manual_seed(5)
 
@@ -37,7 +38,7 @@ def test_the_set_is_what_it_claims():
         group |= {"orthogonalizer": "newton-schulz", "orthogonalizer_steps": 5, "power_iterations": 1}
         group |= {"certified": False, "step": "paper", "renormalize": True, **options}
         stacks = [
-            Stack(X, G, {"momentum": torch.zeros_like(X), "power_vector": u.clone()}, X.shape[-2:])
+            Stack(G, {"momentum": torch.zeros_like(X), "power_vector": u.clone()}, tuple(X.shape[-2:]), X)
             for X, G, u in ((A, G_A, u_A), (B, G_B, u_B))
         ]
         D_A, D_B, _ = RULES["spectron"].update(*stacks, group)

@@ -8,8 +8,8 @@ from torch.testing import assert_close
 from nativerank.layers.lowrank import LowRankLinear
 from nativerank.linalg import orthogonalize_plain
 from nativerank.methods import build_optimizer
+from nativerank.optim.directions import pair_rho
 from nativerank.optim.optimizer import LowRankOptimizer
-from nativerank.optim.rules import pair_rho
 
 
 def factors(d_out=12, d_in=9, r=4, pairs=2, scale=1.0):

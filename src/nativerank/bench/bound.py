@@ -21,7 +21,8 @@ from torch import Tensor
 
 from nativerank.config import ModelConfig, OptimConfig, RunConfig, TrainConfig
 from nativerank.linalg.change import update_norm
-from nativerank.optim.rules import Options, Stack, formed, spectron
+from nativerank.optim.directions import Options, Stack, formed
+from nativerank.optim.products import spectron
 from nativerank.train.loop import train
 from nativerank.train.metrics import read_rows
 from nativerank.train.setup import versions
@@ -100,7 +101,7 @@ def change(A: Tensor, B: Tensor, G_A: Tensor, G_B: Tensor, u: tuple[Tensor, Tens
     stacks = []
     for X, G, v in ((A, G_A, u[0]), (B, G_B, u[1])):
         state = {"momentum": torch.zeros_like(X), "power_vector": v.clone()}
-        stacks.append(Stack(X, G, state, (X.shape[-2], R)))
+        stacks.append(Stack(G, state, (X.shape[-2], R), X))
     D_A, D_B, _ = spectron(stacks[0], stacks[1], chosen)
     return update_norm(A, B, A.double() - formed(D_A).double(), B.double() - formed(D_B).double())
 

@@ -3,7 +3,8 @@
 Of a layer with factors (the largest value of a stack of experts):
     update_norm     ||dW||_2 of the step as it was taken, weight decay included
     sigma_W, stable_rank                      ||W||_2 and ||W||_F^2 / ||W||_2^2
-    sigma_A, sigma_B, gauge                   spectral norms of the factors, and sigma_A / sigma_B
+    sigma_A, sigma_B, gauge                   spectral norms of the factors, and sigma_A / sigma_B; A = U diag(s)
+    orthonormality                            of U diag(s) V^T: the larger max |Q^T Q - 1| of U and V
     output_change   RMS over tokens and features of dy = dA (B'^T x) + A (dB^T x), x what the layer reads on a fixed
                     batch with the weights of before the step
     update_ratio    ||dW||_2 / lr, for rules that record rho: there lr is the bound eta on ||dW||_2, decay apart
@@ -29,13 +30,13 @@ from nativerank.layers import linear_modules
 from nativerank.layers.experts import grouped_linear
 from nativerank.layers.patterns import Patterns, match_all
 from nativerank.linalg.change import update_norm
-from nativerank.linalg.gram import to_float64
+from nativerank.linalg.gram import gram, to_float64
 from nativerank.linalg.norms import spectral_norm
 from nativerank.linalg.spectrum import product_spectrum, singular_values, stable_rank
 from nativerank.optim.roles import factor_modules
 
 TOKENS = 128  # of the fixed batch
-Weights = tuple[Tensor, ...]  # (A, B), or (W,) of a dense matrix
+Weights = tuple[Tensor, ...]  # (A, B) or (U, s, V), or (W,) of a dense matrix
 Calls = list[tuple[Tensor, ...]]  # what a layer was called with: (x,), or (x, offsets) of a stack of experts
 
 
@@ -105,10 +106,12 @@ class Probe:
         found = {}
         for name, now in self.weights.items():
             old, new = before.weights[name], tuple(w.detach() for w in now())
-            tensors = pair_figures(old, new) if len(new) == 2 else dense_figures(old, new)
+            tensors = dense_figures(old, new) if len(new) == 1 else pair_figures(as_pair(old), as_pair(new))
+            if len(new) == 3:
+                tensors["orthonormality"] = torch.stack([frame_error(new[0]), frame_error(new[2])]).amax(0)
             values = {**records.get(name, {}), **{key: value.max().item() for key, value in tensors.items()}}
             if calls := before.inputs.get(name):
-                values["output_change"] = output_change(old, new, calls)
+                values["output_change"] = output_change(as_pair(old), as_pair(new), calls)
             if "rho" in values and lr > 0:
                 values["update_ratio"] = values["update_norm"] / lr
             found[name] = values
@@ -129,6 +132,20 @@ class Probe:
             stack.enter_context(autocast(self.ids.device))
             self.model(input_ids=self.ids, use_cache=False)
         return calls
+
+
+def as_pair(weights: Weights) -> Weights:
+    """(U diag(s), V) in float64 for (U, s, V); anything else as it is."""
+    if len(weights) != 3:
+        return weights
+    U, s, V = map(to_float64, weights)
+    return U * s[..., None, :], V
+
+
+def frame_error(Q: Tensor) -> Tensor:
+    """max |Q^T Q - 1| (...) of Q (..., d, r), in float64."""
+    G = gram(to_float64(Q))
+    return (G - torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)).abs().amax((-2, -1))
 
 
 def pair_figures(old: Weights, new: Weights) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from nativerank.layers.initialize import (
 from nativerank.layers.lowrank import LowRankLinear
 from nativerank.layers.rank import DEFAULT_RATIO, break_even_rank, rank_from_ratio
 from nativerank.layers.report import FactorizeEntry, FactorizeReport
+from nativerank.layers.spectral import SpectralLinear
 
 __all__ = [
     "DEFAULT_RATIO",
@@ -28,6 +29,7 @@ __all__ = [
     "LowRankExperts",
     "LowRankLinear",
     "Matrix",
+    "SpectralLinear",
     "break_even_rank",
     "dense_init",
     "factorize_modules",

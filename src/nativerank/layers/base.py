@@ -11,6 +11,8 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from nativerank.linalg.resize import Resized
+
 
 class Gemm(NamedTuple):
     """One matmul of a forward pass: each token's vector of length k meets a (k, n) matrix, `count` times per token."""
@@ -44,6 +46,12 @@ class FactorLayer(Protocol):
 
     def spectrum(self) -> Tensor:
         """The r leading singular values of W (..., r), descending, found without forming W."""
+
+    def resize(self, rank: int, generator: torch.Generator | None = None) -> list[Resized]:
+        """Another rank, in place; W changes by no more than the energy that is dropped. What became of which column."""
+
+    def reshape(self, rank: int) -> list[Resized]:
+        """Another rank for numbers that are loaded next."""
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:

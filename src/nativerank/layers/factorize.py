@@ -8,7 +8,7 @@ an error of the user leaves the model as it was. Then one matrix at a time is tr
 SVD of the largest matrix. On the meta device only shapes change, which takes seconds for any size.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -24,11 +24,15 @@ from nativerank.layers.discover import (
 )
 from nativerank.layers.experts import IMPLEMENTATION, LowRankExperts, register_implementation
 from nativerank.layers.guided import DenseGuidedLinear, GuidedLinear
-from nativerank.layers.initialize import named_generator, sampled_factors, truncated_svd
+from nativerank.layers.initialize import named_generator, sampled_factors
 from nativerank.layers.lowrank import LowRankLinear
-from nativerank.layers.patterns import Patterns, as_patterns, match_all
-from nativerank.layers.rank import DEFAULT_RATIO, check_rank, rank_from_ratio, rank_warning
+from nativerank.layers.patterns import Patterns, as_patterns
+from nativerank.layers.plan import ByEnergy, plan_ranks
+from nativerank.layers.rank import rank_warning
 from nativerank.layers.report import FactorizeEntry, FactorizeReport, fused_parts
+from nativerank.layers.spectral import SpectralLinear
+from nativerank.linalg.energy import kept_energy
+from nativerank.linalg.truncate import Decomposition, decompose
 
 
 class LayerKind(NamedTuple):
@@ -40,10 +44,11 @@ class LayerKind(NamedTuple):
 
 KINDS = {
     "lowrank": LayerKind(LowRankLinear, LowRankExperts),
+    "spectral": LayerKind(SpectralLinear, None),
     "guided": LayerKind(GuidedLinear, None),
     "guided-dense": LayerKind(DenseGuidedLinear, None),
 }
-INITS = ("svd", "sampled", None)
+INITS = ("svd", "sampled", "flat", None)
 
 
 def factorize_modules(
@@ -52,6 +57,7 @@ def factorize_modules(
     kind: str = "lowrank",
     ratio: float | None = None,
     value: int | None = None,
+    energy: float | None = None,
     rule: str = "auto",
     include: Patterns = (),
     exclude: Patterns = (),
@@ -59,6 +65,7 @@ def factorize_modules(
     init: str | None = "svd",
     seed: int = 0,
     require_all: bool = True,
+    progress: Callable[[str, int, int], None] = lambda name, number, total: None,
 ) -> FactorizeReport:
     """Replaces the hidden matrices of a model by factors, in place.
 
@@ -66,21 +73,27 @@ def factorize_modules(
         model: any module, also on the meta device. Embeddings and output heads stay.
         kind: which layer holds the factors.
         ratio, value, rule: rank by ratio and rule, or one rank for all; see `nativerank.layers.rank`.
+        energy: the smallest rank that keeps this share of ||W||_F^2, per matrix, at most `value` if both are given; of
+            a Gaussian matrix where the weights are not truncated; see `nativerank.layers.plan`.
         include: only matrices matching one of these patterns (none: all).
         exclude: what matches one of these stays dense.
         overrides: pattern -> rank; the first pattern that matches a matrix decides.
         init: "svd" truncates the present weight, "sampled" draws factors with the spectrum of a Gaussian matrix of the
-            present weight's scale, None fills with NaN for weights that are loaded next. Nothing on the meta device.
+            present weight's scale, "flat" with equal singular values and its norm, None fills with NaN for weights that
+            are loaded next. Nothing on the meta device.
         seed: of the sampled numbers.
         require_all: refuse to leave a weight above 1% of all parameters dense unless it is excluded by name. Naming
             what to factorize by `include` leaves the rest dense on purpose.
+        progress: called with name, number (from 0) and count of the matrices, before each.
 
     Raises:
         ValueError: nothing to factorize, a pattern without a match, a rank out of bounds, a large weight left over.
     """
     include, exclude = as_patterns(include), as_patterns(exclude)
     if kind not in KINDS or init not in INITS:
-        raise ValueError(f"unknown {kind=} or {init=}; known kinds: {', '.join(KINDS)}; inits: svd, sampled, None")
+        raise ValueError(
+            f"unknown {kind=} or {init=}; known kinds: {', '.join(KINDS)}; inits: svd, sampled, flat, None"
+        )
     matrices = linear_modules(model, include, exclude)
     if not matrices:
         raise ValueError(f"found no dense linear layer to factorize in {type(model).__name__}")
@@ -89,13 +102,18 @@ def factorize_modules(
     stacks = [name for name, m in matrices.items() if m.kind == "experts"]
     if stacks and KINDS[kind].experts is None:
         raise ValueError(f"{kind} layers do not cover stacks of experts such as {stacks[0]}; exclude them by name")
-    ranks = plan_ranks(matrices, ratio, value, rule, overrides or {})
+    ranks = plan_ranks(
+        matrices, ratio=ratio, value=value, energy=energy, rule=rule, overrides=overrides, weights=init == "svd"
+    )
     if init is not None:
         check_finite(matrices)
     surgeon = _Surgeon(model, KINDS[kind], init, seed)
     before = _num_parameters(model)
-    entries = tuple(surgeon.replace(matrix, ranks[name]) for name, matrix in matrices.items())
-    return FactorizeReport(entries, before, _num_parameters(model))
+    entries = []
+    for number, (name, matrix) in enumerate(matrices.items()):
+        progress(name, number, len(matrices))
+        entries.append(surgeon.replace(matrix, ranks[name]))
+    return FactorizeReport(tuple(entries), before, _num_parameters(model))
 
 
 def check_finite(matrices: Mapping[str, Matrix]) -> None:
@@ -103,27 +121,6 @@ def check_finite(matrices: Mapping[str, Matrix]) -> None:
     for name, matrix in matrices.items():
         if matrix.weight.device.type != "meta" and not bool(torch.isfinite(matrix.weight).all()):
             raise ValueError(f"{name} holds NaN or infinity, so it cannot be factorized")
-
-
-def plan_ranks(
-    matrices: Mapping[str, Matrix], ratio: float | None, value: int | None, rule: str, overrides: Mapping[str, int]
-) -> dict[str, int]:
-    """The rank of every matrix, all explicit ranks checked."""
-    if ratio is not None and value is not None:
-        raise ValueError(f"give a rank ratio or a rank value, not both: ratio {ratio}, value {value}")
-    all_names = {alias: name for name, m in matrices.items() for alias in m.names}
-    explicit: dict[str, int] = {}
-    for pattern, override in overrides.items():
-        for alias in match_all(pattern, all_names, "override"):
-            explicit.setdefault(all_names[alias], override)
-    ranks = {}
-    for name, m in matrices.items():
-        rank: int | None = explicit.get(name, value)
-        if rank is None:
-            rank = rank_from_ratio(DEFAULT_RATIO if ratio is None else ratio, m.d_in, m.d_out, rule)
-        check_rank(rank, m.d_in, m.d_out, name)
-        ranks[name] = rank
-    return ranks
 
 
 class _Surgeon:
@@ -139,25 +136,29 @@ class _Surgeon:
                 parent: Any = slot.parent
                 self.previous[id(parent.config)] = slot.module.previous_implementation  # type: ignore[assignment]
 
-    def replace(self, matrix: Matrix, rank: int) -> FactorizeEntry:
+    def replace(self, matrix: Matrix, rank: int | ByEnergy) -> FactorizeEntry:
         """Puts factors into every place of one matrix."""
-        W, owner_type = matrix.weight.detach(), type(matrix.owners[0]).__name__
-        entry = FactorizeEntry(
+        W, d_in, d_out, stack = matrix.weight.detach(), matrix.d_in, matrix.d_out, matrix.stack
+        owner_type = type(matrix.owners[0]).__name__
+        found: list[Decomposition] = []
+        if isinstance(rank, ByEnergy):
+            found = [decompose(W_e) for W_e in _blocks(W)]
+            rank = rank.rank(torch.stack([f.spectrum for f in found]))
+        layer: Any = self._swap_experts(matrix, rank) if matrix.kind == "experts" else self._swap_linears(matrix, rank)
+        kept = self._fill(layer, W, matrix.name, found) if W.device.type != "meta" else None
+        return FactorizeEntry(
             name=matrix.name,
             kind=owner_type,
-            d_in=matrix.d_in,
-            d_out=matrix.d_out,
+            d_in=d_in,
+            d_out=d_out,
             rank=rank,
-            stack=matrix.stack,
+            stack=stack,
             params_before=W.numel(),
-            params_after=matrix.stack * rank * (matrix.d_in + matrix.d_out),
-            warning=rank_warning(rank, matrix.d_in, matrix.d_out) or self._zero_warning(W),
+            params_after=sum(factor.numel() for factor in layer.factors()),
+            warning=rank_warning(rank, d_in, d_out) or self._zero_warning(layer),
             fused=fused_parts(matrix.name),
+            kept_energy=kept,
         )
-        layer = self._swap_experts(matrix, rank) if matrix.kind == "experts" else self._swap_linears(matrix, rank)
-        if W.device.type != "meta":
-            self._fill(layer, W, matrix.name)
-        return entry
 
     def _swap_linears(self, matrix: Matrix, rank: int) -> nn.Module:
         layers = []
@@ -182,28 +183,34 @@ class _Surgeon:
         return stack
 
     @torch.no_grad()
-    def _fill(self, layer: Any, W: Tensor, name: str) -> None:
+    def _fill(self, layer: Any, W: Tensor, name: str, found: list[Decomposition]) -> float | None:
+        """Fills the factors, from the decompositions where there are some; the energy that a truncation keeps."""
         if self.init is None:
             for factor in layer.factors():
                 factor.fill_(torch.nan)
-        elif W.ndim == 2:
-            layer.fill(*self._factors(W, layer.rank, name))
-            if getattr(layer, "wants_dense", False):
-                layer.fill_guide(W)
-        else:
-            for expert, W_e in enumerate(W):
-                layer.fill(*self._factors(W_e, layer.rank, f"{name}.{expert}"), expert=expert)
+            return None
+        spectra = []
+        for e, W_e in enumerate(_blocks(W)):
+            label, where = (name, {}) if W.ndim == 2 else (f"{name}.{e}", {"expert": e})
+            if self.init == "svd":
+                known = found[e] if found else decompose(W_e)
+                spectra.append(known.spectrum)
+                layer.fill(*known.factors(layer.rank), **where)
+            else:
+                layer.fill(*self._random_factors(W_e, layer.rank, label), **where)
+        if getattr(layer, "wants_dense", False):
+            layer.fill_guide(W)
+        return kept_energy(torch.stack(spectra), layer.rank) if spectra else None
 
-    def _factors(self, W: Tensor, rank: int, name: str) -> tuple[Tensor, Tensor]:
-        if self.init == "svd":
-            return truncated_svd(W, rank)
-        std = W.float().square().mean().sqrt().item()
-        return sampled_factors(W.shape[1], W.shape[0], rank, std, named_generator(self.seed, name), W.device)
+    def _random_factors(self, W: Tensor, rank: int, name: str) -> tuple[Tensor, Tensor]:
+        std, generator = W.float().square().mean().sqrt().item(), named_generator(self.seed, name)
+        return sampled_factors(W.shape[1], W.shape[0], rank, std, generator, W.device, self.init == "flat")
 
-    def _zero_warning(self, W: Tensor) -> str | None:
+    def _zero_warning(self, layer: Any) -> str | None:
         """Two zero factors get no gradient from each other, so a zero weight would stay zero for good."""
-        zero = self.init is not None and W.device.type != "meta" and not W.any()
-        return "the weight is zero, and so are its factors: they can never learn" if zero else None
+        known = self.init is not None and layer.factors()[0].device.type != "meta"
+        stuck = known and not any(bool(factor.any()) for factor in layer.factors())
+        return "the weight is zero, and so are its factors: they can never learn" if stuck else None
 
 
 def to_dense_modules(model: nn.Module) -> list[str]:
@@ -228,6 +235,11 @@ def to_dense_modules(model: nn.Module) -> list[str]:
 
 def _factor_slots(model: nn.Module) -> Iterator[Slot]:
     return (slot for slot in walk(model) if isinstance(slot.module, FactorLayer) and hasattr(slot.module, "restore"))
+
+
+def _blocks(W: Tensor) -> list[Tensor]:
+    """The matrices of a stack, or the one that there is."""
+    return [W] if W.ndim == 2 else list(W)
 
 
 def _num_parameters(model: nn.Module) -> int:

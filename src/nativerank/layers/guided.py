@@ -33,27 +33,18 @@ class GuidedLinear(LowRankLinear):
 
     wants_dense = False  # whether the guide starts as the dense initialisation instead of the product
 
-    def __init__(
-        self,
-        d_in: int,
-        d_out: int,
-        rank: int,
-        bias: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ):
-        guide = torch.empty(d_out, d_in, device=device, dtype=dtype)
-        super().__init__(d_in, d_out, rank, bias, device, dtype)
-        self.guide: nn.Parameter | None = nn.Parameter(guide)
+    guide: nn.Parameter | None
+
+    def _allocate(self, rank: int, bias: bool, device: torch.device, dtype: torch.dtype | None) -> None:
+        super()._allocate(rank, bias, device, dtype)
+        self.guide = nn.Parameter(torch.empty(self.out_features, self.in_features, device=device, dtype=dtype))
         self.alpha, self.active = 1.0, True
-        if self.guide.device.type != "meta":
-            self.fill(*self.factors())
 
     @torch.no_grad()
     def fill(self, A: Tensor, B: Tensor) -> None:
         """Copies factors A (d_out, r) and B (d_in, r) into the parameters; the guide becomes their product."""
         super().fill(A, B)
-        if getattr(self, "guide", None) is not None:
+        if self.guide is not None:
             self.fill_guide(merge(*self.factors()))
 
     @torch.no_grad()

@@ -2,6 +2,10 @@
 
     svd        W = std N(0, 1);  W ~ P S Q^T;  A = P_r sqrt(S_r), B = Q_r sqrt(S_r)     one transient dense matrix
     sampled    P_r, Q_r Haar-distributed frames, S_r the spectrum that W would have     no dense matrix anywhere
+    flat       the same frames, all S_r equal and ||S_r|| = std sqrt(d_in d_out), the Frobenius norm of the whole W
+
+flat is SCT's random start (arXiv 2604.00733) with the norm that it names; its published script is too small by a factor
+sqrt(d_in).
 
 A Gaussian W has Haar singular vectors that are independent of its singular values, and those hardly fluctuate: with
 n = max(d), m = min(d), beta = m / n the values sigma / (std sqrt(n)) follow the Marchenko-Pastur law
@@ -20,6 +24,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from nativerank.linalg.truncate import decompose
 
 GRID_POINTS = 1 << 16  # of the Marchenko-Pastur distribution function; the quantile error is far below 1 / min(d)
 
@@ -42,28 +48,13 @@ def dense_init(name: str, d_out: int, d_in: int, std: float, seed: int) -> Tenso
 def truncated_svd(W: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The best rank-r approximation A B^T of W (d_out, d_in), balanced: A (d_out, r), B (d_in, r), at least float32.
 
-    The largest entry of each column of A is positive, so equal input gives equal factors on any LAPACK.
+    Equal input gives equal factors on any LAPACK.
     """
     if not torch.isfinite(W).all():
         raise ValueError(f"cannot factorize a weight of shape {tuple(W.shape)} that holds NaN or infinity")
-    W = W.to(torch.promote_types(W.dtype, torch.float32))
-    P, S, Qh = _robust_svd(W)
-    P, S, Q = P[:, :rank], S[:rank], Qh[:rank].mT
-    peak = P.gather(0, P.abs().argmax(dim=0, keepdim=True))  # (1, r)
-    root = torch.where(peak < 0, -1.0, 1.0).to(S.dtype) * S.sqrt()
-    return (P * root).contiguous(), (Q * root).contiguous()
-
-
-def _robust_svd(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The thin SVD; in float64 where the float32 driver fails to converge, which LAPACK's does on rare matrices."""
-    try:
-        parts = torch.linalg.svd(W, full_matrices=False)
-        if all(torch.isfinite(part).all() for part in parts):
-            return parts
-    except torch.linalg.LinAlgError:
-        pass
-    P, S, Qh = torch.linalg.svd(W.double().cpu(), full_matrices=False)
-    return P.to(W), S.to(W), Qh.to(W)
+    A, B = decompose(W).factors(rank)
+    where = {"device": W.device, "dtype": torch.promote_types(W.dtype, torch.float32)}
+    return A.to(**where), B.to(**where)
 
 
 def gaussian_spectrum(d_in: int, d_out: int, rank: int, std: float) -> Tensor:
@@ -100,13 +91,16 @@ def sampled_factors(
     std: float,
     generator: torch.Generator | None = None,
     device: torch.device | None = None,
+    flat: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Factors A (d_out, r), B (d_in, r) with the law of `truncated_svd` of a Gaussian matrix, no dense matrix formed.
 
-    Numbers are drawn on the CPU (by torch's global generator if none is given), the QR runs on `device`.
+    Numbers are drawn on the CPU (by torch's global generator if none is given), the QR runs on `device`. With `flat`
+    all singular values are equal and W has the Frobenius norm of the Gaussian matrix before truncation.
     """
     P, Q = haar_frame(d_out, rank, generator, device), haar_frame(d_in, rank, generator, device)
-    root = gaussian_spectrum(d_in, d_out, rank, std).sqrt().to(P)
+    equal = torch.full((rank,), std * math.sqrt(d_in * d_out / rank))
+    root = (equal if flat else gaussian_spectrum(d_in, d_out, rank, std)).sqrt().to(P)
     return P * root, Q * root
 
 
@@ -123,9 +117,9 @@ def initial_factors(
     """The starting factors of the named matrix, the same on every machine and in every model that has the name."""
     if init == "svd":
         return truncated_svd(dense_init(name, d_out, d_in, std, seed).to(device or "cpu"), rank)
-    if init == "sampled":
-        return sampled_factors(d_in, d_out, rank, std, named_generator(seed, name), device)
-    raise ValueError(f"unknown initialisation {init!r}; known: svd, sampled")
+    if init in ("sampled", "flat"):
+        return sampled_factors(d_in, d_out, rank, std, named_generator(seed, name), device, init == "flat")
+    raise ValueError(f"unknown initialisation {init!r}; known: svd, sampled, flat")
 
 
 @torch.no_grad()
@@ -137,7 +131,7 @@ def init_factor_layer(layer: Any, name: str, std: float, seed: int, init: str = 
         name: full name of the matrix in the model; seeds the numbers.
         std: standard deviation of the dense initialisation, before truncation.
         seed: of the run.
-        init: "svd" or "sampled". A dense guide starts as the matrix that "svd" truncates.
+        init: "svd", "sampled" or "flat". A dense guide starts as the matrix that "svd" truncates.
     """
     A, *_, B = layer.factors()
     shape = (B.shape[-2], A.shape[-2], layer.rank, std, seed, init, A.device)

@@ -11,6 +11,7 @@ A layer made by surgery keeps the emptied shell of the module it replaced (its t
 weights), so that `restore` gives back that very module.
 """
 
+from collections.abc import Sequence
 from typing import Self
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from nativerank.layers.base import Gemm, merge
 from nativerank.layers.initialize import sampled_factors
 from nativerank.layers.rank import check_rank
+from nativerank.linalg.resize import Resized, Side, cropped, exchange, resized_pair
 from nativerank.linalg.spectrum import product_spectrum
 
 
@@ -47,12 +49,16 @@ class LowRankLinear(nn.Module):
         check_rank(rank, d_in, d_out, type(self).__name__)
         where = torch.get_default_device() if device is None else torch.device(device)
         self.in_features, self.out_features = d_in, d_out
-        # skip_init: nn.Linear's own numbers would be right for each factor alone, not for the product.
-        self.down = nn.utils.skip_init(nn.Linear, d_in, rank, bias=False, device=where, dtype=dtype)
-        self.up = nn.utils.skip_init(nn.Linear, rank, d_out, bias=bias, device=where, dtype=dtype)
         self._shell: tuple[nn.Module, ...] = ()  # in a tuple, so that it is no submodule
+        self._allocate(rank, bias, where, dtype)
         if where.type != "meta":
             self.reset_parameters()
+
+    def _allocate(self, rank: int, bias: bool, device: torch.device, dtype: torch.dtype | None) -> None:
+        """Makes the parameters, unfilled."""
+        # skip_init: nn.Linear's own numbers would be right for each factor alone, not for the product.
+        self.down = nn.utils.skip_init(nn.Linear, self.in_features, rank, bias=False, device=device, dtype=dtype)
+        self.up = nn.utils.skip_init(nn.Linear, rank, self.out_features, bias=bias, device=device, dtype=dtype)
 
     @classmethod
     def replacing(cls, module: nn.Module, rank: int) -> Self:
@@ -73,6 +79,39 @@ class LowRankLinear(nn.Module):
     def share(self, other: Self) -> None:
         """Takes over the factors of another layer, for modules whose weights were tied."""
         self.up.weight, self.down.weight = other.up.weight, other.down.weight
+
+    @torch.no_grad()
+    def resize(self, rank: int, generator: torch.Generator | None = None) -> list[Resized]:
+        """Another rank, in place: W stays but for the energy that is dropped. The parameters stay the same objects.
+
+        Args:
+            rank: smaller keeps the leading singular directions, balanced; larger appends columns that change nothing.
+            generator: draws new columns, on the CPU.
+
+        Returns:
+            What became of each parameter's columns, for `LowRankOptimizer.resize`.
+
+        Raises:
+            ValueError: a rank outside [1, min(d_in, d_out)].
+        """
+        check_rank(rank, self.in_features, self.out_features, type(self).__name__)
+        return self._take(self._resized(rank, generator)) if rank != self.rank else []
+
+    @torch.no_grad()
+    def reshape(self, rank: int) -> list[Resized]:
+        """Parameters of another rank for numbers that are loaded next: first columns kept, new ones zero."""
+        check_rank(rank, self.in_features, self.out_features, type(self).__name__)
+        return self._take([cropped(X, rank) for X in self.factors()]) if rank != self.rank else []
+
+    def _resized(self, rank: int, generator: torch.Generator | None) -> Sequence[Side]:
+        """The factors at another rank, in the order of `factors()`."""
+        return resized_pair(*self.factors(), rank, generator)
+
+    def _take(self, sides: Sequence[Side]) -> list[Resized]:
+        """Puts factors of another rank into the parameters: up, then down."""
+        up, down = sides
+        self.up.in_features = self.down.out_features = up.X.shape[-1]
+        return [exchange(self.up.weight, up), exchange(self.down.weight, down, down=True)]
 
     def restore(self) -> nn.Module:
         """The module that was here before, with W merged into its weight; an `nn.Linear` if there was none."""

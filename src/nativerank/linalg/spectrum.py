@@ -24,6 +24,21 @@ def product_spectrum(A: Tensor, B: Tensor, reduce: Reduce | None = None) -> Tens
     return torch.linalg.svdvals(S).masked_fill(~finite[..., None], torch.nan)
 
 
+def spectral_form(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A B^T = U diag(s) V^T with orthonormal U (..., m, r) and V (..., n, r), s (..., r) descending and >= 0.
+
+    A = Q_A R_A, B = Q_B R_B, R_A R_B^T = P diag(s) Z^T, U = Q_A P, V = Q_B Z, all in float64. The largest entry of each
+    column of U is positive, so that equal input gives equal output on any LAPACK.
+    """
+    Q_A, R_A = torch.linalg.qr(to_float64(A))
+    Q_B, R_B = torch.linalg.qr(to_float64(B))
+    P, s, Zh = torch.linalg.svd(R_A @ R_B.mT)
+    U, V = Q_A @ P, Q_B @ Zh.mT
+    peak = U.gather(-2, U.abs().argmax(-2, keepdim=True))  # (..., 1, r)
+    sign = torch.where(peak < 0, -1.0, 1.0)
+    return U * sign, s, V * sign
+
+
 def singular_values(X: Tensor) -> Tensor:
     """All singular values (..., min(m, n)) of a dense X (..., m, n), descending, in float64; NaN where not finite.
 

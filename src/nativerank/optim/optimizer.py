@@ -6,7 +6,7 @@ optimizer's (`optim.stacks`). On a CPU stacks of large matrices are updated at o
 written, state exists from construction on, and no value is read back to the host.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from functools import partial
 from typing import Any
@@ -17,31 +17,38 @@ from torch.optim.adamw import adamw
 
 from nativerank.config import OptimConfig
 from nativerank.linalg.orthogonalize import coefficients
+from nativerank.linalg.resize import Resized
+from nativerank.linalg.retract import TRIANGULAR, WAYS
+from nativerank.optim.directions import NONE, State, shape_scale
+from nativerank.optim.layerwise import Layerwise, Unit
 from nativerank.optim.parallel import at_once, run_all
-from nativerank.optim.rules import COMMON, NONE, RULES, State, initial_state, shape_scale, step_device
+from nativerank.optim.resize import resized_state
+from nativerank.optim.rules import COMMON, RULES, initial_state, step_device
 from nativerank.optim.stacks import Bucket, members_per_stack, step_bucket
 
 # Shared with the configuration, which is their one home; what a method decides is set here for direct use.
 RULE_OPTIONS = (
     *("weight_decay", "betas", "eps", "momentum", "norm", "power_iterations", "certified"),
     *("orthogonalizer", "orthogonalizer_steps", "step", "renormalize", "update_cap"),
+    *("s_lr", "retraction", "preserve", "riemannian", "retract_every"),
 )
 DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(OptimConfig) if f.name in RULE_OPTIONS}
-DEFAULTS |= {"lr": 1e-3, "nesterov": False, "shape_scale": "none"}
+DEFAULTS |= {"lr": 1e-3, "nesterov": False, "shape_scale": "none", "retraction": "cholesky"}
 
 
 class LowRankOptimizer(torch.optim.Optimizer):
     """Drives AdamW, Muon and Spectron groups together.
 
     Args:
-        groups: dicts with `params` (named parameters; for a pair rule up, down, up, down ...), `rule`, and any
-            option of DEFAULTS.
+        groups: dicts with `params` (named parameters; for a pair rule up, down, up, down ..., for a triple up, down,
+            s ...), `rule`, and any option of DEFAULTS.
 
     Raises:
         ValueError: an unknown rule or option, a value out of range, or a parameter in two groups.
     """
 
     guides: Any = None  # layers.Guides of self-guided training, which fade as the optimizer steps
+    layerwise: Layerwise | None = None  # updates inside the backward pass, if wanted
 
     def __init__(self, groups: Iterable[dict[str, Any]]):
         groups = list(groups)
@@ -51,12 +58,13 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._buckets: dict[int, list[Bucket]] = {}
         for index, group in enumerate(self.param_groups):
             group["initial_lr"] = group["lr"]
+            group["taken"] = 0  # steps, for rules that do something in some of them only
+            rule = RULES[group["rule"]]
             for i, p in enumerate(group["params"]):
-                down = RULES[group["rule"]].kind == "pair" and i % 2 == 1
-                tall = p.shape[-1] if down or p.dim() < 2 else p.shape[-2]
+                position = i % rule.width
+                tall = p.shape[-1] if position == 1 or p.dim() < 2 else p.shape[-2]
                 self.state[p] = {
-                    name: initial_state(name, p, tall, seed=index * 1_000_003 + i)
-                    for name in RULES[group["rule"]].state
+                    name: initial_state(name, p, tall, seed=index * 1_000_003 + i) for name in rule.state_of(position)
                 }
 
     @torch.no_grad()
@@ -66,16 +74,46 @@ class LowRankOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for index, group in enumerate(self.param_groups):
-            rule = RULES[group["rule"]]
-            if rule.kind == "elementwise":
-                self._step_adamw(group)
-            else:
-                pieces = [partial(step_bucket, bucket, rule, group) for bucket in self._group_buckets(index)]
-                run_all(pieces, at_once(group["params"]))
+        if self.layerwise is not None:
+            self.layerwise.finish()
+        else:
+            self.begin()
+            for index, group in enumerate(self.param_groups):
+                if RULES[group["rule"]].kind == "elementwise":
+                    self._step_adamw(group, group["params"])
+                else:
+                    _, pieces, cores = self._pieces(index)
+                    run_all(pieces, cores)
         if self.guides is not None:
             self.guides.set(self.guides.step + 1)
+        if self.layerwise is not None:
+            self.layerwise.arm()
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears the gradients; of a layer-wise step that was not finished, everything."""
+        super().zero_grad(set_to_none)
+        if self.layerwise is not None:
+            self.layerwise.reset()
+
+    def update_layerwise(self) -> None:
+        """From now on updates inside the backward pass (`optim.layerwise`)."""
+        self.layerwise = Layerwise(self)
+
+    def begin(self) -> None:
+        """Before the first update of a step."""
+        for group in self.param_groups:
+            group["taken"] += 1
+
+    def units(self) -> Iterator[Unit]:
+        """Everything this optimizer updates, in the smallest pieces that give the bits of a whole step."""
+        for index, group in enumerate(self.param_groups):
+            if RULES[group["rule"]].kind == "elementwise":
+                yield from (Unit([p], partial(self._step_adamw, group, [p])) for p in group["params"])
+            else:
+                buckets, pieces, cores = self._pieces(index)
+                for bucket, piece in zip(buckets, pieces, strict=True):
+                    yield Unit([p for side in bucket.sides for p in side], piece, cores)
 
     def set_rate(self, multiplier: float) -> None:
         """Sets every group's lr to this share of the peak it was built with."""
@@ -117,6 +155,12 @@ class LowRankOptimizer(torch.optim.Optimizer):
             for p in found["params"]:
                 self.state[p] = {k: initial_state(k, p, p.shape[-1], seed=0) for k in RULES[found["rule"]].state}
 
+    def resize(self, changes: Iterable[Resized]) -> None:
+        """Lets the state follow parameters of this optimizer whose columns became others (`layer.resize`)."""
+        for change in changes:
+            self.state[change.parameter] = resized_state(self.state[change.parameter], change)
+        self._buckets = {}  # other shapes stand side by side now
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         for p, state in self.state.items():
@@ -125,14 +169,16 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._buckets = {}  # the loaded tensors are not views of our stacks any more: stack them again when needed
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "guides": self.guides}
+        return {**super().__getstate__(), "guides": self.guides, "layerwise": self.layerwise}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._buckets = {}
+        if self.layerwise is not None:
+            self.layerwise.arm()
 
-    def _step_adamw(self, group: dict[str, Any]) -> None:
-        params = [p for p in group["params"] if p.grad is not None]
+    def _step_adamw(self, group: dict[str, Any], params: list[Any]) -> None:
+        params = [p for p in params if p.grad is not None]
         if not params:
             return
         states = [self.state[p] for p in params]
@@ -153,10 +199,16 @@ class LowRankOptimizer(torch.optim.Optimizer):
             maximize=False,
         )
 
+    def _pieces(self, index: int) -> tuple[list[Bucket], list[Callable[[], None]], int]:
+        """The stacks of a group, the call that updates each, and how many of these run side by side."""
+        group, buckets = self.param_groups[index], self._group_buckets(index)
+        pieces: list[Callable[[], None]] = [partial(step_bucket, b, RULES[group["rule"]], group) for b in buckets]
+        return buckets, pieces, at_once(group["params"]) if len(pieces) > 1 else 1
+
     def _group_buckets(self, index: int) -> list[Bucket]:
         if index not in self._buckets:
             group = self.param_groups[index]
-            width = 2 if RULES[group["rule"]].kind == "pair" else 1
+            width = RULES[group["rule"]].width
             members: dict[Any, list[tuple[Tensor, ...]]] = {}
             for start in range(0, len(group["params"]), width):
                 unit = tuple(group["params"][start : start + width])
@@ -203,15 +255,28 @@ def _check(group: dict[str, Any]) -> None:
         shape_scale(options["shape_scale"], 1, 1)
     if options["step"] not in ("paper", "root"):
         raise ValueError(f"step must be paper or root, got {options['step']!r}")
+    if options["retraction"] not in WAYS or (options["rule"] == "tsvd" and options["retraction"] not in TRIANGULAR):
+        known = TRIANGULAR if options["rule"] == "tsvd" else WAYS
+        raise ValueError(f"retraction must be one of {', '.join(known)}, got {options['retraction']!r}")
+    if options["retraction"] == "cayley" and (options["preserve"] or options["rule"] == "frame-spectron"):
+        raise ValueError("retraction cayley has no R to be absorbed; with preserve or frames: one take another")
+    if options["certified"] and options["preserve"]:
+        raise ValueError("certified measures a plain retraction; drop preserve")
+    if options["retract_every"] < 1 or (options["s_lr"] is not None and options["s_lr"] < 0):
+        raise ValueError(f"s_lr must be >= 0 and retract_every >= 1, got {options['s_lr']}, {options['retract_every']}")
     if options["norm"] not in ("power", "exact"):
         raise ValueError(f"norm must be power or exact, got {options['norm']!r}")
     if options["certified"] and not options["renormalize"]:
         raise ValueError("certified chooses rho from measured norms; renormalize: false leaves it no say")
     if options["rule"] == "adamw-capped" and not (options["update_cap"] or 0) > 0:
         raise ValueError(f"update_cap must be a positive number, got {options['update_cap']}")
-    bounded = options["rule"] == "spectron" and options["renormalize"] and options["orthogonalizer"] != NONE
+    bounded = (
+        options["rule"] in ("spectron", "stiefel-spectron", "frame-spectron")
+        and options["renormalize"]
+        and options["orthogonalizer"] != NONE
+    )
     if bounded and options["step"] == "paper" and options["lr"] > 1 and not options["certified"]:
         raise ValueError(
-            "spectron's lr is a bound on ||dW|| and must be at most 1 (its proof needs rho <= 1), "
+            f"{options['rule']}'s lr is a bound on ||dW|| and must be at most 1 (its proof needs rho <= 1), "
             f"got {options['lr']}; with step root or certified it may be larger"
         )

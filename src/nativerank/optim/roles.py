@@ -1,6 +1,7 @@
 """What each parameter is to an optimizer: half of a factor pair, a dense hidden matrix, or auxiliary.
 
-    factor     `up` (d_out, r) and `down` (r, d_in) of a module with `factors()`: one matrix W, so always together
+    factor     `up` (d_out, r) and `down` (r, d_in) of a module with `factors()`, and `s` (r) where it has one: one
+               matrix W, so always together
     matrix     a dense hidden matrix, where the method wants those
     guide      the dense matrix beside a factor pair in self-guided training, as long as it is there
     auxiliary  everything else: embedding, head, norms, biases, routers
@@ -20,11 +21,17 @@ Named = tuple[str, nn.Parameter]
 
 @dataclass(frozen=True)
 class Pair:
-    """The parameters of one W = A B^T: up is A (..., d_out, r), down is B^T (..., r, d_in)."""
+    """The parameters of one W: up is A or U (..., d_out, r), down is B^T or V^T (..., r, d_in), s (..., r) or None."""
 
     name: str
     up: Named
     down: Named
+    s: Named | None = None
+
+    @property
+    def members(self) -> tuple[Named, ...]:
+        """All its parameters, in the order in which the optimizer takes them."""
+        return (self.up, self.down) if self.s is None else (self.up, self.down, self.s)
 
 
 @dataclass
@@ -70,11 +77,11 @@ def assign_roles(model: nn.Module, matrices: Iterable[str] = ()) -> Roles:
         return name, parameter
 
     for name, module in factor_modules(model):
-        up, down = (_weight(half) for half in (module.up, module.down))
-        if up.requires_grad != down.requires_grad:
+        members = [_weight(half) for half in (module.up, module.down, getattr(module, "s", None)) if half is not None]
+        if len({p.requires_grad for p in members}) > 1:
             raise ValueError(f"{name}: one factor is frozen and the other is not; a pair trains together or not at all")
-        if up.requires_grad:
-            roles.pairs.append(Pair(name, claim(up), claim(down)))
+        if members[0].requires_grad:
+            roles.pairs.append(Pair(name, *map(claim, members)))
         if getattr(module, "guide", None) is not None and module.guide.requires_grad:
             roles.guides.append(claim(module.guide))
     for name in matrices:

@@ -8,20 +8,22 @@ from typing import Any
 
 import torch
 
-from nativerank.config import GuideConfig, ModelConfig, RankConfig, RunConfig, TrainConfig, differences
+from nativerank.config import AdaptConfig, GuideConfig, ModelConfig, RankConfig, RunConfig, TrainConfig, differences
 from nativerank.hub.load import base_config
 from nativerank.layers import DEFAULT_RATIO
+from nativerank.linalg.energy import check_threshold
 from nativerank.methods import default_rates, find_method
 from nativerank.models import DENSE, Preset, find_preset, read_hf_config
+from nativerank.rank.schedule import resolve_adapt
 
 # What nothing else would notice before the run folder exists.
 BOUNDS: dict[str, tuple[float, float]] = {
     **{f"train.{name}": (1, math.inf) for name in ("steps", "tokens", "batch_size", "accumulation", "context")},
     **{f"train.{name}": (0, math.inf) for name in ("eval_every", "checkpoint_every", "probe_every")},
     **{f"train.{name}": (1, math.inf) for name in ("eval_tokens", "keep")},
-    **{f"optim.{name}": (0, math.inf) for name in ("lr", "aux_lr", "weight_decay", "clip")},
+    **{f"optim.{name}": (0, math.inf) for name in ("lr", "aux_lr", "weight_decay", "clip", "s_lr")},
     **{f"optim.{name}": (0, 1) for name in ("warmup", "decay", "final_lr")},
-    **{f"optim.{name}": (1, math.inf) for name in ("orthogonalizer_steps", "power_iterations")},
+    **{f"optim.{name}": (1, math.inf) for name in ("orthogonalizer_steps", "power_iterations", "retract_every")},
     **{f"model.{name}": (0, math.inf) for name in ("init_scale", "embedding_std")},
     **{f"guard.{name}": (1, math.inf) for name in ("window", "max_events", "sigma_factor")},
     "guard.loss_jump": (0, math.inf),
@@ -49,7 +51,7 @@ def resolve(config: RunConfig) -> RunConfig:
         check_init(config)
     defaults = method_defaults(config, method_name)
     optim, model = config.optim, config.model
-    for name in ("lr", "aux_lr", "nesterov", "shape_scale"):
+    for name in (key.removeprefix("optim.") for key in defaults if key.startswith("optim.")):
         if getattr(optim, name) is None:
             optim = replace(optim, **{name: defaults[f"optim.{name}"]})
     if model.init_scale is None and not config.init:
@@ -71,12 +73,15 @@ def resolve(config: RunConfig) -> RunConfig:
 def method_defaults(config: RunConfig, name: str) -> dict[str, Any]:
     """What a method decides where the configuration does not, by dotted key."""
     method = find_method(name)
+    one = config.optim.frames == "one"  # and no s
     rates = default_rates(name, "" if config.model.config else config.model.preset.removesuffix(DENSE))
     return {
         "optim.lr": rates.lr,
         "optim.aux_lr": rates.aux_lr,
         "optim.nesterov": method.options.get("nesterov", False),
         "optim.shape_scale": method.options.get("shape_scale", "none"),
+        "optim.retraction": method.options.get("retraction", "cholesky"),
+        "optim.s_lr": None if one else method.options.get("s_lr"),
         "model.init_scale": rates.init_scale,
     }
 
@@ -149,9 +154,12 @@ def resolve_rank(config: RunConfig, preset: Preset, method: str) -> RankConfig:
                 f"{method} keeps dense matrices, so rank.{differences(rank, RankConfig())[0]} has no meaning"
             )
         return rank
-    if rank.ratio is not None and rank.value is not None:
-        raise ValueError(f"give rank.ratio or rank.value, not both: {rank.ratio}, {rank.value}")
-    if rank.ratio is not None or rank.value is not None or config.init:
+    if rank.energy is not None:
+        check_threshold(rank.energy, "rank.energy")
+    for other in ("value", "energy"):
+        if rank.ratio is not None and getattr(rank, other) is not None:
+            raise ValueError(f"give rank.ratio or rank.{other}, not both: {rank.ratio}, {getattr(rank, other)}")
+    if any(given is not None for given in (rank.ratio, rank.value, rank.energy)) or config.init:
         return rank
     if config.model.config or preset.value is None:
         return replace(rank, ratio=DEFAULT_RATIO if config.model.config else preset.ratio)
@@ -161,7 +169,8 @@ def resolve_rank(config: RunConfig, preset: Preset, method: str) -> RankConfig:
 def check_init(config: RunConfig) -> None:
     """Raises a ValueError naming the first key that the weights of --init would overrule."""
     model = replace(config.model, preset=ModelConfig().preset)  # whose training settings still count
-    ignored = differences(model, ModelConfig(), "model.") + differences(config.rank, RankConfig(), "rank.")
+    rank = replace(config.rank, adapt=AdaptConfig())  # which starts from the ranks it brings
+    ignored = differences(model, ModelConfig(), "model.") + differences(rank, RankConfig(), "rank.")
     if ignored:
         raise ValueError(f"--init {config.init} brings architecture and ranks along, so {ignored[0]} has no meaning")
 

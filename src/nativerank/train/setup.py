@@ -127,6 +127,7 @@ def optimizer_for(config: RunConfig, model: nn.Module) -> LowRankOptimizer:
         aux_lr=o.aux_lr,
         nesterov=o.nesterov,
         shape_scale=o.shape_scale,
+        frames=o.frames,
         seed=t.seed,
         **guided,
         **{name: getattr(o, name) for name in RULE_OPTIONS},
@@ -148,11 +149,13 @@ def new_skeleton(config: RunConfig, dataset: Dataset) -> tuple[nn.Module, Factor
             config.method or "",
             rank_ratio=r.ratio,
             rank=r.value,
+            energy=r.energy,
             rank_rule=r.rule,
             include=r.include,
             exclude=r.exclude,
             overrides=r.overrides,
             guide=config.guide.init if find_method(config.method or "").guided else None,
+            frames=config.optim.frames,
         )
     return model, report
 

@@ -1,0 +1,150 @@
+"""What update rules are made of: stacks of matrices with their state, changes, directions and step sizes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from nativerank.linalg.gram import gram, to_float64
+from nativerank.linalg.norms import power_iteration, spectral_norm
+from nativerank.linalg.orthogonalize import orthogonalizing_factor
+
+Options = Mapping[str, Any]
+MARGIN = 1 + 2e-5  # on certified norms
+NONE = "none"  # for an orthogonalizer: the momentum as it is
+State = dict[str, Tensor]
+
+
+@dataclass
+class Stack:
+    """Equal-shaped matrices side by side: weight, grad and every state tensor start with the same batch dimensions.
+
+    `shape` is that of the parameter as stored (rows, cols); the tensors of a factor are tall views (..., d, r), those
+    of a spectrum s are (..., r). Rules of kind "matrix" get no `weight`. Rules write to `state` in place and leave
+    weight and grad alone.
+    """
+
+    grad: Tensor
+    state: State
+    shape: tuple[int, ...]
+    stored: Tensor | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The weights, of rules that see them."""
+        assert self.stored is not None
+        return self.stored
+
+
+class Product(NamedTuple):
+    """A change D = M Q (n, ..., d, r) as its factors: on a CPU the shell subtracts it without forming it."""
+
+    M: Tensor
+    Q: Tensor
+
+
+class New(NamedTuple):
+    """What takes the place of the weights (n, ...), where a step is no subtraction; weight decay is in it already."""
+
+    weight: Tensor
+
+
+Difference = Tensor | Product
+Change = Difference | New
+
+
+def formed(change: Difference) -> Tensor:
+    """D as one tensor."""
+    return change.M @ change.Q if isinstance(change, Product) else change
+
+
+def shape_scale(kind: str, rows: int, cols: int) -> float:
+    """The factor on an orthogonalized update of a (rows, cols) parameter.
+
+    none: 1. original: sqrt(max(1, rows / cols)), Muon's. match_rms_adamw: 0.2 sqrt(max(rows, cols)), which gives
+    entries the size of AdamW's (Liu et al. 2025, arXiv 2502.16982).
+    """
+    if kind == "none":
+        return 1.0
+    if kind == "original":
+        return max(1.0, rows / cols) ** 0.5
+    if kind == "match_rms_adamw":
+        return 0.2 * max(rows, cols) ** 0.5
+    raise ValueError(f"shape_scale must be none, original or match_rms_adamw, got {kind!r}")
+
+
+def averaged(side: Stack, options: Options) -> Tensor:
+    """Updates the momentum in place; returns what is orthogonalized: M, or with Nesterov (1 - mu) G + mu M."""
+    M, grad, mu = side.state["momentum"], side.grad.to(side.state["momentum"].dtype), options["momentum"]
+    M.lerp_(grad, 1 - mu)
+    return grad.lerp(M, mu) if options["nesterov"] else M
+
+
+def pair_factors(M_A: Tensor, M_B: Tensor, options: Options) -> Tensor:
+    """Q_A, Q_B (2, n, ..., r, r) with O = M Q; the identity where nothing is to be orthogonalized."""
+    if options["orthogonalizer"] == NONE:
+        r = M_A.shape[-1]
+        return torch.eye(r, dtype=M_A.dtype, device=M_A.device).expand(2, *M_A.shape[:-2], r, r)
+    G = torch.stack([gram(M_A), gram(M_B)])
+    return orthogonalizing_factor(G, options["orthogonalizer"], options["orthogonalizer_steps"])
+
+
+def pair_rho(norms: Tensor, options: Options) -> Tensor:
+    """rho (...) from sigma_A + sigma_B (...), for factors O of norm at most 1.
+
+    paper   lr / (norms + 1): bounds rho norms + rho^2 as long as rho <= 1
+    root    the positive root of rho^2 + rho norms = lr: the same bound, met with equality, for any lr
+    """
+    eta = options["lr"]
+    if not options["renormalize"]:
+        return torch.full_like(norms, eta)
+    if options["step"] == "paper":
+        return eta / (norms + 1)
+    tiny = torch.finfo(norms.dtype).tiny  # for lr 0 at zero norms
+    return 2 * eta / (norms + (norms.square() + 4 * eta).sqrt()).clamp_min(tiny)
+
+
+def certified_rho(O_A: Tensor, O_B: Tensor, A: Tensor, B: Tensor, eta: float) -> Tensor:
+    """The largest rho (...) for which ||dW||_2 <= eta is proven, whatever made O_A and O_B, at any eta.
+
+    Proof. Let c_A >= ||O_A||, c_B >= ||O_B||, a >= ||A||, b >= ||B||.
+      1. dW = (A - rho O_A)(B - rho O_B)^T - A B^T = -rho (O_A B^T + A O_B^T) + rho^2 O_A O_B^T.
+      2. By the triangle inequality and ||X Y^T|| <= ||X|| ||Y||,
+         ||dW|| <= rho (c_A b + c_B a) + rho^2 c_A c_B.
+      3. The right side grows with rho >= 0 and equals eta at the positive root of c_A c_B rho^2 + (c_A b + c_B a) rho
+         = eta, which is returned. Nothing else was assumed: no bound on rho, no quality of O.
+
+    The four norms are measured, not trusted: largest eigenvalues of float64 Gram matrices, whose rounding error
+    (below 1e-9 for d r < 1e6) and that of rho O in float32 (below 1e-5 for r < 1e4) the factor MARGIN covers. Weight
+    decay and the rounding of the stored factors after the step are outside the bound.
+    """
+    c_A, c_B, a, b = (MARGIN * spectral_norm(to_float64(X)) for X in (O_A, O_B, A, B))
+    linear, quadratic = c_A * b + c_B * a, c_A * c_B
+    root = 2 * eta / (linear + (linear.square() + 4 * quadratic * eta).sqrt()).clamp_min(torch.finfo(linear.dtype).tiny)
+    largest = torch.finfo(O_A.dtype).max  # for O so small that rho overflows
+    return torch.where(linear + quadratic > 0, root.clamp_max(largest), 0.0).to(O_A)
+
+
+def adamw_direction(side: Stack, options: Options) -> Tensor:
+    """AdamW's D (n, ..., d, r) times lr, as torch.optim.AdamW computes it; advances the moments in place."""
+    m, v, step = (side.state[name] for name in ("exp_avg", "exp_avg_sq", "step"))
+    beta1, beta2 = options["betas"]
+    grad = side.grad.to(m.dtype)
+    step += 1
+    m.lerp_(grad, 1 - beta1)
+    v.lerp_(grad.square(), 1 - beta2)
+    shape = (-1, *(1 for _ in m.shape[1:]))
+    # In float64 on the counter's own device: 1 - 0.999**1 keeps four digits in float32, and MPS has no float64.
+    correct1, correct2 = ((1 - beta ** step.double()).to(m).reshape(shape) for beta in (beta1, beta2))
+    return options["lr"] * (m / correct1) / ((v / correct2).sqrt() + options["eps"])
+
+
+def factor_norm(X: Tensor, state: State, options: Options) -> Tensor:
+    """sigma_max (n, ...) of the factors before their update; power iteration advances its state in place."""
+    if options["norm"] == "exact":
+        return spectral_norm(X)
+    sigma, u = power_iteration(X, state["power_vector"], options["power_iterations"])
+    state["power_vector"].copy_(u)
+    return sigma

@@ -62,7 +62,12 @@ class TrainConsole:
 
     def row(self, row: dict[str, Any]) -> None:
         """Shows a step's row, at most every PLAIN_EVERY_SECONDS when piped, but every validation."""
-        if "loss" not in row or self.quiet:
+        if self.quiet:
+            return
+        if row.get("event") == "ranks":
+            before, after = (sum(pair[i] for pair in row["ranks"].values()) for i in (0, 1))
+            self.say(f"step {row['step']}: {len(row['ranks'])} ranks changed, their sum from {before} to {after}")
+        if "loss" not in row:
             return
         if "val_loss" in row:
             self.val_loss = f"  val {row['val_loss']:.3f}"

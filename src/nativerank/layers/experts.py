@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from nativerank.layers.base import Gemm, merge
 from nativerank.layers.initialize import sampled_factors
 from nativerank.layers.rank import check_rank
+from nativerank.linalg.resize import Resized, Side, cropped, exchange, resized_pair
 from nativerank.linalg.spectrum import product_spectrum
 
 IMPLEMENTATION = "nativerank"  # our name in the experts interface
@@ -85,6 +86,21 @@ class LowRankExperts(nn.Module):
         """Copies factors A (d_out, r) and B (d_in, r) of one expert into the parameters, in their dtype."""
         self.up[expert].copy_(A)
         self.down[expert].copy_(B.mT)
+
+    @torch.no_grad()
+    def resize(self, rank: int, generator: torch.Generator | None = None) -> list[Resized]:
+        """Another rank for every expert, in place; as `LowRankLinear.resize`."""
+        check_rank(rank, self.in_features, self.out_features, type(self).__name__)
+        return self._take(*resized_pair(*self.factors(), rank, generator)) if rank != self.rank else []
+
+    @torch.no_grad()
+    def reshape(self, rank: int) -> list[Resized]:
+        """Parameters of another rank for numbers that are loaded next."""
+        check_rank(rank, self.in_features, self.out_features, type(self).__name__)
+        return self._take(*(cropped(X, rank) for X in self.factors())) if rank != self.rank else []
+
+    def _take(self, up: Side, down: Side) -> list[Resized]:
+        return [exchange(self.up, up), exchange(self.down, down, down=True)]
 
     @property
     def rank(self) -> int:

@@ -1,57 +1,66 @@
-"""Spectral energy: which share of ||W||_F^2 the r leading singular directions hold, and which r a share asks for.
+"""Which rank a spectrum asks for: to shrink, to grow, or to stay. E(r) is `linalg.energy`'s share of ||W||_F^2.
 
-    E(r) = sum_{i<=r} s_i^2 / sum_i s_i^2,      rank of a threshold t: the smallest r with E(r) >= t
+shrink   to the smallest r' with E(r') >= threshold, rounded up to a multiple, if that saves the share `hysteresis`.
+grow     The truncated spectrum cannot show what lies beyond it, but it shows how fast it decays. With n columns to be
+         added, e_1 the energy of the last n columns and e_2 that of the n before them, the next n would hold
 
-Dropping all but r directions changes W by ||dW||_F^2 = (1 - E(r)) ||W||_F^2, so a threshold of 0.99 allows a relative
-change of 0.1. A stack of matrices (experts) has one rank for all and is read as one block-diagonal matrix: the energy
-of its r leading directions of every block.
+             e_0 = e_1^2 / e_2        (geometric decay; e_0 = n s_r^2 where there are fewer than 2 n columns)
+
+         and the energy rule, asked about the spectrum continued so, wants more columns than there are if
+
+             sum s^2 / (sum s^2 + e_0) < threshold.
+
+         A flat spectrum is grown, a decayed one is not, and neither is one whose youngest columns are still empty: a
+         matrix grows as long as it uses what it was given.
+
+Growth that was not used, that is dropped again, sets the matrix's limit to what it shrank to.
 """
 
-import torch
 from torch import Tensor
 
-
-def check_threshold(threshold: float, name: str = "energy") -> None:
-    """Raises a ValueError unless the threshold lies in (0, 1]."""
-    if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 < threshold <= 1:
-        raise ValueError(f"{name} is a share of the spectrum's energy and must lie in (0, 1], got {threshold!r}")
+from nativerank.config import AdaptConfig
+from nativerank.layers.rank import break_even_rank
+from nativerank.linalg.energy import energies, energy_rank
 
 
-def energies(spectrum: Tensor, name: str = "matrix") -> Tensor:
-    """s_i^2 (r,) in float64, descending, summed over a stack.
-
-    Args:
-        spectrum: singular values (..., r) in any order and of any sign.
-        name: of the matrix, for the message.
-
-    Raises:
-        ValueError: a value that is not finite.
-    """
-    if not bool(torch.isfinite(spectrum).all()):
-        raise ValueError(f"{name}: a factor holds NaN or infinity, so its spectrum says nothing about its rank")
-    squares = spectrum.detach().cpu().double().square().sort(-1, descending=True).values
-    return squares.reshape(-1, squares.shape[-1]).sum(0)
+def growth_limit(d_in: int, d_out: int, largest: int | None) -> int:
+    """The rank beyond which a matrix does not grow: `largest`, or the last one that saves something."""
+    below = -int(-break_even_rank(d_in, d_out) // 1) - 1
+    return min(d_in, d_out, below if largest is None else largest)
 
 
-def kept_energy(spectrum: Tensor, rank: int, name: str = "matrix") -> float:
-    """E(rank); 1 for a zero matrix, of which nothing can be lost."""
-    squares = energies(spectrum, name)
-    total = squares.sum()
-    return (squares[:rank].sum() / total).item() if total > 0 else 1.0
-
-
-def energy_rank(spectrum: Tensor, threshold: float, name: str = "matrix") -> int:
-    """The smallest r >= 1 with E(r) >= threshold; 1 for a zero matrix.
+def next_rank(spectrum: Tensor, limit: int, adapt: AdaptConfig, name: str = "matrix") -> int:
+    """The rank for the matrix with these r singular values (..., r).
 
     Args:
-        spectrum: singular values (..., r) in any order and of any sign.
-        threshold: share of the energy, in (0, 1].
-        name: of the matrix, for the message.
+        spectrum: of one matrix, or of a stack that has one rank.
+        limit: it does not grow beyond.
+        adapt: with a threshold.
+        name: of the matrix, for messages.
 
     Raises:
-        ValueError: a threshold outside (0, 1], or a spectrum that is not finite.
+        ValueError: a spectrum that is not finite.
     """
-    check_threshold(threshold)
-    cumulative = energies(spectrum, name).cumsum(0)
-    # Compared with the last partial sum itself, so that a threshold of 1 is met by r at the latest.
-    return min(int((cumulative < threshold * cumulative[-1]).sum()) + 1, spectrum.shape[-1])
+    assert adapt.threshold is not None
+    rank, m = spectrum.shape[-1], adapt.multiple
+    wanted = max(energy_rank(spectrum, adapt.threshold, name), adapt.min)
+    wanted = -(-wanted // m) * m
+    slack = adapt.hysteresis if adapt.mode == "schedule" else 0.0  # a choice made once cannot go to and fro
+    if wanted < rank and wanted <= rank * (1 - slack):
+        return wanted
+    target = min((rank + max(m, int(adapt.grow * rank))) // m * m, limit)
+    if adapt.grow and target > rank and foreseen_energy(energies(spectrum, name), target - rank) < adapt.threshold:
+        return target
+    return rank
+
+
+def foreseen_energy(squares: Tensor, count: int) -> float:
+    """E(r) of the r squares (r,), descending, if `count` more followed with the decay of the last ones; 1 of zeros."""
+    total, r = squares.sum().item(), squares.shape[0]
+    last = squares[-count:].sum().item()
+    if r >= 2 * count:
+        before = squares[-2 * count : -count].sum().item()
+        missing = last**2 / before if before > 0 else 0.0
+    else:
+        missing = count * squares[-1].item()
+    return total / (total + missing) if total > 0 else 1.0

@@ -1,0 +1,142 @@
+"""When ranks change during training, and everything that changes with them.
+
+    look     at scheduled steps: the spectrum of every trained matrix, in r x r, and the rank it asks for (`rank.energy`)
+    resize   the layer's parameters and gradients (`layer.resize`), and the optimizer's state (`optimizer.resize`)
+    record   ranks before and after, the energy that was kept, parameters now
+
+A look is a function of weights, step and seed, so a resumed run repeats it bit for bit. A checkpoint keeps the ranks
+that the run began with, the present ones and the limits of growth; `restore` brings a model built for the first to the
+second before its tensors are read. Cost of a look: two Gram matrices or QR factorizations per matrix and O(r^3), a few
+times in a run.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from nativerank.config import AdaptConfig
+from nativerank.layers import init_seed
+from nativerank.linalg.energy import kept_energy
+from nativerank.optim.roles import factor_modules
+from nativerank.rank.energy import growth_limit, next_rank
+from nativerank.rank.schedule import due
+
+
+class Owner(Protocol):
+    """The optimizer, as far as ranks need it."""
+
+    def resize(self, changes: Any) -> None: ...
+
+
+@dataclass(frozen=True)
+class Change:
+    """One look that changed something.
+
+    ranks: name -> (before, after). energy: name -> share of ||W||_F^2 that is left, 1 for what grew.
+    """
+
+    ranks: dict[str, tuple[int, int]]
+    energy: dict[str, float]
+
+
+@dataclass
+class Ranks:
+    """What a checkpoint keeps: ranks at the start of the run and now, limits of growth, whose last change was growth."""
+
+    initial: dict[str, int]
+    now: dict[str, int]
+    limits: dict[str, int] = field(default_factory=dict)
+    grown: list[str] = field(default_factory=list)
+
+
+class RankController:
+    """Adapts the ranks of a model's factor layers as training goes on.
+
+    Args:
+        model: its trainable factor layers are looked at.
+        optimizer: holds their parameters.
+        adapt: what to do, resolved.
+        steps: of the run, of which the schedule's shares are.
+        seed: of the columns that are grown.
+
+    Raises:
+        ValueError: `max` that no matrix can reach.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Owner, adapt: AdaptConfig, steps: int, seed: int = 0):
+        self.optimizer, self.adapt, self.steps, self.seed = optimizer, adapt, steps, seed
+        self.layers = {name: m for name, m in factor_modules(model) if m.factors()[0].requires_grad}
+        largest = max((min(m.in_features, m.out_features) for m in self.layers.values()), default=0)
+        if adapt.max is not None and adapt.max > largest:
+            raise ValueError(
+                f"rank.adapt.max {adapt.max} is beyond min(d_in, d_out) of every matrix, {largest} at most"
+            )
+        ranks = {name: m.rank for name, m in self.layers.items()}
+        self.ranks = Ranks(ranks, dict(ranks))
+
+    def due(self, step: int) -> bool:
+        """Whether the ranks are looked at after this many updates."""
+        return due(self.adapt, step, self.steps)
+
+    @torch.no_grad()
+    def look(self, step: int) -> Change | None:
+        """Changes what has to change after `step` updates.
+
+        Raises:
+            ValueError: a factor that is not finite, named; nothing has changed then.
+        """
+        spectra = {name: layer.spectrum() for name, layer in self.layers.items()}
+        wanted = {name: next_rank(s, self._limit(name), self.adapt, name) for name, s in spectra.items()}
+        change = Change({}, {})
+        for name, rank in wanted.items():
+            before = self.layers[name].rank
+            if rank == before:
+                continue
+            change.ranks[name], change.energy[name] = (before, rank), kept_energy(spectra[name], rank, name)
+            generator = torch.Generator().manual_seed(init_seed(self.seed, f"{name}:rank:{step}"))
+            self.optimizer.resize(self.layers[name].resize(rank, generator))
+            self._note(name, before, rank)
+        return change if change.ranks else None
+
+    def state(self) -> dict[str, Any]:
+        """Plain numbers and names, for a checkpoint."""
+        r = self.ranks
+        return {"initial": r.initial, "now": r.now, "limits": r.limits, "grown": r.grown}
+
+    @torch.no_grad()
+    def restore(self, values: dict[str, Any], where: str) -> None:
+        """Brings the model and its optimizer to the shapes of a checkpoint, whose tensors are read next.
+
+        Args:
+            values: of `state`.
+            where: the checkpoint, for messages.
+
+        Raises:
+            ValueError: it belongs to a run with other ranks.
+        """
+        if values["initial"].keys() == self.ranks.initial.keys():
+            for name, rank in self.ranks.initial.items():
+                if values["initial"][name] != rank:
+                    began = values["initial"][name]
+                    raise ValueError(f"{where} began with rank {began} in {name}, this configuration with {rank}")
+                if self.adapt.threshold is None and values["now"][name] != rank:
+                    now = values["now"][name]
+                    raise ValueError(f"{where} has rank {now} in {name}, this configuration {rank}; see rank.adapt")
+            for name, layer in self.layers.items():
+                self.optimizer.resize(layer.reshape(values["now"][name]))
+            self.ranks = Ranks(**values)
+
+    def _limit(self, name: str) -> int:
+        layer = self.layers[name]
+        return self.ranks.limits.get(name, growth_limit(layer.in_features, layer.out_features, self.adapt.max))
+
+    def _note(self, name: str, before: int, after: int) -> None:
+        r = self.ranks
+        r.now[name] = after
+        if after > before:
+            r.grown = [*(other for other in r.grown if other != name), name]
+        elif name in r.grown:  # what had grown was not used
+            r.limits[name] = after
+            r.grown.remove(name)

@@ -1,0 +1,55 @@
+"""When ranks are looked at, and whether a configuration of that makes sense."""
+
+import math
+from dataclasses import fields, replace
+
+from nativerank.config import AdaptConfig
+from nativerank.linalg.energy import check_threshold
+
+DEFAULT_THRESHOLD = 0.99
+# Smallest and largest value.
+BOUNDS: dict[str, tuple[float, float]] = {
+    **{name: (0, 1) for name in ("start", "every", "until", "hysteresis", "grow")},
+    **{name: (1, math.inf) for name in ("min", "multiple", "max")},
+}
+
+
+def resolve_adapt(adapt: AdaptConfig, compiled: bool = False) -> AdaptConfig:
+    """The same with mode and threshold filled in, unless ranks stay.
+
+    Args:
+        adapt: as it was given.
+        compiled: whether the model's blocks are.
+
+    Raises:
+        ValueError: a value out of range, or one that has no meaning beside the others.
+    """
+    mode = adapt.mode or ("off" if adapt.threshold is None else "schedule")
+    if mode == "off":
+        given = [f.name for f in fields(AdaptConfig) if getattr(adapt, f.name) != f.default and f.name != "mode"]
+        if given:
+            value = getattr(adapt, given[0])
+            raise ValueError(f"rank.adapt.{given[0]} {value} has no meaning while rank.adapt.mode is off")
+        return adapt
+    adapt = replace(adapt, mode=mode, threshold=DEFAULT_THRESHOLD if adapt.threshold is None else adapt.threshold)
+    assert adapt.threshold is not None
+    check_threshold(adapt.threshold, "rank.adapt.threshold")
+    for name, (low, high) in BOUNDS.items():
+        value = getattr(adapt, name)
+        if value is not None and not low <= value <= high:
+            wanted = f"at least {low}" if high == math.inf else f"in [{low}, {high}]"
+            raise ValueError(f"rank.adapt.{name} must be {wanted}, got {value}")
+    if mode == "schedule" and adapt.until < adapt.start:
+        raise ValueError(f"rank.adapt.until {adapt.until} lies before rank.adapt.start {adapt.start}: no look at all")
+    if compiled:
+        raise ValueError("ranks that change would have every block compiled again; drop --compile or rank.adapt")
+    return adapt
+
+
+def due(adapt: AdaptConfig, step: int, steps: int) -> bool:
+    """Whether the ranks are looked at after `step` of `steps` updates; `adapt` resolved."""
+    first = max(1, round(adapt.start * steps))
+    if adapt.mode != "schedule":
+        return adapt.mode == "once" and step == first
+    interval = max(1, round(adapt.every * steps))
+    return first <= step <= adapt.until * steps and (step - first) % interval == 0

@@ -7,6 +7,7 @@ from torch.testing import assert_close
 
 from nativerank.layers import SpectralLinear
 from nativerank.linalg.change import update_norm
+from nativerank.linalg.retract import tangent
 from nativerank.methods import build_optimizer
 from nativerank.optim import frames
 from nativerank.optim.directions import Stack
@@ -321,3 +322,19 @@ def test_s_stays_float32_in_a_bf16_model():
     layer = SpectralLinear(8, 6, 3).to(torch.bfloat16)
     assert layer.s.dtype == torch.float32 and layer.up.weight.dtype == torch.bfloat16
     assert layer(torch.zeros(2, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_tangent_part_of_an_orthonormal_step_is_at_most_2_over_sqrt_3():
+    """docs/math.md; attained for a = 1/3, so no smaller constant would do."""
+    g = torch.Generator().manual_seed(0)
+    U = torch.eye(6, dtype=torch.float64)[:, :3]
+    worst = 0.0
+    for _ in range(300):
+        O = torch.linalg.qr(torch.randn(6, 3, generator=g, dtype=torch.float64)).Q
+        worst = max(worst, torch.linalg.matrix_norm(tangent(U, O), 2).item())
+    assert 1.0 < worst <= 2 / 3**0.5
+    # x = e_1: C x = -e_2 / 3, C^T x = e_2, the rest of the column outside span(U)
+    O = torch.zeros(6, 3, dtype=torch.float64)
+    O[0, 1], O[1, 0], O[3, 0] = 1.0, -1 / 3, (8 / 9) ** 0.5
+    assert torch.linalg.matrix_norm(O, 2).item() <= 1 + 1e-12
+    assert torch.linalg.matrix_norm(tangent(U, O), 2).item() == pytest.approx(2 / 3**0.5, rel=1e-3)

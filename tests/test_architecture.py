@@ -14,7 +14,7 @@ LEVELS = {
     2: ("layers", "optim", "data", "distributed"),
     3: ("methods", "models", "rank"),
     4: ("accounting", "evaluate", "hub"),
-    5: ("train", "integrations"),
+    5: ("train", "convert", "integrations"),
     6: ("experiments", "bench", "scaling", "report"),
     7: ("cli",),
     8: ("__main__",),

@@ -28,8 +28,8 @@ def new_folder(out: Path, replace: bool = False) -> Iterator[Path]:
     Raises:
         ValueError: `out` exists and is not an empty folder (unless `replace`); or the disk is full.
     """
-    if not replace and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not empty; choose another folder or remove it")
+    if not replace:
+        check_free(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}{PARTIAL}", dir=out.parent))
     try:
@@ -46,6 +46,12 @@ def new_folder(out: Path, replace: bool = False) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_free(out: Path) -> None:
+    """Raises a ValueError if `out` exists and is not an empty folder."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not empty; choose another folder or remove it")
 
 
 def remove_partial(out: Path) -> None:

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from nativerank.linalg.truncate import decompose, energy_rank, kept_energy
+from nativerank.linalg.energy import energy_rank, kept_energy
+from nativerank.linalg.truncate import decompose
 
 SHAPES = [(40, 40), (24, 60), (60, 24), (1, 7), (7, 1)]
 
@@ -64,3 +65,15 @@ def test_a_zero_matrix_keeps_everything_at_rank_one():
     A, B = found.factors(3)
     assert energy_rank(found.spectrum, 0.95) == 1 and kept_energy(found.spectrum, 1) == 1.0
     assert torch.equal(A @ B.mT, torch.zeros(6, 9, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("energy", [0, -0.1, 1.0001, float("nan"), "much", True])
+def test_an_energy_lies_in_0_1(energy):
+    with pytest.raises(ValueError, match=r"energy must lie in \(0, 1\], got"):
+        energy_rank(torch.ones(3), energy)
+
+
+def test_a_stack_has_the_rank_of_its_blocks_together():
+    spectra = torch.tensor([[4.0, 1.0, 0.0], [3.0, 3.0, 1.0]])
+    assert kept_energy(spectra, 1) == pytest.approx(25 / 36) and kept_energy(spectra, 2) == pytest.approx(35 / 36)
+    assert energy_rank(spectra, 0.9) == 2

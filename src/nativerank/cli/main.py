@@ -19,6 +19,7 @@ COMMANDS = {
     "train": "pretrain a model: a checkpointed, resumable run",
     "data": "prepare, describe and verify training data",
     "generate": "continue a prompt with a trained model",
+    "convert": "turn a dense model into factors that training goes on from",
     "compare": "train methods side by side: rates, seeds, budgets, statistics",
     "bench": "measure speed, as ratios within one process",
 }

@@ -26,11 +26,12 @@ EXAMPLE = """examples:
 # A flag overrules these keys of a file, a run's config.yaml above all, in which every default is filled in: they say
 # the same in another way, or mean nothing beside it.
 RIVALS: dict[str, tuple[str, ...]] = {
-    "rank.ratio": ("rank.value",),
-    "rank.value": ("rank.ratio",),
+    "rank.ratio": ("rank.value", "rank.energy"),
+    "rank.value": ("rank.ratio", "rank.energy"),
+    "rank.energy": ("rank.ratio", "rank.value"),
     "train.steps": ("train.tokens",),
     "train.tokens": ("train.steps",),
-    "init": tuple(key for key in keys(RunConfig) if re.match(r"rank\.|model\.(?!preset)", key)),
+    "init": tuple(key for key in keys(RunConfig) if re.match(r"rank\.(?!adapt)|model\.(?!preset)", key)),
 }
 
 
@@ -48,30 +49,35 @@ def build_parser(
     usage: str = "",
     first: Callable[[Any], None] = lambda parser: None,
 ) -> Any:
-    """A parser for every key of RunConfig; errors are raised as ValueError, unknown keys name the nearest.
+    """A parser for every key of RunConfig.
 
     Args:
         description, example, prog: what --help says.
         usage: flags besides the keys, for the first line of --help.
         first: adds them, so that they come first in --help.
     """
-    import jsonargparse
-
-    class TrainParser(jsonargparse.ArgumentParser):
-        def error(self, message: str, ex: Exception | None = None):
-            raise ValueError(explain(message, [action.dest for action in self._actions]))
-
-    class Formatter(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        """Types and defaults beside each key, examples as they stand."""
-
     usage = f"{prog} {usage}[--config F.yaml] [--KEY VALUE ...]   (keys below; YAML files nest them)"
-    parser = TrainParser(prog=prog, usage=usage, description=description, epilog=example, formatter_class=Formatter)
+    parser = typed_parser(prog, usage, description, example)
     first(parser)
     parser.add_argument("--config", action="config", help="YAML file with any of the keys below")
     parser.add_class_arguments(RunConfig)
     parser.add_argument("--quiet", action="store_true", help="no progress, only warnings; the result in the run folder")
     add_json(parser)
     return parser
+
+
+def typed_parser(prog: str, usage: str, description: str, example: str) -> Any:
+    """A parser without flags; errors are raised as ValueError, unknown keys name the nearest."""
+    import jsonargparse
+
+    class TypedParser(jsonargparse.ArgumentParser):
+        def error(self, message: str, ex: Exception | None = None):
+            raise ValueError(explain(message, [action.dest for action in self._actions]))
+
+    class Formatter(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        """Types and defaults beside each key, examples as they stand."""
+
+    return TypedParser(prog=prog, usage=usage, description=description, epilog=example, formatter_class=Formatter)
 
 
 def explain(message: str, flags: Iterable[str] = ()) -> str:

@@ -27,7 +27,7 @@ NOT_IN_ARMS = {
     "resume": "cells always go on where they stopped",
     "train.seed": "--seeds gives the seeds",
 }
-RANKS = ("rank.ratio", "rank.value")
+RANKS = ("rank.ratio", "rank.value", "rank.energy")
 OPENING, CLOSING = "[{(", ")}]"
 
 

@@ -112,7 +112,8 @@ def measured(settings: str) -> dict[str, Any]:
     t, m, o = config.train, config.model, config.optim
     assert t.steps and t.context and config.method
     flops = flops_per_token(model, t.context, guided_share(config.guide.share, config.guide.stochastic))
-    rank = "" if find_method(config.method).layer is None else f"{config.rank.value or config.rank.ratio or 'given'}"
+    r = config.rank
+    rank = "" if find_method(config.method).layer is None else f"{r.energy or r.value or r.ratio or 'given'}"
     start = dict(zip(COORDINATES, (o.lr, o.aux_lr, m.init_scale), strict=True))
     return {
         "source": settings,

@@ -2,7 +2,7 @@
 
 Transformers alone would load a factored checkpoint into a stock architecture by ignoring the factors and drawing
 fresh dense weights, with no more than a printed report; therefore a factored folder names a model type of its own,
-and loading here raises on any missing or unexpected tensor.
+and loading here raises on any missing or unexpected tensor. Stock folders are read by `nativerank.hub.stock`.
 """
 
 import json
@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from nativerank.data.tokenizer import load_tokenizer, tokenizer_hash
+from nativerank.hub.stock import load_stock
 from nativerank.hub.weights import named_tensors, read_into
 from nativerank.layers import factorize_modules
 from nativerank.models import MODEL_TYPE, allocate, make_hf_config, read_hf_config, skeleton
@@ -29,12 +30,13 @@ def load(folder: str | Path) -> nn.Module:
         ValueError: not a model folder, a damaged file, or tensors that do not fit the config.
     """
     folder = model_folder(Path(folder))
-    config = read_config(folder)
-    model = skeleton(base_config(folder))
+    base, config = base_config(folder), read_config(folder)
     if config.get("model_type") != MODEL_TYPE:
-        return _filled(model, folder)
+        return load_stock(folder, base)
+    model = skeleton(base)
     factorize_modules(model, kind=config["kind"], overrides=config["ranks"], include=list(config["ranks"]))
-    return _filled(model, folder)
+    read_into(named_tensors(allocate(model)), folder / WEIGHTS)
+    return model.eval()
 
 
 def base_config(folder: Path) -> Any:
@@ -91,6 +93,11 @@ def tokenizer_fingerprint(folder: Path) -> str | None:
     return tokenizer_hash(load_tokenizer(file)) if file.exists() else None
 
 
-def _filled(model: nn.Module, folder: Path) -> nn.Module:
-    read_into(named_tensors(allocate(model)), folder / WEIGHTS)
-    return model.eval()
+def layer_kind(folder: Path) -> str | None:
+    """The kind of a run's or model folder's factor layers, None for a dense model.
+
+    Raises:
+        ValueError: not a model folder.
+    """
+    config = read_config(model_folder(folder))
+    return str(config.get("kind")) if config.get("model_type") == MODEL_TYPE else None

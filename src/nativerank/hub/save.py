@@ -9,6 +9,8 @@ Everything is written to a temporary name and renamed, so a folder is complete o
 
 import copy
 import json
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,12 @@ from nativerank.version import __version__
 
 
 def save(
-    model: nn.Module, folder: str | Path, format: str = "factored", tokenizer: Any = None, replace: bool = False
+    model: nn.Module,
+    folder: str | Path,
+    format: str = "factored",
+    tokenizer: Any = None,
+    replace: bool = False,
+    companions: Iterable[Path] = (),
 ) -> Path:
     """Writes a Hugging Face model, factorized or not, into a new folder.
 
@@ -34,6 +41,7 @@ def save(
         format: "factored" keeps the factors; "dense" merges a copy into the stock architecture.
         tokenizer: a `tokenizers.Tokenizer` to be stored beside the weights.
         replace: take the place of what the folder holds, once everything is written.
+        companions: files to be copied beside the weights as they are.
 
     Raises:
         ValueError: an unknown format, a guide that is still there, a module that is no Hugging Face model, a folder
@@ -54,6 +62,8 @@ def save(
         write_tensors(named_tensors(model), partial / WEIGHTS)
         if tokenizer is not None:
             (partial / TOKENIZER).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")  # .save hides errors
+        for file in companions:
+            shutil.copyfile(file, partial / file.name)
     return Path(folder)
 
 

@@ -53,8 +53,8 @@ def truncated_svd(W: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     if not torch.isfinite(W).all():
         raise ValueError(f"cannot factorize a weight of shape {tuple(W.shape)} that holds NaN or infinity")
     A, B = decompose(W).factors(rank)
-    where = {"device": W.device, "dtype": torch.promote_types(W.dtype, torch.float32)}
-    return A.to(**where), B.to(**where)
+    dtype = torch.promote_types(W.dtype, torch.float32)
+    return A.to(W.device, dtype), B.to(W.device, dtype)
 
 
 def gaussian_spectrum(d_in: int, d_out: int, rank: int, std: float) -> Tensor:

@@ -3,8 +3,10 @@
     break-even   r* = d_in d_out / (d_in + d_out)     the factors r (d_in + d_out) are smaller than W only below it
     ratio rho    r = int(rho d_in); where that is not below r*, int(rho min(d_in, d_out))
     rule "code"  r = int(rho d_in) clipped to min(d_in, d_out), as the released Spectron code has it
+    energy tau   the smallest r that keeps a share tau of ||W||_F^2 (`nativerank.linalg.energy`)
 
-A ratio always gives a legal rank, between 1 and min(d_in, d_out); where even that saves nothing the report warns.
+A ratio or an energy always gives a legal rank, between 1 and min(d_in, d_out); where even that saves nothing the
+report warns.
 Only an explicit rank can be an error.
 """
 

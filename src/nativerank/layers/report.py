@@ -1,7 +1,8 @@
 """What became what: the record that factorizing a model returns, and its table."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 FUSED = {
     "c_attn": "q, k and v",
@@ -27,6 +28,7 @@ class FactorizeEntry:
         params_before, params_after: without bias.
         warning: why this may not be what was wanted, or None.
         fused: what the projection holds if it is several in one, counted as one matrix; or None.
+        kept_energy: share of ||W||_F^2 that the factors keep, where they truncate a weight.
     """
 
     name: str
@@ -39,6 +41,16 @@ class FactorizeEntry:
     params_after: int
     warning: str | None = None
     fused: str | None = None
+    kept_energy: float | None = None
+
+    @property
+    def larger(self) -> bool:
+        """Whether the factors are no smaller than the matrix."""
+        return self.params_after >= self.params_before
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it, ready for JSON."""
+        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -78,6 +90,34 @@ class FactorizeReport:
         return "\n".join(lines)
 
 
+def detailed(report: FactorizeReport) -> str:
+    """A table of at most 80 columns with a row for every matrix: what a truncation keeps differs between blocks."""
+    lines = [_detail("matrix", "d_in x d_out", "rank", "kept", "dense", "factors")]
+    for e in report.entries:
+        shape = f"{e.d_in} x {e.d_out}" if e.stack == 1 else f"{e.stack}x{e.d_in}x{e.d_out}"
+        kept = "" if e.kept_energy is None else f"{e.kept_energy:.2%}"
+        mark = "!" if e.larger else ""
+        lines.append(
+            _detail(e.name, shape, str(e.rank), kept, _short(e.params_before), _short(e.params_after), mark).rstrip()
+        )
+    before, after = (sum(getattr(e, f"params_{when}") for e in report.entries) for when in ("before", "after"))
+    count = sum(e.stack for e in report.entries)
+    lines.append(_detail(f"{count} matrices", "", "", "", _short(before), _short(after)))
+    return "\n".join(lines)
+
+
+def saving_warnings(report: FactorizeReport) -> list[str]:
+    """One line on matrices whose factors are no smaller, one if that holds for all of them together."""
+    larger = [e for e in report.entries if e.larger]
+    before, after = (sum(getattr(e, f"params_{when}") for e in report.entries) for when in ("before", "after"))
+    lines = []
+    if larger:
+        lines.append(f"{len(larger)} of {len(report.entries)} (marked !) are no smaller as factors than dense")
+    if after >= before:
+        lines.append(f"nothing is saved: factors {_short(after)}, dense {_short(before)} parameters")
+    return lines
+
+
 def fused_parts(name: str) -> str | None:
     """What a fused projection holds, told by the last part of its name; None for an ordinary one."""
     return FUSED.get(name.rpartition(".")[2])
@@ -92,6 +132,10 @@ def _row(name: str, group: list[FactorizeEntry]) -> Row:
 def _line(row: Row) -> str:
     name, *numbers = row
     return f"{_clip(name, 32):32}" + "".join(f"{n:>{w}}" for n, w in zip(numbers, (6, 7, 8, 7, 10, 10), strict=True))
+
+
+def _detail(name: str, shape: str, rank: str, kept: str, before: str, after: str, mark: str = "") -> str:
+    return f"{_clip(name, 34):34}{shape:>13}{rank:>6}{kept:>8}{before:>9}{after:>9}{mark}"
 
 
 def _note(what: str, name: str, text: str) -> str:

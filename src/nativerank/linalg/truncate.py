@@ -1,11 +1,11 @@
-"""How much a truncation keeps, and the truncation itself, from one decomposition of a dense matrix.
+"""The spectrum of a dense matrix, and its truncation once a rank is chosen, from one decomposition.
 
-    W (m, n), m <= n:    W W^T = P diag(s^2) P^T,    W_r = P_r P_r^T W,    E(r) = sum_{i<=r} s_i^2 / ||W||_F^2
+    W (m, n), m <= n:    W W^T = P diag(s^2) P^T,    W_r = P_r P_r^T W
 
 The Gram matrix of the short side in float64 stands in for an SVD: P is orthonormal to 1e-15 however small s is, so
 W_r = P_r (P_r^T W) is the best rank-r matrix up to 1e-13 of its distance, while values of s below 1e-8 of the largest
 are lost, which no energy notices. LAPACK's float32 SVD rebuilds W to 1e-5, and takes three times as long at (1024,
-4096) on one core. E falls short of 1 by exactly the relative squared distance, 1 - E(r) = ||W - W_r||^2 / ||W||^2.
+4096) on one core. What is lost is ||W - W_r||^2 = (1 - E(r)) ||W||^2 with E of `nativerank.linalg.energy`.
 Cost: m^2 n + O(m^3), then 2 m n r for the factors of rank r.
 """
 
@@ -15,8 +15,6 @@ import torch
 from torch import Tensor
 
 from nativerank.linalg.gram import to_float64
-
-ROUNDING = 1e-12  # share of ||W||_F^2 that is rounding: of float64 sums, and of weights that were stored in float32
 
 
 @dataclass(frozen=True)
@@ -54,16 +52,3 @@ def decompose(W: Tensor) -> Decomposition:
     W = to_float64(W)
     squares, frame = torch.linalg.eigh(W @ W.mT if W.shape[0] <= W.shape[1] else W.mT @ W)
     return Decomposition(W, frame.flip(-1), squares.clamp_min(0).sqrt().flip(-1))
-
-
-def kept_energy(spectrum: Tensor, rank: int) -> float:
-    """E(r), the share of sum s^2 in the r largest of descending s; 1 for a zero matrix, which loses nothing."""
-    squares = to_float64(spectrum).square()
-    total = squares.sum()
-    return float(squares[:rank].sum() / total) if total else 1.0
-
-
-def energy_rank(spectrum: Tensor, energy: float) -> int:
-    """The smallest r >= 1 with E(r) >= energy up to ROUNDING, for a descending spectrum."""
-    cumulative = to_float64(spectrum).square().cumsum(-1)
-    return int((cumulative < (energy - ROUNDING) * cumulative[-1]).sum()) + 1

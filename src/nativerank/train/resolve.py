@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from nativerank.config import AdaptConfig, GuideConfig, ModelConfig, RankConfig, RunConfig, TrainConfig, differences
-from nativerank.hub.load import base_config
+from nativerank.hub.load import base_config, layer_kind
 from nativerank.layers import DEFAULT_RATIO
 from nativerank.linalg.energy import check_threshold
-from nativerank.methods import default_rates, find_method
+from nativerank.methods import METHODS, default_rates, find_method
 from nativerank.models import DENSE, Preset, find_preset, read_hf_config
 from nativerank.rank.schedule import resolve_adapt
 
@@ -48,7 +48,7 @@ def resolve(config: RunConfig) -> RunConfig:
     check_bounds(config)
     check_guide(config, method_name)
     if config.init:
-        check_init(config)
+        check_init(config, method_name)
     defaults = method_defaults(config, method_name)
     optim, model = config.optim, config.model
     for name in (key.removeprefix("optim.") for key in defaults if key.startswith("optim.")):
@@ -166,13 +166,18 @@ def resolve_rank(config: RunConfig, preset: Preset, method: str) -> RankConfig:
     return replace(rank, value=preset.value)
 
 
-def check_init(config: RunConfig) -> None:
-    """Raises a ValueError naming the first key that the weights of --init would overrule."""
+def check_init(config: RunConfig, method: str) -> None:
+    """Raises a ValueError for a key that the weights of --init would overrule, or a method that does not train them."""
     model = replace(config.model, preset=ModelConfig().preset)  # whose training settings still count
     rank = replace(config.rank, adapt=AdaptConfig())  # which starts from the ranks it brings
     ignored = differences(model, ModelConfig(), "model.") + differences(rank, RankConfig(), "rank.")
     if ignored:
         raise ValueError(f"--init {config.init} brings architecture and ranks along, so {ignored[0]} has no meaning")
+    kind, (wanted, _) = layer_kind(Path(config.init or "")), find_method(method).form(config.optim.frames)
+    if kind != wanted:
+        fitting = ", ".join(name for name, row in METHODS.items() if row.layer == kind)
+        what, way_out = (f"{kind} layers", "") if kind else ("dense matrices", ", or nativerank convert it first")
+        raise ValueError(f"--init {config.init} holds {what}, which {method} does not train; take {fitting}{way_out}")
 
 
 def check_guide(config: RunConfig, method: str) -> None:

@@ -1,0 +1,123 @@
+"""nativerank convert: a dense model into factors, with what that costs.
+
+nativerank convert HF_DIR --rank.energy 0.95 --out DIR                      # ranks by energy, per matrix
+nativerank convert HF_DIR --rank.ratio 0.25 --data text.txt --out DIR       # with the loss before and after
+nativerank convert HF_DIR --rank.energy 0.95 --rank.include '["*.mlp.*"]' --out DIR
+"""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from nativerank.cli.output import add_json, check_json, write_json
+from nativerank.cli.train import typed_parser
+from nativerank.config import RankConfig, from_dict
+
+DESCRIPTION = """Truncate the matrices of a dense model and write the factors into a folder that
+`nativerank train --init DIR` goes on from. HF_DIR is any local Hugging Face causal LM (safetensors), or a dense run."""
+EXAMPLE = """examples:
+  nativerank convert path/to/model --rank.energy 0.95 --out factored
+  nativerank convert path/to/model --rank.energy 0.95 --rank.value 256 --kind spectral --data text.txt --out factored
+  nativerank convert path/to/model --rank.ratio 0.25 --rank.include '["*.mlp.*"]' --out factored
+  nativerank train --init factored --method spectron --data.path data/mine
+"""
+RANK_KEYS = ("ratio", "value", "energy", "rule", "include", "exclude", "overrides")
+
+
+def add_parser(subparsers: Any) -> None:
+    """Hands everything after `convert` to the typed parser."""
+    parser = subparsers.add_parser("convert", add_help=False, prefix_chars="\0")
+    parser.add_argument("rest", nargs=argparse.REMAINDER)
+    parser.set_defaults(run=lambda arguments: run(arguments.rest))
+
+
+def parse(argv: list[str]) -> tuple[dict[str, Any], Any]:
+    """(arguments of `nativerank.convert.convert`, namespace with quiet and json) from flags.
+
+    Raises:
+        ValueError: anything wrong with them.
+    """
+    usage = "nativerank convert HF_DIR --rank.energy E | --rank.ratio R | --rank.value K --out DIR [--KEY VALUE ...]"
+    parser = typed_parser("nativerank convert", usage, DESCRIPTION, EXAMPLE)
+    parser.add_argument(
+        "source", nargs="?", metavar="HF_DIR", help="folder with config.json and safetensors, or a run folder"
+    )
+    parser.add_argument("--out", metavar="DIR", help="folder to make")
+    parser.add_argument("--kind", metavar="lowrank|spectral", default="lowrank", help="A B^T or U diag(s) V^T")
+    parser.add_argument("--data", metavar="FILE|DIR", help="text file or prepared folder: the loss before and after")
+    parser.add_argument("--eval_tokens", type=int, metavar="N", help="how much of it, evenly spread (default: 32768)")
+    skip = {f.name for f in dataclasses.fields(RankConfig)}.difference(RANK_KEYS)
+    parser.add_class_arguments(RankConfig, "rank", skip=skip)
+    parser.add_argument("--quiet", action="store_true", help="print nothing but warnings and errors")
+    add_json(parser)
+    flags = parser.parse_args(argv)
+    if flags.source is None:
+        raise ValueError("convert needs HF_DIR, the folder of a dense model")
+    if flags.out is None:
+        raise ValueError("convert needs --out DIR, the folder of the factored model")
+    rank = from_dict(RankConfig, {key: flags.rank[key] for key in RANK_KEYS}, "rank.")
+    given = {"eval_tokens": flags.eval_tokens} if flags.eval_tokens is not None else {}
+    return {
+        "source": flags.source,
+        "out": flags.out,
+        "rank": rank,
+        "kind": flags.kind,
+        "data": flags.data,
+        **given,
+    }, flags
+
+
+def run(argv: list[str]) -> int:
+    """Converts, shows what became of each matrix and of the loss."""
+    arguments, flags = parse(argv)
+    check_json(flags.json)
+    from nativerank.convert import convert
+
+    with progress(flags.quiet) as watch:
+        done = convert(**arguments, watch=watch)
+    to_stdout = write_json(done.as_dict(), flags.json)
+    show(done, arguments["data"], quiet=flags.quiet or to_stdout)
+    return 0
+
+
+def show(done: Any, data: str | None, quiet: bool) -> None:
+    """Table, totals, losses and how to go on; warnings alone, on standard error, if quiet."""
+    from nativerank.layers.report import detailed, saving_warnings
+
+    warnings = saving_warnings(done.report)
+    if quiet:
+        for line in warnings:
+            print(f"warning: {line}", file=sys.stderr)
+        return
+    print(detailed(done.report))
+    for line in warnings:
+        print(f"warning: {line}")
+    before, after = (done.parameters[when]["total"] for when in ("before", "after"))
+    print(f"\nwhole model    {before:,} -> {after:,} parameters ({after / before:.0%})")
+    for when, loss in (("before", done.before), ("after", done.after)):
+        if loss is not None:
+            what = f"{loss.nats:.4f} nats/token  (perplexity {loss.perplexity:.1f}, {loss.bits_per_byte:.3f} bits/byte)"
+            print(f"loss {when:<10}{what}")
+    if done.before is not None:
+        print(f"{'':15}on {done.before.tokens:,} tokens of {data}, context {done.context}")
+    print(f"written to     {done.out}")
+    method = {"lowrank": "spectron", "spectral": "sct"}[done.kind]
+    print(f"train on with  nativerank train --init {done.out} --method {method} --data.path DATA")
+
+
+@contextmanager
+def progress(quiet: bool) -> Iterator[Any]:
+    """A bar with the name of the matrix on a terminal, nothing elsewhere."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda what, done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total or None)

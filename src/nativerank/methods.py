@@ -195,6 +195,7 @@ def build_optimizer(
     stochastic_guide: bool = True,
     frames: str | None = None,
     seed: int = 0,
+    layerwise: bool = False,
     **options: Any,
 ) -> LowRankOptimizer:
     """The optimizer of a method for a model: hidden matrices by the method's rule, everything else by AdamW.
@@ -211,6 +212,8 @@ def build_optimizer(
         stochastic_guide: self-guided only: compute a guide with probability alpha.
         frames: stiefel-spectron only: "both" or "one", as in factorize.
         seed: of the draws of a stochastic guide.
+        layerwise: update inside the backward pass and free each gradient at once (`optim.layerwise`). The loop must not
+            clip, scale or accumulate gradients then, and sets the rate before the backward pass.
         options: rule options by keyword (optim.optimizer.DEFAULTS), e.g. nesterov=True.
 
     Raises:
@@ -259,6 +262,8 @@ def build_optimizer(
     if guided_steps is not None:
         optimizer.guides = Guides(model, optimizer, guided_steps, seed, stochastic_guide)
     return optimizer
+    if layerwise:
+        optimizer.update_layerwise()
 
 
 def check_form(pairs: Sequence[Pair], rule: str, method: str) -> None:

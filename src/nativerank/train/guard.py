@@ -43,13 +43,19 @@ class Guard:
             return None
         if not math.isfinite(grad_norm):
             return self._event("gradient_not_finite")
-        if self.seen >= self.config.window and loss > self.mean + self.config.loss_jump:
+        if self._jumps(loss):
             return self._event("loss_spike")
         weight = 1 / min(self.seen + 1, self.config.window)
         self.mean = loss if self.seen == 0 else self.mean + weight * (loss - self.mean)
         self.seen += 1
         self.in_a_row = 0
         return None
+
+    def judge_loss(self, loss: float) -> str | None:
+        """What `judge_step` says of a loss whose gradients nobody has seen yet; of a good one nothing is kept."""
+        if not math.isfinite(loss):
+            return self._event("loss_not_finite")
+        return self._event("loss_spike") if self.config.action != "off" and self._jumps(loss) else None
 
     def judge_norms(self, sigmas: dict[str, float]) -> str | None:
         """None, or "sigma_spike" if a factor norm jumped since the last call."""
@@ -94,6 +100,9 @@ class Guard:
         self.mean = math.nan if values["mean"] is None else values["mean"]
         self.seen, self.in_a_row, self.refused = values["seen"], values["in_a_row"], values.get("refused", 0)
         self.sigmas = dict(values["sigmas"])
+
+    def _jumps(self, loss: float) -> bool:
+        return self.seen >= self.config.window and loss > self.mean + self.config.loss_jump
 
     def _event(self, name: str) -> str:
         self.in_a_row += 1

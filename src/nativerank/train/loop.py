@@ -46,7 +46,7 @@ from nativerank.train.setup import (
     versions,
 )
 from nativerank.train.signals import Interrupted, catch_signals
-from nativerank.train.step import Batch, train_step
+from nativerank.train.step import Batch, StepResult, layerwise_step, train_step
 
 
 class Listener(Protocol):
@@ -175,18 +175,9 @@ class Run:
         rate = multiplier(self.step, self.steps, o.schedule, o.warmup, o.decay, o.final_lr)
         self.optimizer.set_rate(rate)
         measured = self.device.type != "cuda" or before is not None
-        guides, verdict = self.optimizer.guides, list[str]()
+        guides = self.optimizer.guides
         alpha = None if guides is None else guides.alpha
-
-        def accept(loss: float, grad_norm: float) -> bool:
-            event = self.guard.judge_step(loss, grad_norm)
-            if event:
-                verdict.append(event)
-            return event is None
-
-        result = train_step(
-            self.model, self.optimizer, self._batches(), self.accumulation, o.clip, accept, time_phases=measured
-        )
+        result, verdict = self._update(measured)
         self.step += 1
         if not result.updated:
             self.guard.refused += 1
@@ -212,7 +203,7 @@ class Run:
         if self.device.type == "cuda":
             row["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
         if verdict:
-            self._respond(verdict[0], row)
+            self._respond(verdict, row)
         if before is not None and "rolled_back_to" not in row:
             records = self.optimizer.records() if result.updated else {}
             row["probes"] = self.probe.after(before, row["lr"], records)
@@ -221,6 +212,8 @@ class Run:
 
     def _batches(self) -> Iterator[Batch]:
         for _ in range(self.accumulation):
+        if result.kept:
+            row["kept"] = result.kept
             inputs, targets = self.loader.next()
             positions = None
             if self.config.data.document_mask:
@@ -228,6 +221,28 @@ class Run:
             yield torch.from_numpy(inputs).to(self.device), torch.from_numpy(targets).to(self.device), positions
 
     # -- the guard --------------------------------------------------------------------------------------------
+
+    def _update(self, measured: bool) -> tuple[StepResult, str | None]:
+        """Forward, backward and the optimizer; and what the guard said if it refused."""
+        verdict: list[str] = []
+
+        def accepted(event: str | None) -> bool:
+            verdict.extend([event] if event else [])
+            return event is None
+
+        def accept(loss: float, grad_norm: float) -> bool:
+            return accepted(self.guard.judge_step(loss, grad_norm))
+
+        def accept_loss(loss: float) -> bool:
+            return accepted(self.guard.judge_loss(loss))
+
+        model, optimizer, clip = self.model, self.optimizer, self.config.optim.clip
+        if optimizer.layerwise is None:
+            result = train_step(model, optimizer, self._batches(), self.accumulation, clip, accept, measured)
+        else:
+            refuse = self.guard.config.action != "off"
+            result = layerwise_step(model, optimizer, self._batches(), accept_loss, accept, refuse, measured)
+        return result, verdict[0] if verdict else None
 
     def _respond(self, event: str, row: dict[str, Any]) -> str:
         """Acts on an event: notes it in the row, and sets the run back if that is the answer, which it returns."""
@@ -243,7 +258,8 @@ class Run:
             good = f"the last good checkpoint is {last.path}" if last else "there is no checkpoint yet"
             raise Diverged(f"step {self.step}: {error}; {good}") from None
         row.update(event=event, action=answer)
-        self.listener.warn(f"step {self.step}: {event.replace('_', ' ')} (loss {row['loss']:.3f}): {answer}")
+        kept = f", but {row['kept']} parameters had moved" if row.get("kept") and answer != "rollback" else ""
+        self.listener.warn(f"step {self.step}: {event.replace('_', ' ')} (loss {row['loss']:.3f}): {answer}{kept}")
         if answer == "rollback" and last is not None:
             cursor, in_a_row, refused = self.loader.state(), self.guard.in_a_row, self.guard.refused
             self._load(last.path)

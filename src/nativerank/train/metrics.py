@@ -5,7 +5,9 @@ seconds, optimizer_share (share of the step's time; on CUDA only at probed steps
 guide_alpha, the guide's weight in this step; at some steps val_loss and probes ({module: {...}}, see below). A step
 that the guard judged carries `event` (loss_spike, sigma_spike, gradient_not_finite, loss_not_finite), `action` (skip,
 rollback, none, stop) and after a rollback `rolled_back_to`; the steps it undid stay in the file and come again, so the
-last row of a step is the one that counts. Other rows with `event` (start, resume, checkpoint_damaged, interrupted, end)
+last row of a step is the one that counts. With optim.layerwise a loss is judged before there are gradients (grad_norm
+is then "nan"), and `kept` counts the parameters that had moved before a gradient that is not finite ended the step.
+Other rows with `event` (start, resume, checkpoint_damaged, interrupted, end)
 carry what belongs to the event; the one of the end counts `refused_steps`.
 
 probes, of each probed matrix W (the formulas: docs/math.md, "What is recorded"): update_norm (||dW||_2 of this step,

@@ -8,7 +8,16 @@ from typing import Any
 
 import torch
 
-from nativerank.config import AdaptConfig, GuideConfig, ModelConfig, RankConfig, RunConfig, TrainConfig, differences
+from nativerank.config import (
+    AdaptConfig,
+    GuideConfig,
+    ModelConfig,
+    OptimConfig,
+    RankConfig,
+    RunConfig,
+    TrainConfig,
+    differences,
+)
 from nativerank.hub.load import base_config, layer_kind
 from nativerank.layers import DEFAULT_RATIO
 from nativerank.linalg.energy import check_threshold
@@ -58,13 +67,16 @@ def resolve(config: RunConfig) -> RunConfig:
         model = replace(model, init_scale=defaults["model.init_scale"])
     if model.embedding_std is None and not model.config and not config.init:
         model = replace(model, embedding_std=preset.embedding_std)
+    train = resolve_train(config, preset)
+    if optim.layerwise:
+        check_layerwise(optim, train)
     return replace(
         config,
         method=method_name,
         model=model,
         rank=resolve_rank(config, preset, method_name),
         optim=optim,
-        train=resolve_train(config, preset),
+        train=train,
         out=config.out or free_folder(run_name(config, method_name)),
         device=config.device or ("cuda" if torch.cuda.is_available() else "cpu"),
     )
@@ -181,6 +193,16 @@ def check_init(config: RunConfig, method: str) -> None:
 
 
 def check_guide(config: RunConfig, method: str) -> None:
+def check_layerwise(optim: OptimConfig, train: TrainConfig) -> None:
+    """Raises a ValueError for what needs all gradients at once, which optim.layerwise never has."""
+    for key, value, wanted in (("optim.clip", optim.clip, 0), ("train.accumulation", train.accumulation, 1)):
+        if value != wanted:
+            raise ValueError(
+                f"optim.layerwise updates before all gradients are there, so it cannot go with {key} {value}; "
+                f"set --{key} {wanted}"
+            )
+
+
     """Raises a ValueError for a guide that cannot be: of another method, of given weights, or in compiled blocks."""
     if not find_method(method).guided:
         if config.guide != GuideConfig():

@@ -94,6 +94,8 @@ def build(config: RunConfig, dataset: Dataset, fresh: bool = True) -> Built:
         model, report = _new_model(config, dataset, fresh)
     check_fit(config, dataset, model)
     model.to(device).train()
+    if config.train.recompute:
+        recompute_blocks(model)
     return Built(model, optimizer_for(config, model), report)
 
 
@@ -128,6 +130,7 @@ def optimizer_for(config: RunConfig, model: nn.Module) -> LowRankOptimizer:
         nesterov=o.nesterov,
         shape_scale=o.shape_scale,
         frames=o.frames,
+        layerwise=o.layerwise,
         seed=t.seed,
         **guided,
         **{name: getattr(o, name) for name in RULE_OPTIONS},
@@ -189,6 +192,20 @@ def initial_model(config: RunConfig, dataset: Dataset) -> tuple[nn.Module, None]
         )
     name_end_of_text(model.config, dataset.eot_id)
     return model, None
+
+
+def recompute_blocks(model: nn.Module) -> None:
+    """Activation checkpointing: of each transformer block only the input stays, and the backward pass runs it again.
+
+    Raises:
+        ValueError: an architecture that cannot.
+    """
+    hf: Any = model
+    if not hf.supports_gradient_checkpointing:
+        raise ValueError(f"train.recompute: {hf.config.model_type} models cannot run their blocks again")
+    # transformers 5 renamed it on the way.
+    enable = getattr(hf, "activation_checkpointing_enable", None) or hf.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def compile_blocks(model: nn.Module) -> None:

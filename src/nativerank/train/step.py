@@ -1,6 +1,7 @@
 """One update: forward and backward over the micro-batches, clipping, the optimizer. No input or output.
 
-The caller may look at the loss and the gradient norm before the optimizer moves anything, and refuse.
+The caller may look at the loss and the gradient norm before the optimizer moves anything, and refuse. In layer-wise
+updating (`optim.layerwise`) it may look at the loss only: from then on the weights move as gradients come.
 """
 
 import time
@@ -11,18 +12,23 @@ import torch
 from torch import Tensor, nn
 
 from nativerank.evaluate.loss import autocast, token_losses
+from nativerank.optim.optimizer import LowRankOptimizer
 
 Batch = tuple[Tensor, Tensor, Tensor | None]  # inputs, targets, positions or None; each (batch, context)
 
 
 @dataclass
 class StepResult:
-    """loss in nats per token, gradient norm before clipping, seconds per phase, and whether the weights moved."""
+    """loss in nats per token, gradient norm before clipping, seconds per phase, and whether the weights moved.
+
+    `kept`: parameters that a refused layer-wise step had moved already, and that stay so.
+    """
 
     loss: float
     grad_norm: float
     seconds: dict[str, float]
     updated: bool
+    kept: int = 0
 
 
 class Stopwatch:
@@ -83,3 +89,48 @@ def train_step(
         optimizer.step()
     watch.mark("optimizer")
     return StepResult(value, grad_norm, watch.seconds, updated)
+
+
+def layerwise_step(
+    model: nn.Module,
+    optimizer: LowRankOptimizer,
+    batches: Iterable[Batch],
+    accept_loss: Callable[[float], bool],
+    accept: Callable[[float, float], bool],
+    refuse: bool,
+    time_phases: bool = True,
+) -> StepResult:
+    """Moves the weights once, each part inside the backward pass as soon as its gradients are there.
+
+    Args:
+        model: causal LM in training mode.
+        optimizer: of which `update_layerwise` was called; no gradient is left after.
+        batches: one, on the model's device.
+        accept_loss: asked before the backward pass; False leaves the weights alone.
+        accept: asked with the norm of the gradients when most of them have been used up; its answer is reported.
+        refuse: end the updates at the first gradient that is not finite, which costs a look at each.
+        time_phases: on CUDA, synchronise so that the phases' seconds mean something.
+    """
+    layerwise, device = optimizer.layerwise, next(model.parameters()).device
+    assert layerwise is not None
+    watch = Stopwatch(device, time_phases)
+    optimizer.zero_grad(set_to_none=True)
+    layerwise.watch(measure=True, refuse=refuse, mark=watch.mark)
+    ((inputs, targets, positions),) = batches
+    with autocast(device):
+        loss = token_losses(model, inputs, targets, positions).mean()
+    value = loss.item()
+    watch.mark("forward")
+    if not accept_loss(value):
+        return StepResult(value, float("nan"), {**watch.seconds, "optimizer": 0.0}, False)
+    loss.backward()
+    watch.mark("backward")
+    grad_norm = layerwise.grad_norm(model.parameters()).item()
+    watch.mark("clip")
+    updated = accept(value, grad_norm) and not layerwise.refused
+    if updated:
+        optimizer.step()
+    else:
+        layerwise.finish()
+    watch.mark("optimizer")
+    return StepResult(value, grad_norm, watch.seconds, updated, kept=0 if updated else layerwise.moved)

@@ -50,8 +50,8 @@ class AdaptConfig:
     Args:
         mode: "schedule" looks at the spectra again and again, "once" at `start` only: after a warm-up at the rank that
             was set, or at full rank with `--rank.ratio 1`. None is "schedule" if a threshold is given, else "off".
-        threshold: a matrix shrinks to the smallest r with E(r) >= threshold. It grows where its last columns hold so
-            much that those to come, continuing the same decay, would hold more than the rest, 1 - threshold.
+        threshold: a matrix shrinks to the smallest r with E(r) >= threshold. It grows where its spectrum, continued with
+            the decay of its last columns, would hold more than the rest, 1 - threshold, beyond them.
         start: first look, as a share of the steps.
         every: between two looks, as a share of the steps.
         until: no look after this share of the steps.
@@ -136,7 +136,7 @@ class OptimConfig:
             place of `step`.
         layerwise: update inside the backward pass and free each gradient at once: the same bits, less memory. Takes
             clip 0 and train.accumulation 1; of a step with a bad gradient, updates made before it was seen stay.
-        update_cap: lowrank-adamw only: a step whose ||dW||_2 may exceed this (times the schedule) is shortened.
+        update_cap: lowrank-adamw and lowrank-soap: a step whose ||dW||_2 may exceed this (times the schedule) is shortened.
         frames: stiefel-spectron only: "both" keeps U and V of U diag(s) V^T orthonormal, "one" trains A V^T with only V
             orthonormal.
         s_lr: peak AdamW rate of s in U diag(s) V^T; None is lr, for stiefel-spectron 0.004.
@@ -145,6 +145,7 @@ class OptimConfig:
         preserve: the retraction leaves W as it is, by an r x r SVD.
         riemannian: tangent projection of the factors' gradients, first moments transported.
         retract_every: sct only: steps between two retractions.
+        basis_every: lowrank-soap only: steps between two turns of the basis.
     """
 
     lr: float | None = None
@@ -175,6 +176,7 @@ class OptimConfig:
     preserve: bool = False
     riemannian: bool = False
     retract_every: int = 1
+    basis_every: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -70,6 +70,7 @@ METHODS: dict[str, Method] = {
     "spectron": Method("lowrank", "spectron", Rates(0.07, 0.003), "lr: Spectron's code, every size; aux_lr: ours"),
     "lowrank-adamw": Method("lowrank", "adamw", Rates(1e-3, 1e-3), "Spectron's code, AdamW examples"),
     "lowrank-muon": Method("lowrank", "muon", Rates(0.01, 0.003), "pocket sweep", {"nesterov": True}),
+    "lowrank-soap": Method("lowrank", "soap", Rates(3e-3, 3e-3), "ours"),
     "self-guided": Method(GUIDED, "adamw", Rates(1e-3, 1e-3), "Spectron's code, AdamW examples"),
     "sct": Method("spectral", "sct", Rates(4e-3, 3e-3), "ours: SCT's 5e-4 is for a converted model"),
     "tsvd": Method("spectral", "tsvd", Rates(4e-3, 3e-3), "ours: no rate of the paper is known"),
@@ -194,8 +195,8 @@ def build_optimizer(
     guided_steps: int | None = None,
     stochastic_guide: bool = True,
     frames: str | None = None,
-    seed: int = 0,
     layerwise: bool = False,
+    seed: int = 0,
     **options: Any,
 ) -> LowRankOptimizer:
     """The optimizer of a method for a model: hidden matrices by the method's rule, everything else by AdamW.
@@ -211,9 +212,9 @@ def build_optimizer(
             loop that resumes calls `optimizer.guides.set(step)` before it loads a state.
         stochastic_guide: self-guided only: compute a guide with probability alpha.
         frames: stiefel-spectron only: "both" or "one", as in factorize.
-        seed: of the draws of a stochastic guide.
         layerwise: update inside the backward pass and free each gradient at once (`optim.layerwise`). The loop must not
             clip, scale or accumulate gradients then, and sets the rate before the backward pass.
+        seed: of the draws of a stochastic guide.
         options: rule options by keyword (optim.optimizer.DEFAULTS), e.g. nesterov=True.
 
     Raises:
@@ -244,7 +245,7 @@ def build_optimizer(
     capped = base_rule == "adamw" and layer == "lowrank" and "update_cap" in chosen
     rule = "adamw-capped" if capped else base_rule
     if layer != row.layer:  # with one frame there is no s
-        chosen = {k: v for k, v in chosen.items() if k in RULES[rule].options or k in options}
+        chosen = {k: v for k, v in chosen.items() if k in RULES[rule].options or options.get(k) is not None}
     own = {k: v for k, v in chosen.items() if k not in common or k in RULES[rule].options}
     matrix = {"rule": rule, "lr": row.rates.lr if lr is None else lr, "weight_decay": weight_decay, **own}
     groups: list[dict[str, Any]] = [
@@ -261,9 +262,9 @@ def build_optimizer(
     optimizer = LowRankOptimizer([g for g in groups if g["params"]])
     if guided_steps is not None:
         optimizer.guides = Guides(model, optimizer, guided_steps, seed, stochastic_guide)
-    return optimizer
     if layerwise:
         optimizer.update_layerwise()
+    return optimizer
 
 
 def check_form(pairs: Sequence[Pair], rule: str, method: str) -> None:

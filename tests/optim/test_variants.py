@@ -222,3 +222,74 @@ def test_records_are_those_of_the_last_step_and_of_who_moved():
     optimizer.zero_grad()
     optimizer.step()
     assert optimizer.records() == {}
+
+
+def soap_problem(rotation=None, dtype=torch.float64):
+    g = torch.Generator().manual_seed(3)
+    A, B = (torch.randn(d, 4, generator=g, dtype=dtype) for d in (9, 7))
+    T = torch.randn(9, 7, generator=g, dtype=dtype)
+    Q = torch.eye(4, dtype=dtype) if rotation is None else rotation
+    up, down = nn.Parameter(A @ Q), nn.Parameter((B @ Q).mT.contiguous())
+    return (up, down), lambda: (torch.tanh(up @ down) - T).square().sum()
+
+
+def products_of(rule, rotation, **options):
+    params, loss = soap_problem(rotation)
+    optimizer = LowRankOptimizer([{"params": list(params), "rule": rule, "lr": 0.01, **options}])
+    products = []
+    for _ in range(12):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+        products.append((params[0] @ params[1]).detach().clone())
+    return torch.stack(products), params, optimizer
+
+
+def test_soap_does_not_depend_on_the_coordinates_between_the_factors():
+    """A -> A T, B -> B T with orthogonal T leaves W and every step of it alone; AdamW's steps change."""
+    rotation = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(5), dtype=torch.float64)).Q
+    plain, rotated = (products_of("soap", q)[0] for q in (None, rotation))
+    torch.testing.assert_close(plain, rotated, rtol=1e-7, atol=1e-8)
+    plain, rotated = (products_of("adamw-capped", q, update_cap=1e9)[0] for q in (None, rotation))
+    assert (plain - rotated).abs().max() > 1e-3
+
+
+def test_soap_against_its_formulas():
+    """One matrix at a time: covariance, one orthogonal iteration a step, Adam in that basis."""
+    (up, down), loss = soap_problem()
+    expected, beta1, beta2, lr = [up.detach().clone(), down.detach().mT.clone()], 0.9, 0.95, 0.01
+    state = [(torch.zeros(4, 4, dtype=up.dtype), None, torch.zeros_like(X), torch.zeros_like(X)) for X in expected]
+    ours, params, _ = products_of("soap", None, basis_every=3)
+    g_up, g_down = soap_problem()[0]
+    for step in range(1, 13):
+        g_up.data, g_down.data = expected[0].clone(), expected[1].mT.clone()
+        T = torch.Generator().manual_seed(3)
+        _ = [torch.randn(d, 4, generator=T, dtype=torch.float64) for d in (9, 7)]
+        target = torch.randn(9, 7, generator=T, dtype=torch.float64)
+        grads = torch.autograd.grad((torch.tanh(g_up @ g_down) - target).square().sum(), (g_up, g_down))
+        for i, G in enumerate((grads[0], grads[1].mT)):
+            C, Q, m, v = state[i]
+            C = beta2 * C + (1 - beta2) * G.mT @ G
+            if step == 1:
+                Q = torch.linalg.eigh(C)[1].flip(-1)
+            elif step % 3 == 0:
+                Q, R = torch.linalg.qr(C @ Q)
+                Q = Q * R.diagonal().sign()
+            m, v = beta1 * m + (1 - beta1) * G, beta2 * v + (1 - beta2) * (G @ Q).square()
+            state[i] = C, Q, m, v
+            D = (m @ Q / (1 - beta1**step)) / ((v / (1 - beta2**step)).sqrt() + 1e-8)
+            expected[i] = expected[i] - lr * D @ Q.mT
+        torch.testing.assert_close(ours[step - 1], expected[0] @ expected[1].mT, rtol=1e-9, atol=1e-10)
+
+
+def test_soap_capped_keeps_the_change_of_the_product_within_the_cap():
+    """Under a schedule the cap follows the rate."""
+    for rate in (1.0, 0.25):
+        params, loss = soap_problem()
+        optimizer = LowRankOptimizer([{"params": list(params), "rule": "soap", "lr": 0.5, "update_cap": 0.1}])
+        optimizer.set_rate(rate)
+        before = (params[0] @ params[1]).detach().clone()
+        loss().backward()
+        optimizer.step()
+        change = torch.linalg.matrix_norm((params[0] @ params[1]).detach() - before, 2).item()
+        assert 0.01 * rate < change <= 0.1 * rate

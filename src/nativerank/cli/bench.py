@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -67,6 +68,22 @@ def add_parser(subparsers: Any) -> None:
     optimizer.add_argument("--device", default="cpu", choices=["cpu", "cuda", "mps"])
     add_json(optimizer)
     optimizer.set_defaults(run=runner("optimizer", show_optimizer))
+    frames = names.add_parser(
+        "frames",
+        help="what orthonormal factors cost, and TSVD's cache against a QR in every forward pass",
+        description="Steps of several micro-batches with sct, tsvd, stiefel-spectron, and factors left alone.",
+        epilog=EXAMPLE,
+        formatter_class=raw,
+    )
+    frames.add_argument("--model.preset", dest="preset_name", default="demo", metavar="PRESET")
+    frames.add_argument("--d_model", type=int, help="another width, with the preset's proportions")
+    frames.add_argument("--layers", type=int, help="another depth")
+    frames.add_argument("--batch_size", type=int, help="sequences per pass (default: the preset's)")
+    frames.add_argument("--micro_batches", type=int, default=8, help="passes per step")
+    frames.add_argument("--repeats", type=int, default=5, help="recorded steps of each side")
+    frames.add_argument("--device", default="cpu", choices=["cpu", "cuda", "mps"])
+    add_json(frames)
+    frames.set_defaults(run=runner("frames", show_frames))
 
 
 def runner(name: str, show: Callable[[dict[str, Any]], None]) -> Callable[[argparse.Namespace], int]:
@@ -133,6 +150,20 @@ def _optimizer_flops(result: dict[str, Any]) -> Any:
             tokens = f"{flops['one_percent_tokens'][form]['matrices']:,}"
             table.add_row(f"{name}, {form}", f"{total / 1e9:,.2f}", *shares, tokens)
     return table
+
+
+def show_frames(result: dict[str, Any]) -> None:
+    """Seconds of a step and what of them the frames take."""
+    from rich.console import Console
+    from rich.table import Table
+
+    title = f"{result['preset']}, {result['micro_batches']} micro-batches, {result['tokens_per_step']:,} tokens a step"
+    table = Table(title=title)
+    for column in ("", "ms a step", "beyond free factors"):
+        table.add_column(column, justify="right" if column else "left")
+    for side, times in result["seconds"].items():
+        table.add_row(side, f"{1e3 * statistics.median(times):,.0f}", f"{result['share'][side]:.1%}")
+    Console(highlight=False).print(table)
 
 
 def show_bound(result: dict[str, Any]) -> None:

@@ -127,18 +127,22 @@ def certified_rho(O_A: Tensor, O_B: Tensor, A: Tensor, B: Tensor, eta: float) ->
     return torch.where(linear + quadratic > 0, root.clamp_max(largest), 0.0).to(O_A)
 
 
-def adamw_direction(side: Stack, options: Options) -> Tensor:
-    """AdamW's D (n, ..., d, r) times lr, as torch.optim.AdamW computes it; advances the moments in place."""
+def adamw_direction(side: Stack, options: Options, basis: Tensor | None = None) -> Tensor:
+    """AdamW's D (n, ..., d, r) times lr, as torch.optim.AdamW computes it; advances the moments in place.
+
+    With a basis Q (n, ..., r, r) the second moment is that of G Q, and D Q is AdamW's step of the rotated moments.
+    """
     m, v, step = (side.state[name] for name in ("exp_avg", "exp_avg_sq", "step"))
     beta1, beta2 = options["betas"]
     grad = side.grad.to(m.dtype)
     step += 1
     m.lerp_(grad, 1 - beta1)
-    v.lerp_(grad.square(), 1 - beta2)
+    v.lerp_((grad if basis is None else grad @ basis).square(), 1 - beta2)
     shape = (-1, *(1 for _ in m.shape[1:]))
     # In float64 on the counter's own device: 1 - 0.999**1 keeps four digits in float32, and MPS has no float64.
     correct1, correct2 = ((1 - beta ** step.double()).to(m).reshape(shape) for beta in (beta1, beta2))
-    return options["lr"] * (m / correct1) / ((v / correct2).sqrt() + options["eps"])
+    D = options["lr"] * ((m if basis is None else m @ basis) / correct1) / ((v / correct2).sqrt() + options["eps"])
+    return D if basis is None else D @ basis.mT
 
 
 def factor_norm(X: Tensor, state: State, options: Options) -> Tensor:

@@ -30,7 +30,7 @@ from nativerank.optim.stacks import Bucket, members_per_stack, step_bucket
 RULE_OPTIONS = (
     *("weight_decay", "betas", "eps", "momentum", "norm", "power_iterations", "certified"),
     *("orthogonalizer", "orthogonalizer_steps", "step", "renormalize", "update_cap"),
-    *("s_lr", "retraction", "preserve", "riemannian", "retract_every"),
+    *("s_lr", "retraction", "preserve", "riemannian", "retract_every", "basis_every"),
 )
 DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(OptimConfig) if f.name in RULE_OPTIONS}
 DEFAULTS |= {"lr": 1e-3, "nesterov": False, "shape_scale": "none", "retraction": "cholesky"}
@@ -262,13 +262,17 @@ def _check(group: dict[str, Any]) -> None:
         raise ValueError("retraction cayley has no R to be absorbed; with preserve or frames: one take another")
     if options["certified"] and options["preserve"]:
         raise ValueError("certified measures a plain retraction; drop preserve")
+    if options["basis_every"] < 1:
+        raise ValueError(f"basis_every must be at least 1, got {options['basis_every']}")
     if options["retract_every"] < 1 or (options["s_lr"] is not None and options["s_lr"] < 0):
         raise ValueError(f"s_lr must be >= 0 and retract_every >= 1, got {options['s_lr']}, {options['retract_every']}")
     if options["norm"] not in ("power", "exact"):
         raise ValueError(f"norm must be power or exact, got {options['norm']!r}")
     if options["certified"] and not options["renormalize"]:
         raise ValueError("certified chooses rho from measured norms; renormalize: false leaves it no say")
-    if options["rule"] == "adamw-capped" and not (options["update_cap"] or 0) > 0:
+    if (options["rule"] == "adamw-capped" or options["update_cap"] is not None) and not (
+        options["update_cap"] or 0
+    ) > 0:
         raise ValueError(f"update_cap must be a positive number, got {options['update_cap']}")
     bounded = (
         options["rule"] in ("spectron", "stiefel-spectron", "frame-spectron")

@@ -11,12 +11,23 @@ spectron  the same M and orth for both factors of W = A B^T, and
           Variants: `step: root` (`pair_rho`), `renormalize: false` (rho = lr), `orthogonalizer: none` (D along M).
 adamw-capped   AdamW's D_A, D_B, shortened together where ||dW|| might exceed `update_cap` (times the schedule):
           asks whether large updates are what ails naive AdamW on factors (`certified_rho` with eta = the cap).
+soap      AdamW of A and B in a basis of the r-dimensional space between them that follows the gradients:
+              C <- beta2 C + (1 - beta2) G^T G,   Q <- orthonormal basis near the eigenvectors of C     (r, r)
+              m <- beta1 m + (1 - beta1) G,       v <- beta2 v + (1 - beta2) (G Q)^2
+              D = lr ((m Q) / (sqrt(v) + eps)) Q^T, bias-corrected, then capped as above if `update_cap` is set.
+          SOAP (Vyas et al. 2024, arXiv 2409.11321) with the preconditioner of the short side alone, which for thin
+          factors is r x r. A -> A T, B -> B T with an orthogonal T changes nothing but the coordinates: AdamW's
+          steps depend on that choice, these do not.
 """
 
+from dataclasses import replace
+
+import torch
 from torch import Tensor
 
-from nativerank.linalg.gram import at_least_float32
+from nativerank.linalg.gram import at_least_float32, gram
 from nativerank.linalg.orthogonalize import orthogonalize
+from nativerank.linalg.retract import frame_factor
 from nativerank.optim.directions import (
     NONE,
     Difference,
@@ -68,8 +79,33 @@ def adamw_capped(A: Stack, B: Stack, options: Options) -> tuple[Tensor, Tensor, 
 
     The cap follows the schedule as the rate does. A shortened step keeps AdamW's direction.
     """
-    D_A, D_B = adamw_direction(A, options), adamw_direction(B, options)
+    return capped(A, B, adamw_direction(A, options), adamw_direction(B, options), options)
+
+
+def capped(A: Stack, B: Stack, D_A: Tensor, D_B: Tensor, options: Options) -> tuple[Tensor, Tensor, State]:
+    """The changes, shortened together so that ||dW||_2 <= update_cap times the schedule; the record says how much."""
     cap = options["update_cap"] * (options["lr"] / options["initial_lr"] if options["initial_lr"] else 0.0)
     rho = certified_rho(D_A, D_B, A.weight, B.weight, cap).clamp_max(1)
-    D_A, D_B = D_A * rho[..., None, None], D_B * rho[..., None, None]
-    return D_A, D_B, {"cap_factor": rho}
+    return D_A * rho[..., None, None], D_B * rho[..., None, None], {"cap_factor": rho}
+
+
+def soap(A: Stack, B: Stack, options: Options) -> tuple[Tensor, Tensor, State]:
+    """(D_A, D_B, record); the record holds cap_factor (n, ...) where `update_cap` is set."""
+    D_A, D_B = soap_direction(A, options), soap_direction(B, options)
+    return (D_A, D_B, {}) if options["update_cap"] is None else capped(A, B, D_A, D_B, options)
+
+
+def soap_direction(side: Stack, options: Options) -> Tensor:
+    """D (n, ..., d, r) times lr; advances covariance, basis and moments in place.
+
+    The basis is turned every `basis_every` steps by one orthogonal iteration, Q <- qf(C Q); the first step has the
+    eigenvectors themselves.
+    """
+    G = side.grad.to(side.state["exp_avg"].dtype)
+    C, Q = side.state["covariance"], side.state["basis"]
+    C.lerp_(gram(G).to(C), 1 - options["betas"][1])
+    if options["taken"] == 1:
+        Q.copy_(torch.linalg.eigh(C.cpu() if C.device.type == "mps" else C)[1].flip(-1))
+    elif options["taken"] % options["basis_every"] == 0:
+        Q.copy_(frame_factor(C @ Q, "qr")[0])
+    return adamw_direction(replace(side, grad=G), options, Q)

@@ -32,7 +32,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     **{f"train.{name}": (1, math.inf) for name in ("eval_tokens", "keep")},
     **{f"optim.{name}": (0, math.inf) for name in ("lr", "aux_lr", "weight_decay", "clip", "s_lr")},
     **{f"optim.{name}": (0, 1) for name in ("warmup", "decay", "final_lr")},
-    **{f"optim.{name}": (1, math.inf) for name in ("orthogonalizer_steps", "power_iterations", "retract_every")},
+    **{f"optim.{name}": (1, math.inf) for name in ("orthogonalizer_steps", "power_iterations", "retract_every", "basis_every")},
     **{f"model.{name}": (0, math.inf) for name in ("init_scale", "embedding_std")},
     **{f"guard.{name}": (1, math.inf) for name in ("window", "max_events", "sigma_factor")},
     "guard.loss_jump": (0, math.inf),
@@ -166,6 +166,7 @@ def resolve_rank(config: RunConfig, preset: Preset, method: str) -> RankConfig:
                 f"{method} keeps dense matrices, so rank.{differences(rank, RankConfig())[0]} has no meaning"
             )
         return rank
+    rank = replace(rank, adapt=resolve_adapt(rank.adapt, config.compile))
     if rank.energy is not None:
         check_threshold(rank.energy, "rank.energy")
     for other in ("value", "energy"):
@@ -192,7 +193,6 @@ def check_init(config: RunConfig, method: str) -> None:
         raise ValueError(f"--init {config.init} holds {what}, which {method} does not train; take {fitting}{way_out}")
 
 
-def check_guide(config: RunConfig, method: str) -> None:
 def check_layerwise(optim: OptimConfig, train: TrainConfig) -> None:
     """Raises a ValueError for what needs all gradients at once, which optim.layerwise never has."""
     for key, value, wanted in (("optim.clip", optim.clip, 0), ("train.accumulation", train.accumulation, 1)):
@@ -203,6 +203,7 @@ def check_layerwise(optim: OptimConfig, train: TrainConfig) -> None:
             )
 
 
+def check_guide(config: RunConfig, method: str) -> None:
     """Raises a ValueError for a guide that cannot be: of another method, of given weights, or in compiled blocks."""
     if not find_method(method).guided:
         if config.guide != GuideConfig():

@@ -202,6 +202,8 @@ class Run:
             row["optimizer_share"] = result.seconds["optimizer"] / sum(result.seconds.values())
         if self.device.type == "cuda":
             row["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
+        if result.kept:
+            row["kept"] = result.kept
         if verdict:
             self._respond(verdict, row)
         if before is not None and "rolled_back_to" not in row:
@@ -209,18 +211,6 @@ class Run:
             row["probes"] = self.probe.after(before, row["lr"], records)
             self._judge_norms(row)
         return row
-
-    def _batches(self) -> Iterator[Batch]:
-        for _ in range(self.accumulation):
-        if result.kept:
-            row["kept"] = result.kept
-            inputs, targets = self.loader.next()
-            positions = None
-            if self.config.data.document_mask:
-                positions = torch.from_numpy(document_positions(inputs, self.dataset.eot_id)).to(self.device)
-            yield torch.from_numpy(inputs).to(self.device), torch.from_numpy(targets).to(self.device), positions
-
-    # -- the guard --------------------------------------------------------------------------------------------
 
     def _update(self, measured: bool) -> tuple[StepResult, str | None]:
         """Forward, backward and the optimizer; and what the guard said if it refused."""
@@ -243,6 +233,16 @@ class Run:
             refuse = self.guard.config.action != "off"
             result = layerwise_step(model, optimizer, self._batches(), accept_loss, accept, refuse, measured)
         return result, verdict[0] if verdict else None
+
+    def _batches(self) -> Iterator[Batch]:
+        for _ in range(self.accumulation):
+            inputs, targets = self.loader.next()
+            positions = None
+            if self.config.data.document_mask:
+                positions = torch.from_numpy(document_positions(inputs, self.dataset.eot_id)).to(self.device)
+            yield torch.from_numpy(inputs).to(self.device), torch.from_numpy(targets).to(self.device), positions
+
+    # -- the guard --------------------------------------------------------------------------------------------
 
     def _respond(self, event: str, row: dict[str, Any]) -> str:
         """Acts on an event: notes it in the row, and sets the run back if that is the answer, which it returns."""

@@ -75,6 +75,16 @@ def test_a_step_of_ordinary_shapes_ends_orthonormal(way, shape):
     assert (off_orthonormal(retract(X, way, U)) <= 5e-6).all()
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_one_direction_apart_is_seen_however_many_columns_share_it(way):
+    """Entries of r x r matrices hide a single eigenvalue that is off: it is spread over all of them."""
+    P, Z = frame(300, 256), frame(256, 256)
+    for first in (0.2, 0.5, 2.0, 5.0):
+        s = torch.ones(256, dtype=torch.float64)
+        s[0] = first
+        assert off_orthonormal(retract(((P * s) @ Z.mT).float(), way)).max() <= 5e-6
+
+
 @pytest.mark.parametrize("columns_first", [False, True])
 def test_cholesky_is_sign_fixed_qr(columns_first):
     X = torch.stack([spread(50, 6, digits, torch.float64) for digits in (0, 1, 2, 5)])

@@ -22,7 +22,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from nativerank.linalg.gram import Reduce, at_least_float32, full_precision, gram, split_finite, to_float64
+from nativerank.linalg.gram import (
+    PANEL,
+    Reduce,
+    at_least_float32,
+    full_precision,
+    gram,
+    split_finite,
+    symmetric_product,
+    to_float64,
+)
 
 Pair = tuple[Tensor, Tensor]
 
@@ -133,17 +142,18 @@ def _by_gram(X: Tensor, way: str, reduce: Reduce | None, limit: float) -> Pair:
     """(X R^-1, R); again with more digits for the matrices of the stack that need them."""
     G = gram(X, reduce)
     G = G.cpu() if G.device.type == "mps" else G
-    R, inverse, growth = _roots(way, X.dtype)(G)
+    R, inverse = _roots(way, X.dtype)(G)
+    growth = _growth(G, inverse)
+    poor = ~(growth * (ROUNDING * torch.finfo(X.dtype).eps) <= limit).to(X.device)  # NaN is poor too
+    R, inverse = R.to(X.device), inverse.to(X.device)
     with full_precision(X.device):
-        Q = X @ inverse.to(X.device)
-    R = R.to(X.device)
-    poor = ~(_in_range(G, growth) * (ROUNDING * torch.finfo(X.dtype).eps) <= limit).to(X.device)  # NaN is poor too
+        Q = _triangular_product(X, inverse) if way == "cholesky" else X @ inverse
     if poor.any():
         Q[poor], R[poor] = _careful(X[poor], way, reduce, limit)
     return Q, R
 
 
-def _roots(way: str, dtype: torch.dtype) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
+def _roots(way: str, dtype: torch.dtype) -> Callable[[Tensor], Pair]:
     if way == "cholesky":
         return _triangular_root
     return _newton_root if dtype == torch.float32 else _eigen_root
@@ -161,54 +171,82 @@ def _careful(X: Tensor, way: str, reduce: Reduce | None, limit: float) -> Pair:
     return X * torch.nan, gram(X, reduce) * torch.nan
 
 
-def _in_range(G: Tensor, growth: Tensor) -> Tensor:
-    """`growth`, infinite where squares of a column may have underflowed."""
-    info = torch.finfo(G.dtype)
-    return growth.masked_fill(G.diagonal(dim1=-2, dim2=-1).amin(-1) < info.tiny / info.eps, torch.inf)
+def _growth(G: Tensor, inverse: Tensor) -> Tensor:
+    """How much X R^-1 magnifies rounding in X^T X, (...); infinite where R^-1 was not found, or squares underflowed.
 
-
-def _triangular_root(G: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(R, R^-1, growth of rounding) with R^T R = G, R upper triangular.
-
-    The error of Q^T Q is R^-T E R^-1 with |E_ij| <= c eps |x_i| |x_j|, so growth = max_j (sum_i |x_i| |R^-1_ij|)^2;
-    scaling a column of X does not change it.
+    The error of Q^T Q is R^-T E R^-1 with |E_ij| of the order of eps |x_i| |x_j|. Roundings of either sign add up to
+    eps max_j sum_i |x_i|^2 (R^-1_ij)^2; scaling a column of X by itself changes nothing.
     """
+    info, squares = torch.finfo(G.dtype), G.diagonal(dim1=-2, dim2=-1)
+    growth = (squares.unsqueeze(-2) @ inverse.square()).amax((-2, -1))
+    return growth.masked_fill(squares.amin(-1) < info.tiny / info.eps, torch.inf)
+
+
+def _triangular_root(G: Tensor) -> Pair:
+    """(R, R^-1) with R^T R = G, R upper triangular; R^-1 infinite where G is not positive definite."""
     L, info = torch.linalg.cholesky_ex(G)
     R = L.mT
-    inverse = torch.linalg.solve_triangular(R, _identity(R), upper=True)
-    lengths = G.diagonal(dim1=-2, dim2=-1).sqrt()
-    growth = (lengths.unsqueeze(-2) @ inverse.abs()).square().amax((-2, -1))
-    return R, inverse, growth.masked_fill(info != 0, torch.inf)
+    return R, _triangular_inverse(R).masked_fill((info != 0)[..., None, None], torch.inf)
 
 
-def _newton_root(G: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(H, H^-1, growth) with H = G^(1/2), by the coupled Newton-Schulz iteration; growth infinite where it is slow.
+def _triangular_inverse(R: Tensor) -> Tensor:
+    """R^-1 of upper triangular R, by halves: products, which are faster than one large solve."""
+    half = R.shape[-1] // 2
+    if half < PANEL // 2:
+        return torch.linalg.solve_triangular(R, _identity(R), upper=True)
+    first, second = slice(None, half), slice(half, None)
+    inverse = torch.zeros_like(R)
+    inverse[..., first, first] = _triangular_inverse(R[..., first, first])
+    inverse[..., second, second] = _triangular_inverse(R[..., second, second])
+    corner = R[..., first, second] @ inverse[..., second, second]
+    inverse[..., first, second] = -(inverse[..., first, first] @ corner)
+    return inverse
 
-    Y -> Y T, Z -> T Z, T = (3 I - Z Y) / 2 from Y = G / c, Z = I has limits (G / c)^(1/2) and its inverse.
+
+def _triangular_product(X: Tensor, T: Tensor) -> Tensor:
+    """X T with T upper triangular; on a CPU, where narrow products are fast, without most of the zeros."""
+    r = X.shape[-1]
+    if X.device.type != "cpu" or r < 2 * PANEL:
+        return X @ T
+    out = torch.empty_like(X)
+    for x, t, q in zip(X.view(-1, *X.shape[-2:]), T.view(-1, r, r), out.view(-1, *X.shape[-2:]), strict=True):
+        for i in range(0, r, PANEL):
+            torch.mm(x[:, : i + PANEL], t[: i + PANEL, i : i + PANEL], out=q[:, i : i + PANEL])
+    return out
+
+
+def _newton_root(G: Tensor) -> Pair:
+    """(H, H^-1) with H = G^(1/2), by the coupled Newton-Schulz iteration; H^-1 infinite where that is slow.
+
+    Y -> Y T, Z -> T Z, T = (3 I - Z Y) / 2 from Y = G / c, Z = I has limits (G / c)^(1/2) and its inverse where the
+    eigenvalues of G / c lie in (0, 3). The last step takes Z G / c for Y, which sheds the rounding of the others. All
+    are polynomials of G, so products are symmetric.
     """
-    size = G.abs().sum(-1).amax(-1)[..., None, None]  # bounds the largest eigenvalue, and is near it for near frames
     I = _identity(G)
-    Y, Z = G / size, I.expand_as(G)
+    mean = G.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    near = torch.linalg.matrix_norm(G / mean - I, keepdim=True) < 1
+    c = torch.where(near, mean, G.abs().sum(-1).amax(-1)[..., None, None])  # row sums bound the largest eigenvalue
+    Y, Z = G / c, I.expand_as(G)
     with full_precision(G.device):
-        for _ in range(NEWTON_STEPS):
-            T = 1.5 * I - 0.5 * (Z @ Y)
-            Y, Z = Y @ T, T @ Z
-            off = (T - I).abs().amax((-2, -1))  # error before this step, which squares it
-            if G.device.type == "cpu" and bool((off < 1e-4).all()):
+        for step in range(NEWTON_STEPS):
+            T = 1.5 * I - 0.5 * (symmetric_product(Z, Y) if step else Y)
+            Z = symmetric_product(T, Z) if step else T
+            done = torch.linalg.matrix_norm(T - I) < 1e-2  # squared by the step just made, and again by the last
+            if G.device.type == "cpu" and bool(done.all()):
                 break
-    H, inverse = Y * size.sqrt(), Z * size.rsqrt()
-    growth = (size * inverse.abs().sum(-1).amax(-1)[..., None, None].square())[..., 0, 0]
-    return (H + H.mT) / 2, inverse, growth.masked_fill(~(off < 1e-4), torch.inf)
+            Y = symmetric_product(Y, T)
+        T = 1.5 * I - 0.5 * symmetric_product(Z, symmetric_product(G / c, Z))
+        inverse = symmetric_product(T, Z) * c.rsqrt()
+        return symmetric_product(G, inverse), inverse.masked_fill(~done[..., None, None], torch.inf)
 
 
-def _eigen_root(G: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(H, H^-1, growth) with H = G^(1/2), by eigenvalues; growth is lambda_max / lambda_min."""
+def _eigen_root(G: Tensor) -> Pair:
+    """(H, H^-1) with H = G^(1/2), by eigenvalues; H^-1 infinite where one is not positive."""
     G, finite = split_finite(G)
     values, V = torch.linalg.eigh(G)
+    bad = ~finite | (values[..., 0] <= 0)
     root = values.clamp_min(torch.finfo(G.dtype).tiny).sqrt().unsqueeze(-2)
-    H, inverse = (V * root) @ V.mT, (V / root) @ V.mT
-    growth = (values[..., -1] / values[..., 0]).masked_fill(~finite | (values[..., 0] <= 0), torch.inf)
-    return H, inverse, growth
+    return (V * root) @ V.mT, ((V / root) @ V.mT).masked_fill(bad[..., None, None], torch.inf)
 
 
 def _cayley(U: Tensor, X: Tensor, reduce: Reduce | None) -> Tensor:

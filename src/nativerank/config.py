@@ -136,6 +136,8 @@ class OptimConfig:
             place of `step`.
         layerwise: update inside the backward pass and free each gradient at once: the same bits, less memory. Takes
             clip 0 and train.accumulation 1; of a step with a bad gradient, updates made before it was seen stay.
+        state_dtype: what the means of gradients and of their squares are kept in: "bf16" halves the optimizer's memory;
+            vectors (norms, biases, s) stay as they are.
         update_cap: lowrank-adamw and lowrank-soap: a step whose ||dW||_2 may exceed this (times the schedule) is shortened.
         frames: stiefel-spectron only: "both" keeps U and V of U diag(s) V^T orthonormal, "one" trains A V^T with only V
             orthonormal.
@@ -169,6 +171,7 @@ class OptimConfig:
     renormalize: bool = True
     certified: bool = False
     layerwise: bool = False
+    state_dtype: Literal["fp32", "bf16"] = "fp32"
     update_cap: float | None = None
     frames: Literal["both", "one"] | None = None
     s_lr: float | None = None

@@ -257,6 +257,7 @@ def build_optimizer(
             "rule": "adamw",
             "lr": row.rates.aux_lr if aux_lr is None else aux_lr,
             **common,
+            **({"state_dtype": chosen["state_dtype"]} if "state_dtype" in chosen else {}),
         },
     ]
     optimizer = LowRankOptimizer([g for g in groups if g["params"]])

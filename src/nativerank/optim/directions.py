@@ -10,9 +10,11 @@ from torch import Tensor
 from nativerank.linalg.gram import gram, to_float64
 from nativerank.linalg.norms import power_iteration, spectral_norm
 from nativerank.linalg.orthogonalize import orthogonalizing_factor
+from nativerank.optim.precision import keep, keep_squares, widened
 
 Options = Mapping[str, Any]
 MARGIN = 1 + 2e-5  # on certified norms
+WIDE_AT_ONCE = 1 << 20  # elements of a parameter with narrow state that are widened together
 NONE = "none"  # for an orthogonalizer: the momentum as it is
 State = dict[str, Tensor]
 
@@ -77,8 +79,10 @@ def shape_scale(kind: str, rows: int, cols: int) -> float:
 
 def averaged(side: Stack, options: Options) -> Tensor:
     """Updates the momentum in place; returns what is orthogonalized: M, or with Nesterov (1 - mu) G + mu M."""
-    M, grad, mu = side.state["momentum"], side.grad.to(side.state["momentum"].dtype), options["momentum"]
+    M, mu = widened(side.state["momentum"]), options["momentum"]
+    grad = side.grad.to(M.dtype)
     M.lerp_(grad, 1 - mu)
+    keep(side.state["momentum"], M)
     return grad.lerp(M, mu) if options["nesterov"] else M
 
 
@@ -127,22 +131,43 @@ def certified_rho(O_A: Tensor, O_B: Tensor, A: Tensor, B: Tensor, eta: float) ->
     return torch.where(linear + quadratic > 0, root.clamp_max(largest), 0.0).to(O_A)
 
 
-def adamw_direction(side: Stack, options: Options, basis: Tensor | None = None) -> Tensor:
+def adamw_direction(side: Stack, options: Options, basis: Tensor | None = None, nesterov: bool = False) -> Tensor:
     """AdamW's D (n, ..., d, r) times lr, as torch.optim.AdamW computes it; advances the moments in place.
 
     With a basis Q (n, ..., r, r) the second moment is that of G Q, and D Q is AdamW's step of the rotated moments.
+    With `nesterov` the step is along (1 - beta1) G + beta1 m, what m would be if the gradient came once more.
     """
-    m, v, step = (side.state[name] for name in ("exp_avg", "exp_avg_sq", "step"))
-    beta1, beta2 = options["betas"]
+    step, (beta1, beta2) = side.state["step"], options["betas"]
+    m, v = (widened(side.state[name]) for name in ("exp_avg", "exp_avg_sq"))
     grad = side.grad.to(m.dtype)
     step += 1
     m.lerp_(grad, 1 - beta1)
     v.lerp_((grad if basis is None else grad @ basis).square(), 1 - beta2)
+    keep(side.state["exp_avg"], m)
+    keep_squares(side.state["exp_avg_sq"], v, step)
+    mean = grad.lerp(m, beta1) if nesterov else m
     shape = (-1, *(1 for _ in m.shape[1:]))
     # In float64 on the counter's own device: 1 - 0.999**1 keeps four digits in float32, and MPS has no float64.
-    correct1, correct2 = ((1 - beta ** step.double()).to(m).reshape(shape) for beta in (beta1, beta2))
-    D = options["lr"] * ((m if basis is None else m @ basis) / correct1) / ((v / correct2).sqrt() + options["eps"])
+    ages = step.double() + nesterov, step.double()
+    correct1, correct2 = ((1 - b**age).to(m).reshape(shape) for b, age in zip((beta1, beta2), ages, strict=True))
+    D = (
+        (mean if basis is None else mean @ basis)
+        .mul(options["lr"] / correct1)
+        .div_((v / correct2).sqrt_() + options["eps"])
+    )
     return D if basis is None else D @ basis.mT
+
+
+def step_narrow(parameter: Tensor, state: State, options: Options) -> None:
+    """AdamW on a parameter whose moments are kept narrower than itself, a few rows at a time."""
+    assert parameter.grad is not None
+    parameter.mul_(1 - options["lr"] * options["weight_decay"])
+    rows = max(1, WIDE_AT_ONCE * len(parameter) // parameter.numel())
+    tensors = parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"]
+    for weight, grad, m, v in zip(*(x.split(rows) for x in tensors), strict=True):
+        moments = {"exp_avg": m[None], "exp_avg_sq": v[None], "step": state["step"][None].clone()}
+        weight.sub_(adamw_direction(Stack(grad[None], moments, ()), options)[0])
+    state["step"] += 1
 
 
 def factor_norm(X: Tensor, state: State, options: Options) -> Tensor:

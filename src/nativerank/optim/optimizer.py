@@ -19,7 +19,7 @@ from nativerank.config import OptimConfig
 from nativerank.linalg.orthogonalize import coefficients
 from nativerank.linalg.resize import Resized
 from nativerank.linalg.retract import TRIANGULAR, WAYS
-from nativerank.optim.directions import NONE, State, shape_scale
+from nativerank.optim.directions import NONE, State, shape_scale, step_narrow
 from nativerank.optim.layerwise import Layerwise, Unit
 from nativerank.optim.parallel import at_once, run_all
 from nativerank.optim.resize import resized_state
@@ -30,7 +30,7 @@ from nativerank.optim.stacks import Bucket, members_per_stack, step_bucket
 RULE_OPTIONS = (
     *("weight_decay", "betas", "eps", "momentum", "norm", "power_iterations", "certified"),
     *("orthogonalizer", "orthogonalizer_steps", "step", "renormalize", "update_cap"),
-    *("s_lr", "retraction", "preserve", "riemannian", "retract_every", "basis_every"),
+    *("s_lr", "retraction", "preserve", "riemannian", "retract_every", "basis_every", "state_dtype"),
 )
 DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(OptimConfig) if f.name in RULE_OPTIONS}
 DEFAULTS |= {"lr": 1e-3, "nesterov": False, "shape_scale": "none", "retraction": "cholesky"}
@@ -63,8 +63,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
             for i, p in enumerate(group["params"]):
                 position = i % rule.width
                 tall = p.shape[-1] if position == 1 or p.dim() < 2 else p.shape[-2]
+                kept = "fp32" if position == 2 else group["state_dtype"]  # s is as small as it is delicate
                 self.state[p] = {
-                    name: initial_state(name, p, tall, seed=index * 1_000_003 + i) for name in rule.state_of(position)
+                    name: initial_state(name, p, tall, index * 1_000_003 + i, kept) for name in rule.state_of(position)
                 }
 
     @torch.no_grad()
@@ -153,7 +154,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
             found["params"] = [p for _, p in parameters]
             found["param_names"] = [name for name, _ in parameters]
             for p in found["params"]:
-                self.state[p] = {k: initial_state(k, p, p.shape[-1], seed=0) for k in RULES[found["rule"]].state}
+                kept, names = found["state_dtype"], RULES[found["rule"]].state
+                self.state[p] = {k: initial_state(k, p, p.shape[-1], 0, kept) for k in names}
 
     def resize(self, changes: Iterable[Resized]) -> None:
         """Lets the state follow parameters of this optimizer whose columns became others (`layer.resize`)."""
@@ -162,8 +164,10 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._buckets = {}  # other shapes stand side by side now
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        kept = {p: {key: value.dtype for key, value in state.items()} for p, state in self.state.items()}
         super().load_state_dict(state_dict)
-        for p, state in self.state.items():
+        for p, state in self.state.items():  # torch gives everything the parameter's dtype
+            state.update({key: value.to(kept[p][key]) for key, value in state.items() if key in kept[p]})
             if "step" in state:
                 state["step"] = state["step"].to(step_device(p))
         self._buckets = {}  # the loaded tensors are not views of our stacks any more: stack them again when needed
@@ -179,6 +183,10 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def _step_adamw(self, group: dict[str, Any], params: list[Any]) -> None:
         params = [p for p in params if p.grad is not None]
+        for p in params:
+            if self.state[p]["exp_avg"].dtype != p.dtype:
+                step_narrow(p, self.state[p], group)
+        params = [p for p in params if self.state[p]["exp_avg"].dtype == p.dtype]
         if not params:
             return
         states = [self.state[p] for p in params]
@@ -247,6 +255,8 @@ def _check(group: dict[str, Any]) -> None:
         raise ValueError(f"lr and weight_decay must be >= 0 and eps > 0, got {got}")
     if not all(0 <= x < 1 for x in (*options["betas"], options["momentum"])):
         raise ValueError(f"betas and momentum must lie in [0, 1), got {options['betas']}, {options['momentum']}")
+    if options["state_dtype"] not in ("fp32", "bf16"):
+        raise ValueError(f"state_dtype must be fp32 or bf16, got {options['state_dtype']!r}")
     if options["power_iterations"] < 1:
         raise ValueError(f"power_iterations must be at least 1, got {options['power_iterations']}")
     if options["rule"] != "adamw":  # unknown names and counts below 1 are errors now, not at the first step

@@ -101,9 +101,9 @@ def soap_direction(side: Stack, options: Options) -> Tensor:
     The basis is turned every `basis_every` steps by one orthogonal iteration, Q <- qf(C Q); the first step has the
     eigenvectors themselves.
     """
-    G = side.grad.to(side.state["exp_avg"].dtype)
     C, Q = side.state["covariance"], side.state["basis"]
-    C.lerp_(gram(G).to(C), 1 - options["betas"][1])
+    G = side.grad.to(C.dtype)
+    C.lerp_(gram(G), 1 - options["betas"][1])
     if options["taken"] == 1:
         Q.copy_(torch.linalg.eigh(C.cpu() if C.device.type == "mps" else C)[1].flip(-1))
     elif options["taken"] % options["basis_every"] == 0:

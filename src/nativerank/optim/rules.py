@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from nativerank.optim.frames import frame_spectron, sct, stiefel_spectron, tsvd
+from nativerank.optim.precision import state_dtype
 from nativerank.optim.products import adamw_capped, muon, soap, spectron
 
 
@@ -46,7 +47,7 @@ class Rule:
 MOMENT_STATES = ("exp_avg", "exp_avg_sq", "step")
 WEIGHT_SHAPED = frozenset({"momentum", "exp_avg", "exp_avg_sq"})  # state that is seen tall where the weight is
 SQUARE = frozenset({"R", "covariance", "basis"})  # (..., r, r), of the space between the factors
-COMMON = frozenset({"lr", "weight_decay"})
+COMMON = frozenset({"lr", "weight_decay", "state_dtype"})
 MOMENTS = frozenset({"betas", "eps"})
 ORTHOGONAL = frozenset({"momentum", "nesterov", "shape_scale", "orthogonalizer", "orthogonalizer_steps"})
 BOUNDED = ORTHOGONAL | {"norm", "power_iterations", "step", "renormalize", "certified"}
@@ -72,8 +73,8 @@ def step_device(parameter: Tensor) -> torch.device:
     return parameter.device if parameter.device.type == "cuda" else torch.device("cpu")
 
 
-def initial_state(name: str, parameter: Tensor, shape_tall: int, seed: int) -> Tensor:
-    """One state tensor at step 0: zeros, or a random unit vector over the tall side for power iteration."""
+def initial_state(name: str, parameter: Tensor, shape_tall: int, seed: int, kept: str = "fp32") -> Tensor:
+    """One state tensor at step 0: zeros (of the option `state_dtype`), or a random unit vector over the tall side."""
     if name == "step":
         return torch.zeros((), dtype=torch.float32, device=step_device(parameter))
     if name in SQUARE:
@@ -81,7 +82,8 @@ def initial_state(name: str, parameter: Tensor, shape_tall: int, seed: int) -> T
         empty = torch.zeros(*parameter.shape[:-2], r, r, dtype=wide, device=parameter.device)
         return empty if name == "covariance" else empty + torch.eye(r, dtype=wide, device=parameter.device)
     if name != "power_vector":
-        return torch.zeros_like(parameter, memory_format=torch.contiguous_format)
+        dtype = state_dtype(parameter, kept)
+        return torch.zeros_like(parameter, dtype=dtype, memory_format=torch.contiguous_format)
     generator = torch.Generator().manual_seed(seed)
     u = torch.randn(*parameter.shape[:-2], shape_tall, generator=generator)
     return torch.nn.functional.normalize(u, dim=-1).to(parameter)

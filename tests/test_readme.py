@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from nativerank.cli import convert
 from nativerank.cli.compare import read_request
 from nativerank.cli.main import COMMANDS, Parser
 from nativerank.cli.train import parse
@@ -29,8 +30,9 @@ def test_there_are_commands_to_check():
 @pytest.mark.parametrize("line", commands())
 def test_every_command_shown_parses(line):
     words = shlex.split(line, comments=True)[1:]
-    if words[0] in ("train", "compare"):
-        (parse if words[0] == "train" else read_request)(words[1:])
+    typed = {"train": parse, "compare": read_request, "convert": convert.parse}
+    if words[0] in typed:
+        typed[words[0]](words[1:])
         return
     parser = Parser()
     importlib.import_module(f"nativerank.cli.{words[0]}").add_parser(parser.add_subparsers(parser_class=Parser))

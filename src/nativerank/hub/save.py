@@ -70,6 +70,7 @@ def save(
 def _config(model: nn.Module) -> dict[str, Any]:
     hf: Any = model
     base = hf.config.to_dict()
+    base.pop("_name_or_path", None)  # where the model came from on this machine
     base["architectures"] = [type(model).__name__]
     factors = factor_modules(model)
     if not factors:

@@ -1,0 +1,133 @@
+"""nativerank convert: what a person sees, and one line for what is wrong."""
+
+import json
+import shutil
+
+import pytest
+
+import nativerank as nr
+from nativerank.data.shards import Dataset
+from nativerank.models import materialize, read_hf_config, skeleton
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory, prepared, tiny_config):
+    """A dense model with the tokenizer of `prepared`."""
+    folder = tmp_path_factory.mktemp("dense") / "model"
+    model = materialize(skeleton(read_hf_config(tiny_config)), 0, 1.0)
+    nr.save(model, folder, tokenizer=Dataset.open(prepared).tokenizer())
+    return folder
+
+
+@pytest.fixture
+def go(cli, dense, tmp_path):
+    return lambda *words: cli("convert", dense, "--out", tmp_path / "m", *words)
+
+
+def test_the_result_is_shown(go, prepared, tmp_path):
+    done = go("--rank.energy", "0.7", "--data", prepared)
+    assert done.code == 0 and done.err == ""
+    lines = done.out.splitlines()
+    assert lines[0].split() == ["matrix", "d_in", "x", "d_out", "rank", "kept", "dense", "factors"]
+    assert "model.layers.0.mlp.gate_proj" in done.out and "14 matrices" in done.out
+    assert max(len(line) for line in lines if str(tmp_path.parent) not in line and str(prepared) not in line) <= 80
+    assert [line.split()[1] for line in lines if line.startswith("loss")] == ["before", "after"]
+    assert f"nativerank train --init {tmp_path / 'm'} --method spectron" in lines[-1]
+
+
+def test_json_alone_goes_to_standard_output_and_warnings_to_the_other(go):
+    done = go("--rank.ratio", "0.95", "--json")
+    result = json.loads(done.out)
+    assert set(result) == {"source", "out", "kind", "parameters", "matrices", "loss"}
+    assert result["loss"] is None and result["parameters"]["before"]["total"] < result["parameters"]["after"]["total"]
+    assert {m["rank"] for m in result["matrices"] if m["d_out"] != 16} == {30} and len(result["matrices"]) == 14
+    assert done.err.startswith("warning: ") and "nothing is saved" in done.err
+
+
+def test_json_into_a_file_and_quiet(go, prepared, tmp_path):
+    done = go("--rank.ratio", "0.2", "--quiet", "--json", tmp_path / "r.json", "--data", prepared)
+    assert done.code == 0 and done.out == ""
+    losses = json.loads((tmp_path / "r.json").read_text())["loss"]
+    assert set(losses) == {"before", "after", "context"} and losses["before"]["nats"] > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "how thin? give --rank.energy"),
+        (["--rank.energy", "0"], "rank energy must lie in (0, 1], got 0"),
+        (["--rank.energy", "1.5"], "rank energy must lie in (0, 1], got 1.5"),
+        (["--rank.energy", "nan"], "config key rank.energy must be"),
+        (["--rank.energy", "0.9", "--rank.ratio", "0.5"], "give a rank ratio or a rank energy, not both"),
+        (["--rank.value", "0"], "rank of model.layers.0.self_attn.q_proj must be an integer in [1, 32]"),
+        (["--rank.value", "33"], "rank of model.layers.0.self_attn.q_proj must be an integer in [1, 32]"),
+        (["--rank.energy", "0.9", "--rank.value", "-1"], "rank of model.layers.0.self_attn.q_proj must be an integer"),
+        (["--rank.ratio", "0.5", "--rank.include", '["nope"]'], "include pattern 'nope' matches none of the 14"),
+        (["--rank.ratio", "0.5", "--rank.overrides", '{"nope": 3}'], "override pattern 'nope' matches none"),
+        (["--rank.ratio", "0.5", "--rank.enrgy", "1"], "unknown config key rank.enrgy; did you mean rank.energy?"),
+        (["--rank.ratio", "0.5", "--kind", "guided"], "--kind is lowrank or spectral, got 'guided'"),
+        (["--rank.ratio", "0.5", "--data", "nowhere.txt"], "--data nowhere.txt: no such file or folder"),
+        (["--rank.ratio", "0.5", "--data", "."], ". is not a prepared data folder"),
+        (["--rank.ratio", "0.5", "--eval_tokens", "0"], "--eval_tokens must be at least 1, got 0"),
+        (["--rank.ratio", "0.5", "--json", "/nowhere/x.json"], "--json /nowhere/x.json: there is no folder"),
+    ],
+)
+def test_bad_input_is_one_line_and_makes_nothing(go, tmp_path, monkeypatch, words, said):
+    monkeypatch.chdir(tmp_path)
+    done = go(*words)
+    assert done.code == 2 and done.out == "" and done.err.count("\n") == 1
+    assert done.err.startswith(f"nativerank: error: {said}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_that_cannot_be_converted(cli, dense, other_prepared, tmp_path):
+    def refused(source, *words):
+        done = cli("convert", source, "--rank.value", "4", "--out", tmp_path / "m", *words)
+        assert done.code == 2 and done.err.count("\n") == 1, done.err
+        return done.err.removeprefix("nativerank: error: ")
+
+    assert cli("convert").err == "nativerank: error: convert needs HF_DIR, the folder of a dense model\n"
+    assert cli("convert", dense, "--rank.value", "4").err.startswith("nativerank: error: convert needs --out DIR")
+    assert refused(tmp_path / "nowhere").startswith("no such folder")
+    assert "is neither a run nor a model folder" in refused(tmp_path)
+    assert "was made with another tokenizer" in refused(dense, "--data", other_prepared)
+    bare = shutil.copytree(dense, tmp_path / "bare")
+    (bare / "tokenizer.json").unlink()
+    (tmp_path / "a.txt").write_text("some text")
+    assert "holds no tokenizer.json to read" in refused(bare, "--data", tmp_path / "a.txt")
+    (bare / "model.safetensors").unlink()
+    assert "cannot read the weights" in refused(bare)
+    assert cli("convert", dense, "--rank.value", "4", "--out", tmp_path / "m").code == 0
+    assert "m exists and is not empty" in refused(dense)
+    again = cli("convert", tmp_path / "m", "--rank.value", "2", "--out", tmp_path / "n")
+    assert "is in low rank already (lowrank layers)" in again.err
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "said"),
+    [
+        (
+            "lowrank",
+            "sct",
+            "holds lowrank layers, which sct does not train; take spectron, lowrank-adamw, lowrank-muon",
+        ),
+        ("spectral", "spectron", "holds spectral layers, which spectron does not train; take sct, tsvd, stiefel-"),
+        (None, "spectron", "which spectron does not train; take dense-adamw, dense-muon, or nativerank convert it"),
+    ],
+)
+def test_a_method_that_does_not_fit_the_layers(cli, dense, tmp_path, prepared, kind, method, said):
+    if kind:
+        assert cli("convert", dense, "--out", tmp_path / "m", "--rank.value", "4", "--kind", kind).code == 0
+    start = tmp_path / "m" if kind else dense
+    done = cli("train", "--init", start, "--method", method, "--data.path", prepared, "--out", tmp_path / "run")
+    assert done.code == 2 and said in done.err and not (tmp_path / "run").exists()
+
+
+def test_a_first_run_can_choose_its_ranks_by_energy(cli, flags, tmp_path):
+    for out, words in (("a", []), ("b", ["--rank.value", "9"])):
+        done = cli("train", *flags(out=tmp_path / out, rank__energy=0.6), *words, "--quiet")
+        assert done.code == 0, done.err
+    ranks = [json.loads((tmp_path / out / "model/config.json").read_text())["ranks"] for out in "ab"]
+    assert {name: min(rank, 9) for name, rank in ranks[0].items()} == ranks[1] and max(ranks[0].values()) > 9
+    refused = cli("train", *flags(out=tmp_path / "c", rank__energy=1.5))
+    assert refused.code == 2 and "rank.energy must lie in (0, 1], got 1.5" in refused.err

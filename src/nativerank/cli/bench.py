@@ -13,6 +13,7 @@ EXAMPLE = """examples:
   nativerank bench train --d_model 512 --json result.json
   nativerank bench bound
   nativerank bench optimizer --model.preset spectron-m --threads 2
+  nativerank bench retraction
 """
 
 
@@ -84,6 +85,19 @@ def add_parser(subparsers: Any) -> None:
     frames.add_argument("--device", default="cpu", choices=["cpu", "cuda", "mps"])
     add_json(frames)
     frames.set_defaults(run=runner("frames", show_frames))
+    retraction = names.add_parser(
+        "retraction",
+        help="bringing factors back to orthonormal columns, each way against looped QR",
+        description="Each way of retraction on stacks of factors, against looped Householder QR with a sign fix.",
+        epilog=EXAMPLE,
+        formatter_class=raw,
+    )
+    retraction.add_argument("--layers", type=int, default=2, help="layers of the 70B shape at rank 32")
+    retraction.add_argument("--repeats", type=int, default=7, help="recorded rounds")
+    retraction.add_argument("--threads", type=int, nargs="+", help="numbers of threads (default: 1 and PyTorch's own)")
+    retraction.add_argument("--device", default="cpu", choices=["cpu", "cuda", "mps"])
+    add_json(retraction)
+    retraction.set_defaults(run=runner("retraction", show_retraction))
 
 
 def runner(name: str, show: Callable[[dict[str, Any]], None]) -> Callable[[argparse.Namespace], int]:
@@ -186,6 +200,24 @@ def show_bound(result: dict[str, Any]) -> None:
             f"{run['violations']} of {run['measurements']:,} measurements above 1 "
             f"({result['preset']}, {run['steps']} steps, validation loss {run['val_loss']:.3f})"
         )
+
+
+def show_retraction(result: dict[str, Any]) -> None:
+    """Times, ratios and errors, a row for each way."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"retraction, medians of {result['repeats']}")
+    for column in ("matrices", "threads", "way", "ms", "speed", "max |Q^T Q - I|"):
+        table.add_column(column, justify="left" if column in ("matrices", "way") else "right")
+    for part in result["measured"]:
+        what = ", ".join(f"{n} of ({d}, {r})" for n, d, r in part["shapes"])
+        for way, seconds in part["seconds"].items():
+            speed = f"{part['speedup'][way]:.2f}x" if way in part["speedup"] else ""
+            error = f"{part['off_orthonormal'][way]:.1e}"
+            table.add_row(what, str(part["threads"]), way, f"{1e3 * seconds:,.1f}", speed, error)
+            what = ""
+    Console(highlight=False).print(table)
 
 
 def show(result: dict[str, Any]) -> None:

@@ -254,12 +254,13 @@ def test_soap_does_not_depend_on_the_coordinates_between_the_factors():
     assert (plain - rotated).abs().max() > 1e-3
 
 
-def test_soap_against_its_formulas():
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_soap_against_its_formulas(nesterov):
     """One matrix at a time: covariance, one orthogonal iteration a step, Adam in that basis."""
-    (up, down), loss = soap_problem()
+    (up, down), _ = soap_problem()
     expected, beta1, beta2, lr = [up.detach().clone(), down.detach().mT.clone()], 0.9, 0.95, 0.01
     state = [(torch.zeros(4, 4, dtype=up.dtype), None, torch.zeros_like(X), torch.zeros_like(X)) for X in expected]
-    ours, params, _ = products_of("soap", None, basis_every=3)
+    ours, *_ = products_of("soap", None, basis_every=3, nesterov=nesterov)
     g_up, g_down = soap_problem()[0]
     for step in range(1, 13):
         g_up.data, g_down.data = expected[0].clone(), expected[1].mT.clone()
@@ -277,7 +278,8 @@ def test_soap_against_its_formulas():
                 Q = Q * R.diagonal().sign()
             m, v = beta1 * m + (1 - beta1) * G, beta2 * v + (1 - beta2) * (G @ Q).square()
             state[i] = C, Q, m, v
-            D = (m @ Q / (1 - beta1**step)) / ((v / (1 - beta2**step)).sqrt() + 1e-8)
+            mean, age = ((1 - beta1) * G + beta1 * m, step + 1) if nesterov else (m, step)
+            D = (mean @ Q / (1 - beta1**age)) / ((v / (1 - beta2**step)).sqrt() + 1e-8)
             expected[i] = expected[i] - lr * D @ Q.mT
         torch.testing.assert_close(ours[step - 1], expected[0] @ expected[1].mT, rtol=1e-9, atol=1e-10)
 

@@ -10,6 +10,7 @@ with one thread; every study says how long it will take before it starts.
 | lr-robustness | what does a rate above the best cost, and does the best rate carry over to other widths? |
 | update-norm | how large is the step of W, and is that what hurts naive AdamW? |
 | equal-flops | low rank against dense at the same training FLOPs |
+| frames | what do orthonormal factors give, in which form, and how wide is their window of rates? |
 """
 
 import json
@@ -232,6 +233,43 @@ def equal_flops(comparison: Comparison) -> None:
     tune(comparison, comparison.enter(map(parse_arm, EQUAL_FLOPS)), [(LR, 2.0), (AUX_LR, 2.0)])
 
 
+# -- orthonormal factors --------------------------------------------------------------------------------------------
+
+ONE_FRAME = "stiefel-spectron[optim.frames=one]"
+SOAP = "lowrank-soap"
+AUTHORS = "spectron[optim.nesterov=true;optim.shape_scale=original]"
+FRAMES: dict[str, dict[str, Any]] = {  # arm -> what it starts from beside the swept defaults
+    "dense-muon": {},
+    "lowrank-muon": {},
+    NAIVE: {},
+    AUTHORS: {},
+    "sct": {},
+    "sct[optim.preserve=true]": {},
+    "sct[optim.riemannian=true]": {},
+    "tsvd": {},
+    "stiefel-spectron": {},
+    "stiefel-spectron[optim.preserve=true]": {},
+    "stiefel-spectron[optim.riemannian=true]": {},
+    ONE_FRAME: {LR: 0.09},
+    SOAP: {},
+}
+WINDOW = (NAIVE, "lowrank-muon", AUTHORS, "sct", "stiefel-spectron", ONE_FRAME, SOAP)
+
+
+def frames(comparison: Comparison) -> None:
+    """Every arm at its own best matrix rate, then some of them at four times that."""
+    arms = {text: parse_arm(text) for text in FRAMES}
+    labels = comparison.enter(Arm(t, arm.method, {**arm.settings, **FRAMES[t]}) for t, arm in arms.items())
+    tune(comparison, labels, [(LR, 1.6)])
+    seeds = range(comparison.seeds)
+    comparison.run([(label, at_multiple(comparison, label, 4.0), s) for label in WINDOW for s in seeds])
+
+
+def frames_findings(comparison: Comparison) -> Findings:
+    """What four times the best rate costs."""
+    return robustness(comparison, WINDOW, (4.0,), of=("sct", "stiefel-spectron", ONE_FRAME, SOAP))
+
+
 STUDIES: dict[str, Study] = {
     "ablation": Study(
         "Orthogonalisation and renormalisation, at three ranks", ablation, ablation_findings, POCKET, seeds=3
@@ -241,6 +279,7 @@ STUDIES: dict[str, Study] = {
     "equal-flops": Study(
         "Low rank against dense at equal FLOPs", equal_flops, best_of_kinds, POCKET, budget="flops", seeds=3
     ),
+    "frames": Study("Orthonormal factors", frames, frames_findings, POCKET, seeds=3),
 }
 
 

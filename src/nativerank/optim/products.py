@@ -14,7 +14,8 @@ adamw-capped   AdamW's D_A, D_B, shortened together where ||dW|| might exceed `u
 soap      AdamW of A and B in a basis of the r-dimensional space between them that follows the gradients:
               C <- beta2 C + (1 - beta2) G^T G,   Q <- orthonormal basis near the eigenvectors of C     (r, r)
               m <- beta1 m + (1 - beta1) G,       v <- beta2 v + (1 - beta2) (G Q)^2
-              D = lr ((m Q) / (sqrt(v) + eps)) Q^T, bias-corrected, then capped as above if `update_cap` is set.
+              D = lr ((m Q) / (sqrt(v) + eps)) Q^T, bias-corrected, then capped as above if `update_cap` is set;
+              with `nesterov` (1 - beta1) G + beta1 m in the place of m.
           SOAP (Vyas et al. 2024, arXiv 2409.11321) with the preconditioner of the short side alone, which for thin
           factors is r x r. A -> A T, B -> B T with an orthogonal T changes nothing but the coordinates: AdamW's
           steps depend on that choice, these do not.
@@ -108,4 +109,4 @@ def soap_direction(side: Stack, options: Options) -> Tensor:
         Q.copy_(torch.linalg.eigh(C.cpu() if C.device.type == "mps" else C)[1].flip(-1))
     elif options["taken"] % options["basis_every"] == 0:
         Q.copy_(frame_factor(C @ Q, "qr")[0])
-    return adamw_direction(replace(side, grad=G), options, Q)
+    return adamw_direction(replace(side, grad=G), options, Q, options["nesterov"])

@@ -58,7 +58,9 @@ RULES: dict[str, Rule] = {
     "muon": Rule("matrix", ("momentum",), ORTHOGONAL, muon),
     "spectron": Rule("pair", ("momentum", "power_vector"), BOUNDED, spectron),
     "adamw-capped": Rule("pair", MOMENT_STATES, MOMENTS | {"update_cap"}, adamw_capped),
-    "soap": Rule("pair", (*MOMENT_STATES, "covariance", "basis"), MOMENTS | {"update_cap", "basis_every"}, soap),
+    "soap": Rule(
+        "pair", (*MOMENT_STATES, "covariance", "basis"), MOMENTS | {"update_cap", "basis_every", "nesterov"}, soap
+    ),
     "sct": Rule("triple", MOMENT_STATES, MOVED | {"retract_every"}, sct),
     "tsvd": Rule("triple", (*MOMENT_STATES, "R"), SPECTRUM, tsvd),
     "stiefel-spectron": Rule(

@@ -252,14 +252,15 @@ def _eigen_root(G: Tensor) -> Pair:
 def _cayley(U: Tensor, X: Tensor, reduce: Reduce | None) -> Tensor:
     """The Cayley transform of the step D = U - X, in float64, then `polar` against drift of U itself.
 
-    By Sherman, Morrison and Woodbury, with K = A B^T, A = [P D, U], B = [U, -P D] (d, 2 r):
-        Q = U - A (I + B^T A / 2)^-1 B^T U
+    With M = U^T D and N = D - U M,  K = U skew(M) U^T + N U^T - U N^T, and in the span of U and N
+        Q = (2 U - N) (I + H)^-1 - U,   H = skew(M) / 2 + N^T N / 4
+    which is the Sherman-Morrison-Woodbury form reduced from 2r x 2r to r x r. H is a skew matrix plus a semidefinite
+    one, so I + H has an inverse.
     """
     U, D = to_float64(U), to_float64(U) - to_float64(X)
     M = _summed(U.mT @ D, reduce)
-    PD = D - U @ (M / 2)
-    A, B = torch.cat([PD, U], -1), torch.cat([U, -PD], -1)
-    BA = _summed(B.mT @ A, reduce)
-    BU = _summed(B.mT @ U, reduce)
-    C, _ = torch.linalg.solve_ex(_identity(BA) + BA / 2, BU)
-    return frame_factor(U - A @ C, "polar", reduce)[0]
+    N = D - U @ M
+    # No LU: batched LU of PyTorch 2.13 with MKL fails in a process that has gone from one thread to two.
+    P, T = torch.linalg.qr(_identity(M) + (M - M.mT) / 4 + gram(N, reduce) / 4)
+    inverse = torch.linalg.solve_triangular(T, P.mT, upper=True)
+    return frame_factor((2 * U - N) @ inverse - U, "polar", reduce)[0]

@@ -200,3 +200,14 @@ def test_the_table_fits_and_says_when_nothing_is_saved(dense, tmp_path):
     assert saving_warnings(done.report) == ["2 of 14 (marked !) are no smaller as factors than dense"]
     full = convert(dense, tmp_path / "full", FULL)
     assert "nothing is saved: factors" in saving_warnings(full.report)[1]
+
+
+def test_fused_and_zero_matrices_are_pointed_out(tmp_path):
+    model = nr.load(stock(tmp_path / "dense", "gpt2"))
+    model.transformer.h[1].mlp.c_proj.weight.data.zero_()
+    nr.save(model, tmp_path / "zero")
+    done = convert(tmp_path / "zero", tmp_path / "m", RankConfig(energy=0.5))
+    assert detailed(done.report).splitlines()[-1] == "fused: c_attn: q, k and v count as one matrix"
+    (warning,) = saving_warnings(done.report)
+    assert warning.startswith("transformer.h.1.mlp.c_proj: the weight is zero")
+    assert done.report.ranks["transformer.h.1.mlp.c_proj"] == 1

@@ -57,6 +57,23 @@ def test_tensors_that_do_not_fit_are_named(folder, change, said, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_gpt2_as_it_was_published(tmp_path):
+    """No prefix before the names, masks as buffers."""
+    sizes = dict(vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=32, bos_token_id=0, eos_token_id=0)
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(make_hf_config({"model_type": "gpt2", **sizes}, "test")).eval()
+    model.save_pretrained(tmp_path / "m")
+    tensors = load_file(tmp_path / "m/model.safetensors")
+    old = {name.removeprefix("transformer."): value for name, value in tensors.items()}
+    for block in range(2):
+        old[f"h.{block}.attn.bias"] = torch.ones(1, 1, 32, 32)
+        old[f"h.{block}.attn.masked_bias"] = torch.tensor(-1e4)
+    save_file(old, tmp_path / "m/model.safetensors", metadata={"format": "pt"})
+    ids = torch.arange(18).view(2, 9)
+    assert torch.equal(nr.load(tmp_path / "m")(ids).logits, model(ids).logits)
+
+
 def test_damage_and_a_shard_that_is_gone(folder):
     file = shard_of(folder, NAME)
     file.write_bytes(file.read_bytes()[:50])

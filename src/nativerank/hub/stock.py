@@ -17,7 +17,8 @@ from torch import nn
 
 from nativerank.models import one_line
 
-INDEX = "model.safetensors.index.json"
+# Masks, positions and rotary tables that old versions saved; they are computed now.
+COMPUTED = (".attn.bias", ".masked_bias", ".position_ids", ".rotary_emb.inv_freq")
 
 
 def load_stock(folder: Path, config: Any) -> nn.Module:
@@ -59,7 +60,7 @@ def check_complete(folder: Path, info: dict[str, Any]) -> None:
     for name, found, wanted in sorted(info["mismatched_keys"]):
         raise ValueError(f"{folder}: {name} has shape {tuple(found)}, expected {tuple(wanted)}")
     for kind, said in (("missing_keys", "lacks {}"), ("unexpected_keys", "holds {}, which the model does not have")):
-        if names := sorted(info[kind]):
+        if names := sorted(name for name in info[kind] if not name.endswith(COMPUTED)):
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
             raise ValueError(f"{folder} {said.format(names[0])}{more}")
     if info["error_msgs"]:

@@ -103,14 +103,16 @@ def detailed(report: FactorizeReport) -> str:
     before, after = (sum(getattr(e, f"params_{when}") for e in report.entries) for when in ("before", "after"))
     count = sum(e.stack for e in report.entries)
     lines.append(_detail(f"{count} matrices", "", "", "", _short(before), _short(after)))
+    fused = {e.name.rpartition(".")[2]: e.fused for e in report.entries if e.fused}
+    lines += [_note("fused", name, f"{parts} count as one matrix") for name, parts in fused.items()]
     return "\n".join(lines)
 
 
 def saving_warnings(report: FactorizeReport) -> list[str]:
-    """One line on matrices whose factors are no smaller, one if that holds for all of them together."""
+    """A line for each weight that is zero, on matrices that are no smaller as factors, and if they are so together."""
     larger = [e for e in report.entries if e.larger]
     before, after = (sum(getattr(e, f"params_{when}") for e in report.entries) for when in ("before", "after"))
-    lines = []
+    lines = [f"{e.name}: {e.warning}" for e in report.entries if e.warning and not e.warning.startswith("rank")]
     if larger:
         lines.append(f"{len(larger)} of {len(report.entries)} (marked !) are no smaller as factors than dense")
     if after >= before:

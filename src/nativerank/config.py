@@ -138,7 +138,7 @@ class OptimConfig:
             clip 0 and train.accumulation 1; of a step with a bad gradient, updates made before it was seen stay.
         state_dtype: what the means of gradients and of their squares are kept in: "bf16" halves the optimizer's memory;
             vectors (norms, biases, s) stay as they are.
-        update_cap: lowrank-adamw and lowrank-soap: a step whose ||dW||_2 may exceed this (times the schedule) is shortened.
+        update_cap: lowrank-adamw only: a step whose ||dW||_2 may exceed this (times the schedule) is shortened.
         frames: stiefel-spectron only: "both" keeps U and V of U diag(s) V^T orthonormal, "one" trains A V^T with only V
             orthonormal.
         s_lr: peak AdamW rate of s in U diag(s) V^T; None is lr, for stiefel-spectron 0.004.
@@ -147,7 +147,6 @@ class OptimConfig:
         preserve: the retraction leaves W as it is, by an r x r SVD.
         riemannian: tangent projection of the factors' gradients, first moments transported.
         retract_every: sct only: steps between two retractions.
-        basis_every: lowrank-soap only: steps between two turns of the basis.
     """
 
     lr: float | None = None
@@ -179,7 +178,6 @@ class OptimConfig:
     preserve: bool = False
     riemannian: bool = False
     retract_every: int = 1
-    basis_every: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -70,7 +70,7 @@ METHODS: dict[str, Method] = {
     "spectron": Method("lowrank", "spectron", Rates(0.07, 0.003), "lr: Spectron's code, every size; aux_lr: ours"),
     "lowrank-adamw": Method("lowrank", "adamw", Rates(1e-3, 1e-3), "Spectron's code, AdamW examples"),
     "lowrank-muon": Method("lowrank", "muon", Rates(0.01, 0.003), "pocket sweep", {"nesterov": True}),
-    "lowrank-soap": Method("lowrank", "soap", Rates(3e-3, 3e-3), "ours", {"nesterov": True}),
+    "spectron-adam": Method("lowrank", "spectron-adam", Rates(0.08, 0.003), "ours", {"nesterov": True}),
     "self-guided": Method(GUIDED, "adamw", Rates(1e-3, 1e-3), "Spectron's code, AdamW examples"),
     "sct": Method("spectral", "sct", Rates(4e-3, 3e-3), "ours: SCT's 5e-4 is for a converted model"),
     "tsvd": Method("spectral", "tsvd", Rates(4e-3, 3e-3), "ours: no rate of the paper is known"),
@@ -93,7 +93,7 @@ SWEPT: dict[str, dict[str, Rates]] = {
         "spectron": Rates(0.08, 0.01, 0.577),
         "lowrank-muon": Rates(0.0256, 0.02, 0.577),
         "lowrank-adamw": Rates(0.0048, 0.02, 0.577),
-        "lowrank-soap": Rates(0.006, 0.02, 0.577),
+        "spectron-adam": Rates(0.1, 0.02, 0.577),
         "self-guided": Rates(0.0048, 0.02),
         "sct": Rates(0.016, 0.02, 0.577),
         "tsvd": Rates(0.016, 0.02, 0.577),
@@ -280,5 +280,5 @@ def check_form(pairs: Sequence[Pair], rule: str, method: str) -> None:
             forms = ("A B^T", "U diag(s) V^T")
             raise ValueError(
                 f"{method} trains factors {forms[wanted]}, but {pair.name} is {forms[not wanted]}; "
-                f"factorize with method={method!r} or choose another method"
+                f"factorize with method={method!r} (and the same frames) or choose another method"
             )

@@ -5,13 +5,14 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from nativerank.layers import SpectralLinear
+from nativerank.layers import LowRankLinear, SpectralLinear
 from nativerank.linalg.change import update_norm
 from nativerank.linalg.retract import tangent
 from nativerank.methods import build_optimizer
 from nativerank.optim import frames
 from nativerank.optim.directions import Stack
 from nativerank.optim.frames import aligned_svd
+from nativerank.optim.optimizer import DEFAULTS
 from nativerank.optim.rules import RULES
 
 RATES = {"sct": 0.01, "tsvd": 0.01, "stiefel-spectron": 0.1}
@@ -196,7 +197,6 @@ def random_frames(d_out, d_in, r, scale, seed, dtype=torch.float64):
 
 
 def options(rule, **changes):
-    from nativerank.optim.optimizer import DEFAULTS
 
     return {**DEFAULTS, "initial_lr": changes.get("lr", 0.1), "taken": 1, **changes}
 
@@ -256,7 +256,6 @@ def test_certified_step_survives_bad_gradients():
 
 
 def test_one_frame_takes_spectrons_step_and_fixes_the_gauge():
-    from nativerank.layers import LowRankLinear
 
     ours, theirs = Planted(kind=LowRankLinear), Planted(kind=LowRankLinear)
     same = dict(lr=0.1, norm="exact", nesterov=True)
@@ -268,7 +267,6 @@ def test_one_frame_takes_spectrons_step_and_fixes_the_gauge():
 
 
 def test_one_frame_keeps_spectrons_bound_with_norm_of_v_one():
-    from nativerank.layers import LowRankLinear
 
     model = Planted(kind=LowRankLinear)
     optimizer = build_optimizer(model, "stiefel-spectron", frames="one", lr=0.3, certified=True)
@@ -338,3 +336,25 @@ def test_tangent_part_of_an_orthonormal_step_is_at_most_2_over_sqrt_3():
     O[0, 1], O[1, 0], O[3, 0] = 1.0, -1 / 3, (8 / 9) ** 0.5
     assert torch.linalg.matrix_norm(O, 2).item() <= 1 + 1e-12
     assert torch.linalg.matrix_norm(tangent(U, O), 2).item() == pytest.approx(2 / 3**0.5, rel=1e-3)
+
+
+def test_root_meets_the_bound_of_frames_with_equality():
+    for sigma in (1e-3, 0.5, 5.0, 50.0):
+        top = torch.tensor(sigma, dtype=torch.float64)
+        rho = frames.frame_rho(top, options("stiefel-spectron", lr=0.5, step="root"))
+        assert rho <= 1 and (sigma * (2 * rho + rho**2) == pytest.approx(0.5) or rho == 1)
+        paper = frames.frame_rho(top, options("stiefel-spectron", lr=0.5))
+        assert sigma * (2 * paper + paper**2) <= 0.5
+
+
+def test_one_frame_decays_a():
+    model = Planted(kind=LowRankLinear)
+    optimizer = build_optimizer(model, "stiefel-spectron", frames="one", lr=0.1, weight_decay=0.5)
+    train(model, optimizer, 1)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    for state in optimizer.state.values():
+        state["momentum"].zero_()
+    W = model.first.to_dense().detach()
+    optimizer.step()
+    assert_close(model.first.to_dense().detach(), 0.95 * W)

@@ -224,74 +224,40 @@ def test_records_are_those_of_the_last_step_and_of_who_moved():
     assert optimizer.records() == {}
 
 
-def soap_problem(rotation=None, dtype=torch.float64):
-    g = torch.Generator().manual_seed(3)
-    A, B = (torch.randn(d, 4, generator=g, dtype=dtype) for d in (9, 7))
-    T = torch.randn(9, 7, generator=g, dtype=dtype)
-    Q = torch.eye(4, dtype=dtype) if rotation is None else rotation
-    up, down = nn.Parameter(A @ Q), nn.Parameter((B @ Q).mT.contiguous())
-    return (up, down), lambda: (torch.tanh(up @ down) - T).square().sum()
-
-
-def products_of(rule, rotation, **options):
-    params, loss = soap_problem(rotation)
-    optimizer = LowRankOptimizer([{"params": list(params), "rule": rule, "lr": 0.01, **options}])
-    products = []
-    for _ in range(12):
-        optimizer.zero_grad()
-        loss().backward()
-        optimizer.step()
-        products.append((params[0] @ params[1]).detach().clone())
-    return torch.stack(products), params, optimizer
-
-
-def test_soap_does_not_depend_on_the_coordinates_between_the_factors():
-    """A -> A T, B -> B T with orthogonal T leaves W and every step of it alone; AdamW's steps change."""
-    rotation = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(5), dtype=torch.float64)).Q
-    plain, rotated = (products_of("soap", q)[0] for q in (None, rotation))
-    torch.testing.assert_close(plain, rotated, rtol=1e-7, atol=1e-8)
-    plain, rotated = (products_of("adamw-capped", q, update_cap=1e9)[0] for q in (None, rotation))
-    assert (plain - rotated).abs().max() > 1e-3
-
-
 @pytest.mark.parametrize("nesterov", [False, True])
-def test_soap_against_its_formulas(nesterov):
-    """One matrix at a time: covariance, one orthogonal iteration a step, Adam in that basis."""
-    (up, down), _ = soap_problem()
-    expected, beta1, beta2, lr = [up.detach().clone(), down.detach().mT.clone()], 0.9, 0.95, 0.01
-    state = [(torch.zeros(4, 4, dtype=up.dtype), None, torch.zeros_like(X), torch.zeros_like(X)) for X in expected]
-    ours, *_ = products_of("soap", None, basis_every=3, nesterov=nesterov)
-    g_up, g_down = soap_problem()[0]
-    for step in range(1, 13):
-        g_up.data, g_down.data = expected[0].clone(), expected[1].mT.clone()
-        T = torch.Generator().manual_seed(3)
-        _ = [torch.randn(d, 4, generator=T, dtype=torch.float64) for d in (9, 7)]
-        target = torch.randn(9, 7, generator=T, dtype=torch.float64)
-        grads = torch.autograd.grad((torch.tanh(g_up @ g_down) - target).square().sum(), (g_up, g_down))
-        for i, G in enumerate((grads[0], grads[1].mT)):
-            C, Q, m, v = state[i]
-            C = beta2 * C + (1 - beta2) * G.mT @ G
-            if step == 1:
-                Q = torch.linalg.eigh(C)[1].flip(-1)
-            elif step % 3 == 0:
-                Q, R = torch.linalg.qr(C @ Q)
-                Q = Q * R.diagonal().sign()
-            m, v = beta1 * m + (1 - beta1) * G, beta2 * v + (1 - beta2) * (G @ Q).square()
-            state[i] = C, Q, m, v
-            mean, age = ((1 - beta1) * G + beta1 * m, step + 1) if nesterov else (m, step)
-            D = (mean @ Q / (1 - beta1**age)) / ((v / (1 - beta2**step)).sqrt() + 1e-8)
-            expected[i] = expected[i] - lr * D @ Q.mT
-        torch.testing.assert_close(ours[step - 1], expected[0] @ expected[1].mT, rtol=1e-9, atol=1e-10)
-
-
-def test_soap_capped_keeps_the_change_of_the_product_within_the_cap():
-    """Under a schedule the cap follows the rate."""
-    for rate in (1.0, 0.25):
-        params, loss = soap_problem()
-        optimizer = LowRankOptimizer([{"params": list(params), "rule": "soap", "lr": 0.5, "update_cap": 0.1}])
-        optimizer.set_rate(rate)
-        before = (params[0] @ params[1]).detach().clone()
-        loss().backward()
+def test_spectron_adam_is_spectrons_step_along_adamws_direction(nesterov):
+    """One pair at a time, in float64: moments, quotient, textbook orthogonalization, rho from exact norms."""
+    params, steps, lr = factors(pairs=1), 6, 0.3
+    optimizer = LowRankOptimizer(
+        [{"params": params, "rule": "spectron-adam", "lr": lr, "norm": "exact", "nesterov": nesterov}]
+    )
+    A, B = params[0].detach().clone(), params[1].detach().mT.clone()
+    T = torch.randn(12, 9, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    m, v = ([torch.zeros_like(A), torch.zeros_like(B)] for _ in range(2))
+    for step in range(1, steps + 1):
+        optimizer.zero_grad()
+        (torch.tanh(params[0] @ params[1]) - T).square().sum().backward()
+        grads = [params[0].grad.clone(), params[1].grad.mT.clone()]
         optimizer.step()
-        change = torch.linalg.matrix_norm((params[0] @ params[1]).detach() - before, 2).item()
-        assert 0.01 * rate < change <= 0.1 * rate
+        directions = []
+        for i, G in enumerate(grads):
+            m[i], v[i] = 0.9 * m[i] + 0.1 * G, 0.95 * v[i] + 0.05 * G.square()
+            mean, age = (0.1 * G + 0.9 * m[i], step + 1) if nesterov else (m[i], step)
+            directions.append(mean / (1 - 0.9**age) / ((v[i] / (1 - 0.95**step)).sqrt() + 1e-8))
+        rho = lr / (sum(torch.linalg.matrix_norm(X, 2) for X in (A, B)) + 1)
+        A, B = (X - rho * orthogonalize_plain(D) for X, D in zip((A, B), directions, strict=True))
+        assert_close(params[0].detach(), A, rtol=1e-7, atol=1e-9)
+        assert_close(params[1].detach().mT, B, rtol=1e-7, atol=1e-9)
+
+
+def test_spectron_adam_certified_keeps_the_bound_at_any_rate():
+    for lr in (0.01, 0.5, 3.0):
+        params = factors(pairs=1, scale=3.0)
+        optimizer = LowRankOptimizer([{"params": params, "rule": "spectron-adam", "lr": lr, "certified": True}])
+        for _ in range(10):
+            before = (params[0] @ params[1]).detach().clone()
+            optimizer.zero_grad()
+            (params[0] @ params[1]).square().sum().backward()
+            optimizer.step()
+            change = torch.linalg.matrix_norm((params[0] @ params[1]).detach() - before, 2).item()
+            assert 0.05 * lr < change <= lr

@@ -236,7 +236,7 @@ def equal_flops(comparison: Comparison) -> None:
 # -- orthonormal factors --------------------------------------------------------------------------------------------
 
 ONE_FRAME = "stiefel-spectron[optim.frames=one]"
-SOAP = "lowrank-soap"
+OURS = "spectron-adam"
 AUTHORS = "spectron[optim.nesterov=true;optim.shape_scale=original]"
 FRAMES: dict[str, dict[str, Any]] = {  # arm -> what it starts from beside the swept defaults
     "dense-muon": {},
@@ -251,9 +251,9 @@ FRAMES: dict[str, dict[str, Any]] = {  # arm -> what it starts from beside the s
     "stiefel-spectron[optim.preserve=true]": {},
     "stiefel-spectron[optim.riemannian=true]": {},
     ONE_FRAME: {LR: 0.09},
-    SOAP: {},
+    OURS: {},
 }
-WINDOW = (NAIVE, "lowrank-muon", AUTHORS, "sct", "stiefel-spectron", ONE_FRAME, SOAP)
+WINDOW = (NAIVE, "lowrank-muon", AUTHORS, "sct", "stiefel-spectron", ONE_FRAME, OURS)
 
 
 def frames(comparison: Comparison) -> None:
@@ -267,7 +267,7 @@ def frames(comparison: Comparison) -> None:
 
 def frames_findings(comparison: Comparison) -> Findings:
     """What four times the best rate costs."""
-    return robustness(comparison, WINDOW, (4.0,), of=("sct", "stiefel-spectron", ONE_FRAME, SOAP))
+    return robustness(comparison, WINDOW, (4.0,), of=("sct", "stiefel-spectron", ONE_FRAME, OURS))
 
 
 STUDIES: dict[str, Study] = {

@@ -131,10 +131,9 @@ def certified_rho(O_A: Tensor, O_B: Tensor, A: Tensor, B: Tensor, eta: float) ->
     return torch.where(linear + quadratic > 0, root.clamp_max(largest), 0.0).to(O_A)
 
 
-def adamw_direction(side: Stack, options: Options, basis: Tensor | None = None, nesterov: bool = False) -> Tensor:
+def adamw_direction(side: Stack, options: Options, nesterov: bool = False) -> Tensor:
     """AdamW's D (n, ..., d, r) times lr, as torch.optim.AdamW computes it; advances the moments in place.
 
-    With a basis Q (n, ..., r, r) the second moment is that of G Q, and D Q is AdamW's step of the rotated moments.
     With `nesterov` the step is along (1 - beta1) G + beta1 m, what m would be if the gradient came once more.
     """
     step, (beta1, beta2) = side.state["step"], options["betas"]
@@ -142,7 +141,7 @@ def adamw_direction(side: Stack, options: Options, basis: Tensor | None = None, 
     grad = side.grad.to(m.dtype)
     step += 1
     m.lerp_(grad, 1 - beta1)
-    v.lerp_((grad if basis is None else grad @ basis).square(), 1 - beta2)
+    v.lerp_(grad.square(), 1 - beta2)
     keep(side.state["exp_avg"], m)
     keep_squares(side.state["exp_avg_sq"], v, step)
     mean = grad.lerp(m, beta1) if nesterov else m
@@ -150,12 +149,7 @@ def adamw_direction(side: Stack, options: Options, basis: Tensor | None = None, 
     # In float64 on the counter's own device: 1 - 0.999**1 keeps four digits in float32, and MPS has no float64.
     ages = step.double() + nesterov, step.double()
     correct1, correct2 = ((1 - b**age).to(m).reshape(shape) for b, age in zip((beta1, beta2), ages, strict=True))
-    D = (
-        (mean if basis is None else mean @ basis)
-        .mul(options["lr"] / correct1)
-        .div_((v / correct2).sqrt_() + options["eps"])
-    )
-    return D if basis is None else D @ basis.mT
+    return mean.mul(options["lr"] / correct1).div_((v / correct2).sqrt_() + options["eps"])
 
 
 def step_narrow(parameter: Tensor, state: State, options: Options) -> None:

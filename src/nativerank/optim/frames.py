@@ -12,17 +12,19 @@ tsvd               Our reconstruction from the abstract of arXiv 2605.28573, who
                    in the forward pass, with one factorization per factor and step however many micro-batches,
                    recomputations and evaluations there are.
 stiefel-spectron   Ours. U and V take orthogonalized momentum steps of size rho = lr / (2 max|s| + 1), then the polar
-                   retraction; s by AdamW at s_lr. Before the retraction and with s fixed, ||dW|| <= lr as in Spectron
-                   with ||U|| = ||V|| = 1. The retraction adds to it: up to 2 / sqrt(3) times to first order for polar,
-                   2 to 3.7 times were seen for qr and cholesky, whose R is not symmetric. `certified`: see
-                   `certified_step`.
+                   retraction; s by AdamW at s_lr. With s fixed, before the retraction and for ||O|| <= 1 (Newton-Schulz
+                   reaches 1.2), ||dW|| <= lr as in Spectron with ||U|| = ||V|| = 1. The retraction adds to it: up to
+                   2 / sqrt(3) times to first order for polar, 2 to 3.7 times were seen for qr and cholesky, whose R is
+                   not symmetric. `certified`: see `certified_step`.
 frame-spectron     stiefel-spectron with frames: one. W = A V^T, V orthonormal, A free: Spectron's step on both, then
                    X = V - rho O_V = Q R, V <- Q, A <- A R^T, so that the product, and with it Spectron's bound
                    rho (||A|| + ||V||) + rho^2 <= lr, ||V|| = 1, is that of the step. What the gauge buys: ||V|| is
                    known, and the factors cannot drift apart.
 
-Weight decay: of sct and stiefel-spectron on s alone (a retraction undoes any on U, V); of tsvd also on A, that is on R:
-W stays, the angular steps grow. s decays at its own rate s_lr, which follows the schedule.
+Frames are as orthonormal as their dtype: to 1e-5 in float32, not in bf16, and between two retractions of
+`retract_every` not at all, which is also how such a run may end.
+Weight decay: of sct and stiefel-spectron on s alone (a retraction undoes any on U, V), of frame-spectron on A; of tsvd
+also on its raw A, that is on R: W stays, the angular steps grow. s decays at s_lr, which follows the schedule.
 First moments that change basis go along like gradients: U = X T means G_U = G_X T^-T (docs/math.md).
 """
 
@@ -77,7 +79,7 @@ def stiefel_spectron(U: Stack, V: Stack, s: Stack, options: Options) -> Triple:
     Q = pair_factors(M[0], M[1], options)
     scales = [shape_scale(options["shape_scale"], *side.shape) for side in (U, V)]
     O_U, O_V = (scale * (m @ q) for scale, m, q in zip(scales, M, Q, strict=True))
-    rho = pair_rho(2 * s.weight.abs().amax(-1), options)
+    rho = frame_rho(s.weight.abs().amax(-1), options)
     s_new = stepped_spectrum(s, options)
     if options["certified"]:
         new, rho = certified_step((U.weight, V.weight, s.weight), rho, O_U, O_V, s_new, options)
@@ -140,11 +142,25 @@ def refactored(side: Stack, options: Options) -> Tensor:
 def frame_spectron(A: Stack, V: Stack, options: Options) -> tuple[New, New, State]:
     """(A, V, record) after the step: Spectron's, and then the gauge in which V is orthonormal."""
     D_A, D_V, record = spectron(A, V, options)
-    A_new, X = (at_least_float32(side.weight) - formed(D) for side, D in ((A, D_A), (V, D_V)))
+    kept = 1 - options["lr"] * options["weight_decay"]
+    A_new = kept * at_least_float32(A.weight) - formed(D_A)
+    X = at_least_float32(V.weight) - formed(D_V)
     Q, R = frame_factor(X, options["retraction"])
     in_new_basis(V, R.mT)
     A.state["momentum"].copy_(torch.linalg.solve(R, A.state["momentum"].to(R), left=False))
     return New(A_new @ R.mT), New(Q), record
+
+
+def frame_rho(sigma: Tensor, options: Options) -> Tensor:
+    """rho (...) for sigma = max|s|: two steps of norm rho change W by at most sigma (2 rho + rho^2), s fixed.
+
+    paper   lr / (2 sigma + 1), as in Spectron: within lr for lr <= 2, since then rho sigma <= 1
+    root    the positive root of sigma (2 rho + rho^2) = lr, or 1 where sigma is so small that this is longer
+    """
+    eta = options["lr"]
+    if not options["renormalize"] or options["step"] == "paper":
+        return pair_rho(2 * sigma, options)
+    return (eta / (sigma + (sigma * (sigma + eta)).sqrt()).clamp_min(torch.finfo(sigma.dtype).tiny)).clamp_max(1.0)
 
 
 def stepped_spectrum(s: Stack, options: Options) -> Tensor:

@@ -3,7 +3,8 @@
 A group's `rule` names an entry of `rules.RULES`. Matrices of equal shape are updated as one stack: their state is
 stored side by side for good and each parameter's state is a view of it, so that state_dict() looks like any other
 optimizer's (`optim.stacks`). On a CPU stacks of large matrices are updated at once, one per core. Gradients are never
-written, state exists from construction on, and no value is read back to the host.
+written and state exists from construction on. No value is read back to the host but where a result must be looked at:
+certified steps on frames, and retractions (once, whether any matrix needs more care).
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -270,10 +271,10 @@ def _check(group: dict[str, Any]) -> None:
         raise ValueError(f"retraction must be one of {', '.join(known)}, got {options['retraction']!r}")
     if options["retraction"] == "cayley" and (options["preserve"] or options["rule"] == "frame-spectron"):
         raise ValueError("retraction cayley has no R to be absorbed; with preserve or frames: one take another")
+    if options["retract_every"] > 1 and (options["riemannian"] or options["retraction"] == "cayley"):
+        raise ValueError("riemannian and cayley need frames at every step; with them retract_every is 1")
     if options["certified"] and options["preserve"]:
         raise ValueError("certified measures a plain retraction; drop preserve")
-    if options["basis_every"] < 1:
-        raise ValueError(f"basis_every must be at least 1, got {options['basis_every']}")
     if options["retract_every"] < 1 or (options["s_lr"] is not None and options["s_lr"] < 0):
         raise ValueError(f"s_lr must be >= 0 and retract_every >= 1, got {options['s_lr']}, {options['retract_every']}")
     if options["norm"] not in ("power", "exact"):

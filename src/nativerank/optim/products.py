@@ -11,24 +11,16 @@ spectron  the same M and orth for both factors of W = A B^T, and
           Variants: `step: root` (`pair_rho`), `renormalize: false` (rho = lr), `orthogonalizer: none` (D along M).
 adamw-capped   AdamW's D_A, D_B, shortened together where ||dW|| might exceed `update_cap` (times the schedule):
           asks whether large updates are what ails naive AdamW on factors (`certified_rho` with eta = the cap).
-soap      AdamW of A and B in a basis of the r-dimensional space between them that follows the gradients:
-              C <- beta2 C + (1 - beta2) G^T G,   Q <- orthonormal basis near the eigenvectors of C     (r, r)
-              m <- beta1 m + (1 - beta1) G,       v <- beta2 v + (1 - beta2) (G Q)^2
-              D = lr ((m Q) / (sqrt(v) + eps)) Q^T, bias-corrected, then capped as above if `update_cap` is set;
-              with `nesterov` (1 - beta1) G + beta1 m in the place of m.
-          SOAP (Vyas et al. 2024, arXiv 2409.11321) with the preconditioner of the short side alone, which for thin
-          factors is r x r. A -> A T, B -> B T with an orthogonal T changes nothing but the coordinates: AdamW's
-          steps depend on that choice, these do not.
+spectron-adam  Ours: Spectron with AdamW's direction in the place of the momentum,
+              m <- beta1 m + (1 - beta1) G,  v <- beta2 v + (1 - beta2) G^2,  M = m / (sqrt(v) + eps), bias-corrected.
+          Dividing by sqrt(v) levels rows and columns that orthogonalization sees; as O is orthogonal whatever M was,
+          the step has Spectron's bound.
 """
 
-from dataclasses import replace
-
-import torch
 from torch import Tensor
 
-from nativerank.linalg.gram import at_least_float32, gram
+from nativerank.linalg.gram import at_least_float32
 from nativerank.linalg.orthogonalize import orthogonalize
-from nativerank.linalg.retract import frame_factor
 from nativerank.optim.directions import (
     NONE,
     Difference,
@@ -55,12 +47,23 @@ def muon(side: Stack, options: Options) -> Tensor:
 
 
 def spectron(A: Stack, B: Stack, options: Options) -> tuple[Difference, Difference, State]:
-    """(D_A, D_B, record) for stacks of pairs A (n, ..., d_out, r), B (n, ..., d_in, r).
+    """(D_A, D_B, record) for stacks of pairs A (n, ..., d_out, r), B (n, ..., d_in, r)."""
+    return bounded(A, B, averaged(A, options), averaged(B, options), options)
+
+
+def spectron_adam(A: Stack, B: Stack, options: Options) -> tuple[Difference, Difference, State]:
+    """(D_A, D_B, record): `spectron` along AdamW's direction."""
+    M_A, M_B = (adamw_direction(side, {**options, "lr": 1.0}, options["nesterov"]) for side in (A, B))
+    return bounded(A, B, M_A, M_B, options)
+
+
+def bounded(A: Stack, B: Stack, M_A: Tensor, M_B: Tensor, options: Options) -> tuple[Difference, Difference, State]:
+    """(D_A, D_B, record): steps rho along the orthogonalized M_A, M_B, any directions of the factors' shapes.
 
     Both factors' r x r iterations run as one batch, and rho is folded into the r x r factor Q of D = M Q. The record
     holds sigma_A, sigma_B and rho (n, ...), left on the device.
     """
-    M_A, M_B = at_least_float32(averaged(A, options)), at_least_float32(averaged(B, options))
+    M_A, M_B = at_least_float32(M_A), at_least_float32(M_B)
     Q_A, Q_B = pair_factors(M_A, M_B, options)
     sigma_A, sigma_B = factor_norm(A.weight, A.state, options), factor_norm(B.weight, B.state, options)
     scale_A, scale_B = (shape_scale(options["shape_scale"], *side.shape) for side in (A, B))
@@ -80,33 +83,7 @@ def adamw_capped(A: Stack, B: Stack, options: Options) -> tuple[Tensor, Tensor, 
 
     The cap follows the schedule as the rate does. A shortened step keeps AdamW's direction.
     """
-    return capped(A, B, adamw_direction(A, options), adamw_direction(B, options), options)
-
-
-def capped(A: Stack, B: Stack, D_A: Tensor, D_B: Tensor, options: Options) -> tuple[Tensor, Tensor, State]:
-    """The changes, shortened together so that ||dW||_2 <= update_cap times the schedule; the record says how much."""
+    D_A, D_B = adamw_direction(A, options), adamw_direction(B, options)
     cap = options["update_cap"] * (options["lr"] / options["initial_lr"] if options["initial_lr"] else 0.0)
     rho = certified_rho(D_A, D_B, A.weight, B.weight, cap).clamp_max(1)
     return D_A * rho[..., None, None], D_B * rho[..., None, None], {"cap_factor": rho}
-
-
-def soap(A: Stack, B: Stack, options: Options) -> tuple[Tensor, Tensor, State]:
-    """(D_A, D_B, record); the record holds cap_factor (n, ...) where `update_cap` is set."""
-    D_A, D_B = soap_direction(A, options), soap_direction(B, options)
-    return (D_A, D_B, {}) if options["update_cap"] is None else capped(A, B, D_A, D_B, options)
-
-
-def soap_direction(side: Stack, options: Options) -> Tensor:
-    """D (n, ..., d, r) times lr; advances covariance, basis and moments in place.
-
-    The basis is turned every `basis_every` steps by one orthogonal iteration, Q <- qf(C Q); the first step has the
-    eigenvectors themselves.
-    """
-    C, Q = side.state["covariance"], side.state["basis"]
-    G = side.grad.to(C.dtype)
-    C.lerp_(gram(G), 1 - options["betas"][1])
-    if options["taken"] == 1:
-        Q.copy_(torch.linalg.eigh(C.cpu() if C.device.type == "mps" else C)[1].flip(-1))
-    elif options["taken"] % options["basis_every"] == 0:
-        Q.copy_(frame_factor(C @ Q, "qr")[0])
-    return adamw_direction(replace(side, grad=G), options, Q, options["nesterov"])

@@ -1,7 +1,7 @@
 """The table of update rules: pure functions from (weights, gradients, state) to a change of the weights.
 
     adamw    m, v <- moments of G;  D = m / (sqrt(v) + eps), bias-corrected.  lr: largest change of an entry, roughly.
-    muon, spectron, adamw-capped, soap                    a dense W, and W = A B^T       `optim.products`
+    muon, spectron, spectron-adam, adamw-capped                    a dense W, and W = A B^T       `optim.products`
     sct, tsvd, stiefel-spectron, frame-spectron           W = U diag(s) V^T, W = A V^T   `optim.frames`
 
 All but adamw see stacks of equal-shaped matrices and work through r x r problems. A new rule is a function, an entry
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nativerank.optim.frames import frame_spectron, sct, stiefel_spectron, tsvd
 from nativerank.optim.precision import state_dtype
-from nativerank.optim.products import adamw_capped, muon, soap, spectron
+from nativerank.optim.products import adamw_capped, muon, spectron, spectron_adam
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,6 @@ class Rule:
 
 MOMENT_STATES = ("exp_avg", "exp_avg_sq", "step")
 WEIGHT_SHAPED = frozenset({"momentum", "exp_avg", "exp_avg_sq"})  # state that is seen tall where the weight is
-SQUARE = frozenset({"R", "covariance", "basis"})  # (..., r, r), of the space between the factors
 COMMON = frozenset({"lr", "weight_decay", "state_dtype"})
 MOMENTS = frozenset({"betas", "eps"})
 ORTHOGONAL = frozenset({"momentum", "nesterov", "shape_scale", "orthogonalizer", "orthogonalizer_steps"})
@@ -58,9 +57,7 @@ RULES: dict[str, Rule] = {
     "muon": Rule("matrix", ("momentum",), ORTHOGONAL, muon),
     "spectron": Rule("pair", ("momentum", "power_vector"), BOUNDED, spectron),
     "adamw-capped": Rule("pair", MOMENT_STATES, MOMENTS | {"update_cap"}, adamw_capped),
-    "soap": Rule(
-        "pair", (*MOMENT_STATES, "covariance", "basis"), MOMENTS | {"update_cap", "basis_every", "nesterov"}, soap
-    ),
+    "spectron-adam": Rule("pair", (*MOMENT_STATES, "power_vector"), (BOUNDED - {"momentum"}) | MOMENTS, spectron_adam),
     "sct": Rule("triple", MOMENT_STATES, MOVED | {"retract_every"}, sct),
     "tsvd": Rule("triple", (*MOMENT_STATES, "R"), SPECTRUM, tsvd),
     "stiefel-spectron": Rule(
@@ -79,10 +76,9 @@ def initial_state(name: str, parameter: Tensor, shape_tall: int, seed: int, kept
     """One state tensor at step 0: zeros (of the option `state_dtype`), or a random unit vector over the tall side."""
     if name == "step":
         return torch.zeros((), dtype=torch.float32, device=step_device(parameter))
-    if name in SQUARE:
-        r, wide = min(parameter.shape[-2:]), torch.promote_types(parameter.dtype, torch.float32)
-        empty = torch.zeros(*parameter.shape[:-2], r, r, dtype=wide, device=parameter.device)
-        return empty if name == "covariance" else empty + torch.eye(r, dtype=wide, device=parameter.device)
+    if name == "R":
+        eye = torch.eye(min(parameter.shape[-2:]), device=parameter.device)
+        return eye.to(torch.promote_types(parameter.dtype, torch.float32))
     if name != "power_vector":
         dtype = state_dtype(parameter, kept)
         return torch.zeros_like(parameter, dtype=dtype, memory_format=torch.contiguous_format)

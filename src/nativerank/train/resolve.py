@@ -32,7 +32,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     **{f"train.{name}": (1, math.inf) for name in ("eval_tokens", "keep")},
     **{f"optim.{name}": (0, math.inf) for name in ("lr", "aux_lr", "weight_decay", "clip", "s_lr")},
     **{f"optim.{name}": (0, 1) for name in ("warmup", "decay", "final_lr")},
-    **{f"optim.{name}": (1, math.inf) for name in ("orthogonalizer_steps", "power_iterations", "retract_every", "basis_every")},
+    **{f"optim.{name}": (1, math.inf) for name in ("orthogonalizer_steps", "power_iterations", "retract_every")},
     **{f"model.{name}": (0, math.inf) for name in ("init_scale", "embedding_std")},
     **{f"guard.{name}": (1, math.inf) for name in ("window", "max_events", "sigma_factor")},
     "guard.loss_jump": (0, math.inf),

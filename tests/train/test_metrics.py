@@ -13,13 +13,14 @@ from nativerank.train.metrics import JsonLines, flatten, read_rows
 
 STEP_KEYS = {
     "step", "tokens", "loss", "lr", "aux_lr", "grad_norm", "tokens_per_second", "seconds", "optimizer_share",
+    "train_flops",
 }  # fmt: skip
 PROBE_KEYS = {
     "update_norm", "sigma_W", "stable_rank", "sigma_A", "sigma_B", "gauge", "output_change", "rho", "update_ratio",
 }  # fmt: skip
 END_KEYS = {
     "event", "step", "tokens", "val_loss", "perplexity", "bits_per_byte", "xz_bits_per_byte", "val_tokens", "prompt",
-    "sample", "seconds", "peak_memory_bytes", "refused_steps", "out",
+    "sample", "seconds", "peak_memory_bytes", "refused_steps", "parameters", "train_flops", "ranks", "out",
 }  # fmt: skip
 
 

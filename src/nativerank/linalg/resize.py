@@ -27,23 +27,26 @@ class Side(NamedTuple):
 
     X (..., d, r'), or (r') of a spectrum s. T (..., r, r'): its gradient G (..., d, r) becomes G T.
     top (..., d): the leading left singular vector of X, where that is another one now.
+    free: W does not depend on new columns yet, however they move: those of frames, as long as their s is 0.
     """
 
     X: Tensor
     T: Tensor
     top: Tensor | None = None
+    free: bool = False
 
 
 class Resized(NamedTuple):
-    """A parameter whose columns became others, which its optimizer state has to follow; T and top as in `Side`.
+    """A parameter whose columns became others, which its optimizer state has to follow; the rest as in `Side`.
 
     down: it is stored as X^T, so that the rank is its last dimension but one.
     """
 
     parameter: Tensor
     T: Tensor
-    top: Tensor | None
-    down: bool
+    top: Tensor | None = None
+    free: bool = False
+    down: bool = False
 
 
 def resized_pair(A: Tensor, B: Tensor, rank: int, generator: torch.Generator | None = None) -> tuple[Side, Side]:
@@ -81,7 +84,8 @@ def resized_frames(
     if rank > r:
         T = _first_columns(r, rank, U.device)
         U_new, V_new = (_appended(X, new_directions(X, rank - r, generator)) for X in (U, V))
-        return Side(U_new, T), Side(_appended(s, s.new_zeros(rank - r)), T), Side(V_new, T)
+        s_new = Side(_appended(s, s.new_zeros(rank - r)), T)
+        return Side(U_new, T, free=True), s_new, Side(V_new, T, free=True)
     kept = s.abs().argsort(descending=True, stable=True)[:rank].sort().values
     T = _first_columns(r, r, U.device)[:, kept.to(to_float64(s).device)]
     return Side(U[:, kept], T), Side(s[kept], T), Side(V[:, kept], T)
@@ -98,8 +102,8 @@ def exchange(parameter: Tensor, side: Side, down: bool = False) -> Resized:
     """Gives a parameter, which stays the same object, the numbers of `side`, and its gradient likewise."""
     stored = side.X.mT if down else side.X
     grad, parameter.grad = parameter.grad, None
-    # By way of another dtype, for which autograd makes a new accumulator: one that an old graph keeps alive (a loss that
-    # has not gone out of scope) would go on expecting gradients of the old shape.
+    # By way of another dtype, for which autograd makes a new accumulator: one that an old graph keeps alive (a loss
+    # that has not gone out of scope) would go on expecting gradients of the old shape.
     other = torch.float16 if parameter.dtype != torch.float16 else torch.float32
     parameter.data = parameter.new_empty(0, dtype=other)
     parameter.data = stored.contiguous()
@@ -107,7 +111,7 @@ def exchange(parameter: Tensor, side: Side, down: bool = False) -> Resized:
         tall = grad.mT if down else grad
         new = (tall.to(side.T) @ side.T).to(grad)
         parameter.grad = (new.mT if down else new).contiguous()
-    return Resized(parameter, side.T, side.top, down)
+    return Resized(parameter, side.T, side.top, side.free, down)
 
 
 def new_directions(X: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:

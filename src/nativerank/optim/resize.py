@@ -3,8 +3,10 @@
     momentum, exp_avg   averages of gradients, so M T: exact
     exp_avg_sq          v (T * T): exact where T selects columns; where it mixes them, for gradients whose entries in
                         a row are uncorrelated, of which v knows nothing else. A new column gets the mean of its row:
-                        with zeros and an old step count Adam would start it with steps of up to
-                        (1 - beta1) / sqrt(1 - beta2) times the rate, and worse after that.
+                        from zeros, with an old step count, Adam would take steps of up to (1 - beta1) / sqrt(1 - beta2)
+                        times the rate, and worse after that. New columns of frames do start from zeros, since a leap
+                        of theirs moves nothing, and with the others' moments they would never catch up: their
+                        gradients are proportional to an s that begins at 0.
     R                   of A = Q R in `tsvd`, where T selects: its rows and columns, triangular again, and a unit
                         diagonal for new columns. Moments are those of A there: M R^T T R'^-T
     power_vector        the leading left singular vector, where it moved
@@ -27,47 +29,37 @@ def resized_state(state: State, change: Resized) -> State:
     Raises:
         ValueError: a tensor of which nothing is known.
     """
-    new_R = resized_R(state["R"], change.T) if "R" in state else None
-    found: State = {}
-    for name, value in state.items():
+    T, found = change.T, State()
+    for name in sorted(state, key="R".__eq__, reverse=True):  # on which moments rely
+        value = state[name]
         tall = value.mT if change.down and name in ("momentum", "exp_avg", "exp_avg_sq") else value
         if name in ("momentum", "exp_avg"):
-            new = in_raw_coordinates(tall, state["R"], change.T, new_R) if new_R is not None else along(tall, change.T)
+            new = in_raw_coordinates(tall, state["R"], T, found["R"]) if "R" in state else tall.to(T) @ T
         elif name == "exp_avg_sq":
-            new = second_moment(tall, change.T)
+            new = second_moment(tall, T, change.free)
         elif name == "R":
-            assert new_R is not None
-            new = new_R
+            new = T.mT @ value.to(T) @ T + torch.diag_embed(fresh(T).squeeze(-2).to(T))
         elif name == "power_vector":
-            new = value.clone() if change.top is None else change.top.to(value)
+            new = value.clone() if change.top is None else change.top
         elif name == "step":
             new = value.clone()
         else:
             raise ValueError(f"nobody has said what becomes of the optimizer state {name!r} at another rank")
-        found[name] = (new.mT if tall is not value else new).to(value.dtype).contiguous()
-    return found
+        found[name] = (new.mT if tall is not value else new).to(value).contiguous()
+    return {name: found[name] for name in state}
 
 
-def along(G: Tensor, T: Tensor) -> Tensor:
-    """G T, in T's precision: gradients and averages of them, G (..., d, r) or (r)."""
-    return (G.to(T) @ T).to(G)
-
-
-def second_moment(v: Tensor, T: Tensor) -> Tensor:
-    """v (T * T), and the mean of its row in columns that are new; v (..., d, r) or (r)."""
-    mean = v.to(T).mean(-1, keepdim=True)
-    return (v.to(T) @ T.square() + mean * (fresh(T) if v.dim() > 1 else fresh(T).squeeze(-2))).to(v)
-
-
-def resized_R(R: Tensor, T: Tensor) -> Tensor:
-    """T^T R T, and ones on the diagonal of new columns."""
-    return (T.mT @ R.to(T) @ T + torch.diag_embed(fresh(T).squeeze(-2).to(T))).to(R)
+def second_moment(v: Tensor, T: Tensor, free: bool) -> Tensor:
+    """v (..., d, r) or (r) of G, for G T."""
+    weight = fresh(T).to(T)
+    mean = v.to(T).mean(-1, keepdim=True) * (not free)
+    return v.to(T) @ T.square() + mean * (weight if v.dim() > 1 else weight.squeeze(-2))
 
 
 def in_raw_coordinates(M: Tensor, R: Tensor, T: Tensor, new_R: Tensor) -> Tensor:
     """M R^T T R'^-T: an average of gradients of A = Q R (..., d, r), by way of those of Q."""
     along_Q = M.to(T) @ R.to(T).mT @ T
-    return torch.linalg.solve_triangular(new_R.to(T).mT, along_Q, upper=False, left=False).to(M)
+    return torch.linalg.solve_triangular(new_R.to(T).mT, along_Q, upper=False, left=False)
 
 
 def fresh(T: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """When ranks change during training, and everything that changes with them.
 
-    look     at scheduled steps: the spectrum of every trained matrix, in r x r, and the rank it asks for (`rank.energy`)
+    look     at scheduled steps: the spectrum of every trained matrix, and the rank that it asks for (`rank.energy`)
     resize   the layer's parameters and gradients (`layer.resize`), and the optimizer's state (`optimizer.resize`)
     record   ranks before and after, the energy that was kept, parameters now
 
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nativerank.config import AdaptConfig
 from nativerank.layers import init_seed
@@ -22,6 +22,8 @@ from nativerank.linalg.energy import kept_energy
 from nativerank.optim.roles import factor_modules
 from nativerank.rank.energy import growth_limit, next_rank
 from nativerank.rank.schedule import due
+
+PATIENCE = 2  # looks that new columns, which start from nothing, have before they can be dropped again
 
 
 class Owner(Protocol):
@@ -43,12 +45,12 @@ class Change:
 
 @dataclass
 class Ranks:
-    """What a checkpoint keeps: ranks at the start of the run and now, limits of growth, whose last change was growth."""
+    """What a checkpoint keeps: ranks at the start and now, limits of growth, looks since a matrix grew."""
 
     initial: dict[str, int]
     now: dict[str, int]
     limits: dict[str, int] = field(default_factory=dict)
-    grown: list[str] = field(default_factory=list)
+    grown: dict[str, int] = field(default_factory=dict)
 
 
 class RankController:
@@ -88,7 +90,8 @@ class RankController:
             ValueError: a factor that is not finite, named; nothing has changed then.
         """
         spectra = {name: layer.spectrum() for name, layer in self.layers.items()}
-        wanted = {name: next_rank(s, self._limit(name), self.adapt, name) for name, s in spectra.items()}
+        wanted = {name: self._wanted(name, spectrum) for name, spectrum in spectra.items()}
+        self.ranks.grown = {name: looks + 1 for name, looks in self.ranks.grown.items()}
         change = Change({}, {})
         for name, rank in wanted.items():
             before = self.layers[name].rank
@@ -128,15 +131,17 @@ class RankController:
                 self.optimizer.resize(layer.reshape(values["now"][name]))
             self.ranks = Ranks(**values)
 
-    def _limit(self, name: str) -> int:
+    def _wanted(self, name: str, spectrum: Tensor) -> int:
+        """The rank that a layer is to have; one that has just grown is not shrunk."""
         layer = self.layers[name]
-        return self.ranks.limits.get(name, growth_limit(layer.in_features, layer.out_features, self.adapt.max))
+        limit = self.ranks.limits.get(name, growth_limit(layer.in_features, layer.out_features, self.adapt.max))
+        rank = next_rank(spectrum, limit, self.adapt, name)
+        return layer.rank if rank < layer.rank and self.ranks.grown.get(name, PATIENCE) < PATIENCE else rank
 
     def _note(self, name: str, before: int, after: int) -> None:
         r = self.ranks
         r.now[name] = after
         if after > before:
-            r.grown = [*(other for other in r.grown if other != name), name]
-        elif name in r.grown:  # what had grown was not used
+            r.grown[name] = 0
+        elif r.grown.pop(name, None) is not None:  # what had grown was not used
             r.limits[name] = after
-            r.grown.remove(name)

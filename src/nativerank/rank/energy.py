@@ -1,17 +1,15 @@
 """Which rank a spectrum asks for: to shrink, to grow, or to stay. E(r) is `linalg.energy`'s share of ||W||_F^2.
 
 shrink   to the smallest r' with E(r') >= threshold, rounded up to a multiple, if that saves the share `hysteresis`.
-grow     The truncated spectrum cannot show what lies beyond it, but it shows how fast it decays. With n columns to be
-         added, e_1 the energy of the last n columns and e_2 that of the n before them, the next n would hold
+grow     The truncated spectrum cannot show what lies beyond it, but it shows how fast it decays: e_1 is the energy of
+         its last n columns, e_2 that of the n before them, q = e_1 / e_2. Continued like that up to the limit of its
+         growth, L = r + m n, it would hold
 
-             e_0 = e_1^2 / e_2        (geometric decay; e_0 = n s_r^2 where there are fewer than 2 n columns)
+             e = e_1 (q + q^2 + ... + q^m)
 
-         and the energy rule, asked about the spectrum continued so, wants more columns than there are if
-
-             sum s^2 / (sum s^2 + e_0) < threshold.
-
-         A flat spectrum is grown, a decayed one is not, and neither is one whose youngest columns are still empty: a
-         matrix grows as long as it uses what it was given.
+         more, and if sum s^2 / (sum s^2 + e) < threshold the energy rule, asked about that spectrum, wants more
+         columns than there are. A flat spectrum is grown, a decayed one is not, and neither is one whose youngest
+         columns are still empty: a matrix grows as long as it uses what it was given.
 
 Growth that was not used, that is dropped again, sets the matrix's limit to what it shrank to.
 """
@@ -21,6 +19,8 @@ from torch import Tensor
 from nativerank.config import AdaptConfig
 from nativerank.layers.rank import break_even_rank
 from nativerank.linalg.energy import energies, energy_rank
+
+BLOCK = 8  # the decay is read off two blocks of an eighth of the columns, or of as many as would be added
 
 
 def growth_limit(d_in: int, d_out: int, largest: int | None) -> int:
@@ -49,18 +49,21 @@ def next_rank(spectrum: Tensor, limit: int, adapt: AdaptConfig, name: str = "mat
     if wanted < rank and wanted <= rank * (1 - slack):
         return wanted
     target = min((rank + max(m, int(adapt.grow * rank))) // m * m, limit)
-    if adapt.grow and target > rank and foreseen_energy(energies(spectrum, name), target - rank) < adapt.threshold:
-        return target
+    if adapt.grow and target > rank:
+        block = max(1, min(rank // BLOCK, target - rank))
+        if foreseen_energy(energies(spectrum, name), limit, block) < adapt.threshold:
+            return target
     return rank
 
 
-def foreseen_energy(squares: Tensor, count: int) -> float:
-    """E(r) of the r squares (r,), descending, if `count` more followed with the decay of the last ones; 1 of zeros."""
+def foreseen_energy(squares: Tensor, limit: int, block: int) -> float:
+    """E(r) of the r squares (r,), descending, if they went on to `limit` with the decay of the last two blocks.
+
+    1 for zeros; a single square is taken to go on as it is.
+    """
     total, r = squares.sum().item(), squares.shape[0]
-    last = squares[-count:].sum().item()
-    if r >= 2 * count:
-        before = squares[-2 * count : -count].sum().item()
-        missing = last**2 / before if before > 0 else 0.0
-    else:
-        missing = count * squares[-1].item()
-    return total / (total + missing) if total > 0 else 1.0
+    if total == 0:
+        return 1.0
+    last, before = squares[-block:].sum().item(), squares[-2 * block : -block].sum().item()
+    q, m = (last / before if r > 1 else 1.0) if last else 0.0, (limit - r) / block
+    return total / (total + last * (m if q == 1 else q * (1 - q**m) / (1 - q)))

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import torch
 
+from nativerank.accounting.flops import flops_per_token
 from nativerank.config import RunConfig
 from nativerank.data.loader import Loader, document_positions
 from nativerank.data.shards import Dataset
@@ -30,6 +31,7 @@ from nativerank.layers import init_seed, linear_modules
 from nativerank.models import count_parameters
 from nativerank.optim.roles import factor_modules
 from nativerank.optim.schedule import multiplier
+from nativerank.rank.controller import RankController
 from nativerank.train import checkpoint
 from nativerank.train.closing import peak_memory_bytes, sample_text, xz_of_validation
 from nativerank.train.folder import claim, write_config
@@ -107,6 +109,9 @@ class Run:
         self.step, self.best_loss = 0, float("inf")
         self.best_step: int | None = None
         self.rollbacks = 0
+        self.ranks = RankController(self.model, self.optimizer, config.rank.adapt, t.steps, t.seed)
+        self.train_flops = 0.0
+        self._count_flops()
         self.fingerprint = checkpoint.fingerprint(data_fingerprint(dataset))
         names = probed_names(self.model, t.probe)
         self.probe = Probe(self.model, names, fixed_batch(dataset.split("val"), t.context))
@@ -150,9 +155,12 @@ class Run:
 
         while self.step < self.steps:
             row = self._one_step()
+            changed = self._adapt_ranks(row)
             if due(t.eval_every, row) and self.step < self.steps:
                 row["val_loss"] = self._validate(t.eval_tokens).nats
             self._record(row)
+            if changed:
+                self._record(changed)
             if due(t.checkpoint_every, row) or self.step >= self.steps or stopping() is not None:
                 if self.saved_at != self.step:
                     self._save(row.get("val_loss"))
@@ -176,9 +184,10 @@ class Run:
         self.optimizer.set_rate(rate)
         measured = self.device.type != "cuda" or before is not None
         guides = self.optimizer.guides
-        alpha = None if guides is None else guides.alpha
+        alpha = self._alpha()
         result, verdict = self._update(measured)
         self.step += 1
+        self.train_flops += self.tokens_per_step * self._flops_of_step(alpha)
         if not result.updated:
             self.guard.refused += 1
             if guides is not None:
@@ -195,6 +204,7 @@ class Run:
             "grad_norm": result.grad_norm,
             "tokens_per_second": self.tokens_per_step / seconds,
             "seconds": seconds,
+            "train_flops": self.train_flops,
         }
         if alpha is not None:
             row["guide_alpha"] = alpha
@@ -241,6 +251,45 @@ class Run:
             if self.config.data.document_mask:
                 positions = torch.from_numpy(document_positions(inputs, self.dataset.eot_id)).to(self.device)
             yield torch.from_numpy(inputs).to(self.device), torch.from_numpy(targets).to(self.device), positions
+
+    # -- ranks and what they cost -----------------------------------------------------------------------------
+
+    def _adapt_ranks(self, row: dict[str, Any]) -> dict[str, Any] | None:
+        """Looks at the ranks if it is time; the row of what changed. Not after a rollback, which has had its look."""
+        if "rolled_back_to" in row or not self.ranks.due(self.step):
+            return None
+        try:
+            change = self.ranks.look(self.step)
+        except ValueError as error:
+            raise Diverged(f"step {self.step}: {error}; lower --optim.lr") from None
+        if change is None:
+            return None
+        # A norm may jump where the factors were balanced: the guard compares with what it sees next.
+        self.guard.sigmas = {k: v for k, v in self.guard.sigmas.items() if k.rpartition(".")[0] not in change.ranks}
+        self._count_flops()
+        return {
+            "event": "ranks",
+            "step": self.step,
+            "ranks": {name: list(pair) for name, pair in change.ranks.items()},
+            "energy": change.energy,
+            "parameters": count_parameters(self.model),
+            "train_flops_per_token": self._flops_of_step(self._alpha()),
+        }
+
+    def _alpha(self) -> float | None:
+        """The weight of the guides, None without any."""
+        return None if self.optimizer.guides is None else self.optimizer.guides.alpha
+
+    def _count_flops(self) -> None:
+        """Training FLOPs per token of the model as it is, without its guides and with all of them."""
+        context = self.config.train.context
+        assert context
+        self.flops_bounds = tuple(flops_per_token(self.model, context, guided).training for guided in (0.0, 1.0))
+
+    def _flops_of_step(self, alpha: float | None) -> float:
+        """Training FLOPs per token of a step whose guides have this weight; a stochastic one is computed as often."""
+        low, high = self.flops_bounds
+        return low + (high - low) * (1.0 if alpha and not self.config.guide.stochastic else alpha or 0.0)
 
     # -- the guard --------------------------------------------------------------------------------------------
 
@@ -312,6 +361,8 @@ class Run:
             "tokens": self.step * self.tokens_per_step,
             "loader": self.loader.state(),
             "guard": self.guard.state(),
+            "ranks": self.ranks.state(),
+            "train_flops": self.train_flops,
             "best": {"loss": None if self.best_step is None else self.best_loss, "step": self.best_step},
             "data": self.fingerprint,
         }
@@ -329,9 +380,14 @@ class Run:
         self.rollbacks, self.saved_at = 0, self.step
 
     def _load(self, path: Path) -> None:
+        stored = checkpoint.read_state(path)
         if self.optimizer.guides is not None:
-            self.optimizer.guides.set(checkpoint.read_state(path)["step"])
+            self.optimizer.guides.set(stored["step"])
+        if "ranks" in stored:  # a checkpoint of version 0.1 has none, and no changed ones
+            self.ranks.restore(stored["ranks"], str(path))
         state = checkpoint.load(path, self.model, self.optimizer)
+        self.train_flops = state.get("train_flops", 0.0)
+        self._count_flops()
         if state["data"] != self.fingerprint:
             raise ValueError(f"{path} was trained on other data than {self.dataset.path} holds")
         self.step = state["step"]
@@ -399,6 +455,9 @@ class Run:
             "prompt": prompt,
             "sample": sample,
             "refused_steps": self.guard.refused,
+            "parameters": count_parameters(self.model),
+            "train_flops": self.train_flops,
+            "ranks": self.ranks.ranks.now,
             "seconds": time.perf_counter() - self.started,
             "peak_memory_bytes": peak_memory_bytes(self.device),
             "out": str(self.out),

@@ -14,6 +14,7 @@ EXAMPLE = """examples:
   nativerank bench bound
   nativerank bench optimizer --model.preset spectron-m --threads 2
   nativerank bench retraction
+  nativerank bench conditioning runs/sct runs/spectron
 """
 
 
@@ -98,6 +99,16 @@ def add_parser(subparsers: Any) -> None:
     retraction.add_argument("--device", default="cpu", choices=["cpu", "cuda", "mps"])
     add_json(retraction)
     retraction.set_defaults(run=runner("retraction", show_retraction))
+    conditioning = names.add_parser(
+        "conditioning",
+        help="norms and condition of the factors of trained models",
+        description="How tightly the factors of trained models bound W, and how evenly their steps move it.",
+        epilog=EXAMPLE,
+        formatter_class=raw,
+    )
+    conditioning.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
+    add_json(conditioning)
+    conditioning.set_defaults(run=runner("conditioning", show_conditioning))
 
 
 def runner(name: str, show: Callable[[dict[str, Any]], None]) -> Callable[[argparse.Namespace], int]:
@@ -218,6 +229,27 @@ def show_retraction(result: dict[str, Any]) -> None:
             table.add_row(what, str(part["threads"]), way, f"{1e3 * seconds:,.1f}", speed, error)
             what = ""
     Console(highlight=False).print(table)
+
+
+def show_conditioning(result: dict[str, Any]) -> None:
+    """A row for each group of runs: median over matrices, and in brackets the worst."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="medians over matrices (and the worst)")
+    figures = {"norm bound": "norm_slack", "spread": "spread", "cond": "condition", "balanced": "balanced_condition"}
+    table.add_column("runs")
+    for column in figures:
+        table.add_column(column, justify="right")
+    for row in result["summary"]:
+        run = f"{row['method']} {row['lr']}" if row["method"] else "model"
+        name = f"{run}, {row['seeds']} seed{'s' * (row['seeds'] > 1)}"
+        cells = [f"{row['median'][c]:.3g} ({row['worst'][c]:.3g})" for c in figures.values()]
+        table.add_row(f"{name}\n{row['layer']}", *cells)
+    console = Console(highlight=False)
+    console.print(table)
+    console.print("norm bound: known norm of W over its norm; spread: largest over smallest singular value")
+    console.print("cond: of the map from steps of the factors to dW; balanced: the least of a pair with this product")
 
 
 def show(result: dict[str, Any]) -> None:

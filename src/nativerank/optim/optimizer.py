@@ -31,7 +31,7 @@ from nativerank.optim.stacks import Bucket, members_per_stack, step_bucket
 RULE_OPTIONS = (
     *("weight_decay", "betas", "eps", "momentum", "norm", "power_iterations", "certified"),
     *("orthogonalizer", "orthogonalizer_steps", "step", "renormalize", "update_cap"),
-    *("s_lr", "retraction", "preserve", "riemannian", "retract_every", "basis_every", "state_dtype"),
+    *("s_lr", "retraction", "preserve", "riemannian", "retract_every", "state_dtype"),
 )
 DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(OptimConfig) if f.name in RULE_OPTIONS}
 DEFAULTS |= {"lr": 1e-3, "nesterov": False, "shape_scale": "none", "retraction": "cholesky"}

@@ -81,7 +81,7 @@ def retract(X: Tensor, way: str = "cholesky", start: Tensor | None = None, reduc
         return frame_factor(X, way, reduce)[0]
     if start is None:
         raise ValueError("cayley needs the frame before the step: pass start")
-    return _cayley(start, X, reduce).to(X)
+    return _cayley(at_least_float32(start), at_least_float32(X), reduce).to(X)
 
 
 def tangent(Q: Tensor, G: Tensor, reduce: Reduce | None = None) -> Tensor:
@@ -130,12 +130,18 @@ def _singular(X: Tensor) -> Pair:
 
 
 def _finite(X: Tensor) -> tuple[Tensor, Tensor]:
+    """(X with zeros in the place of matrices that are not finite, which of them (...) are)."""
     finite = X.isfinite().all(-1).all(-1)
-    return X.masked_fill(~finite[..., None, None], 0.0), finite
+    return _unless(finite, X, 0.0), finite
 
 
 def _nan_unless(finite: Tensor, X: Tensor) -> Tensor:
-    return X.masked_fill(~finite[..., None, None], torch.nan)
+    return _unless(finite, X, torch.nan)
+
+
+def _unless(finite: Tensor, X: Tensor, value: float) -> Tensor:
+    clean = X.device.type == "cpu" and bool(finite.all())  # asking a GPU would make the host wait
+    return X if clean else X.masked_fill(~finite[..., None, None], value)
 
 
 def _by_gram(X: Tensor, way: str, reduce: Reduce | None, limit: float) -> Pair:
@@ -250,17 +256,24 @@ def _eigen_root(G: Tensor) -> Pair:
 
 
 def _cayley(U: Tensor, X: Tensor, reduce: Reduce | None) -> Tensor:
-    """The Cayley transform of the step D = U - X, in float64, then `polar` against drift of U itself.
+    """The Cayley transform of the step D = U - X, then `polar` against rounding and drift of U itself.
 
     With M = U^T D and N = D - U M,  K = U skew(M) U^T + N U^T - U N^T, and in the span of U and N
         Q = (2 U - N) (I + H)^-1 - U,   H = skew(M) / 2 + N^T N / 4
     which is the Sherman-Morrison-Woodbury form reduced from 2r x 2r to r x r. H is a skew matrix plus a semidefinite
-    one, so I + H has an inverse.
+    one, so I + H has an inverse. Steps so long that float32 cannot square them are done in float64.
     """
-    U, D = to_float64(U), to_float64(U) - to_float64(X)
-    M = _summed(U.mT @ D, reduce)
-    N = D - U @ M
-    # No LU: batched LU of PyTorch 2.13 with MKL fails in a process that has gone from one thread to two.
-    P, T = torch.linalg.qr(_identity(M) + (M - M.mT) / 4 + gram(N, reduce) / 4)
-    inverse = torch.linalg.solve_triangular(T, P.mT, upper=True)
-    return frame_factor((2 * U - N) @ inverse - U, "polar", reduce)[0]
+    D = U - X
+    with full_precision(U.device):
+        M = _summed(U.mT @ D, reduce)
+        N = D - U @ M
+        H = (M - M.mT) / 4 + gram(N, reduce) / 4
+        on_host = H.cpu() if H.device.type == "mps" else H
+        # No LU: batched LU of PyTorch 2.13 with MKL fails in a process that has gone from one thread to two.
+        P, T = torch.linalg.qr(_identity(on_host) + on_host)
+        inverse = torch.linalg.solve_triangular(T, P.mT, upper=True).to(H.device)
+        Q = (2 * U - N) @ inverse - U
+    lost = ~inverse.isfinite().all(-1).all(-1)
+    if U.dtype == torch.float32 and lost.any():
+        Q[lost] = _cayley(to_float64(U[lost]), to_float64(X[lost]), reduce).to(Q)
+    return frame_factor(Q, "polar", reduce)[0]

@@ -39,6 +39,7 @@ bench: install
 	$(BIN)/nativerank bench train --d_model 512 --json benchmarks/results/bench-train-512.json
 	$(BIN)/nativerank bench bound --json benchmarks/results/bench-bound.json
 	$(BIN)/nativerank bench optimizer --json benchmarks/results/bench-optimizer.json
+	$(BIN)/nativerank bench step70b --all --json benchmarks/results/bench-step70b.json
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache

@@ -6,6 +6,8 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
+from nativerank.cli.bench_step70b import add_flags as step70b_flags
+from nativerank.cli.bench_step70b import show_step70b
 from nativerank.cli.output import add_json, check_json, write_json
 
 EXAMPLE = """examples:
@@ -14,6 +16,7 @@ EXAMPLE = """examples:
   nativerank bench bound
   nativerank bench optimizer --model.preset spectron-m --threads 2
   nativerank bench retraction
+  nativerank bench step70b --layerwise --state bf16
   nativerank bench conditioning runs/sct runs/spectron
 """
 
@@ -109,6 +112,10 @@ def add_parser(subparsers: Any) -> None:
     conditioning.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
     add_json(conditioning)
     conditioning.set_defaults(run=runner("conditioning", show_conditioning))
+
+    step70b = step70b_flags(names)
+    add_json(step70b)
+    step70b.set_defaults(run=runner("step70b", show_step70b))
 
 
 def runner(name: str, show: Callable[[dict[str, Any]], None]) -> Callable[[argparse.Namespace], int]:

@@ -28,12 +28,15 @@ class Side(NamedTuple):
     X (..., d, r'), or (r') of a spectrum s. T (..., r, r'): its gradient G (..., d, r) becomes G T.
     top (..., d): the leading left singular vector of X, where that is another one now.
     free: W does not depend on new columns yet, however they move: those of frames, as long as their s is 0.
+    partner: squared lengths of the other factor's columns before (..., r) and after (..., r'), where T mixes columns:
+    the gradient of A is G B, so they say how large its columns are.
     """
 
     X: Tensor
     T: Tensor
     top: Tensor | None = None
     free: bool = False
+    partner: tuple[Tensor, Tensor] | None = None
 
 
 class Resized(NamedTuple):
@@ -46,6 +49,7 @@ class Resized(NamedTuple):
     T: Tensor
     top: Tensor | None = None
     free: bool = False
+    partner: tuple[Tensor, Tensor] | None = None
     down: bool = False
 
 
@@ -72,8 +76,9 @@ def resized_pair(A: Tensor, B: Tensor, rank: int, generator: torch.Generator | N
     size = torch.where(alive.any(-1), rms, _column_size(A, B))
     U, V, right = Q_A @ P, Q_B @ Z, torch.where(alive, root, size[..., None])
     T_A, T_B = R_B.mT @ Z * inverse[..., None, :], R_A.mT @ P * inverse[..., None, :]
-    side_A = Side((U * root[..., None, :]).to(A), T_B, U[..., 0])
-    return side_A, Side((V * right[..., None, :]).to(B), T_A, V[..., 0])
+    before = [X.square().sum(-2) for X in (R_A, R_B)]  # squared column lengths of A and B
+    side_A = Side((U * root[..., None, :]).to(A), T_B, U[..., 0], partner=(before[1], right.square()))
+    return side_A, Side((V * right[..., None, :]).to(B), T_A, V[..., 0], partner=(before[0], root.square()))
 
 
 def resized_frames(
@@ -111,7 +116,7 @@ def exchange(parameter: Tensor, side: Side, down: bool = False) -> Resized:
         tall = grad.mT if down else grad
         new = (tall.to(side.T) @ side.T).to(grad)
         parameter.grad = (new.mT if down else new).contiguous()
-    return Resized(parameter, side.T, side.top, side.free, down)
+    return Resized(parameter, side.T, side.top, side.free, side.partner, down)
 
 
 def new_directions(X: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:

@@ -1,12 +1,13 @@
 """Optimizer state of a factor whose columns became others: G -> G T for its gradients (`linalg.resize`).
 
     momentum, exp_avg   averages of gradients, so M T: exact
-    exp_avg_sq          v (T * T): exact where T selects columns; where it mixes them, for gradients whose entries in
-                        a row are uncorrelated, of which v knows nothing else. A new column gets the mean of its row:
-                        from zeros, with an old step count, Adam would take steps of up to (1 - beta1) / sqrt(1 - beta2)
-                        times the rate, and worse after that. New columns of frames do start from zeros, since a leap
-                        of theirs moves nothing, and with the others' moments they would never catch up: their
-                        gradients are proportional to an s that begins at 0.
+    exp_avg_sq          the same columns where T selects; where it mixes them, what the other factor says: G_A = G B, so
+                        if the entries of G in a row have one variance and no correlation, v_ij = var_i |b_j|^2, and
+                        v' = (sum_j v_ij / ||B||_F^2) |b'_k|^2. A new column gets the mean of its row: from zeros, with
+                        an old step count, Adam would take steps of up to (1 - beta1) / sqrt(1 - beta2) times the rate,
+                        and worse after that. New columns of frames do start from zeros, since a leap of theirs moves
+                        nothing, and with the others' moments they would never catch up: their gradients are
+                        proportional to an s that begins at 0.
     R                   of A = Q R in `tsvd`, where T selects: its rows and columns, triangular again, and a unit
                         diagonal for new columns. Moments are those of A there: M R^T T R'^-T
     power_vector        the leading left singular vector, where it moved
@@ -36,7 +37,7 @@ def resized_state(state: State, change: Resized) -> State:
         if name in ("momentum", "exp_avg"):
             new = in_raw_coordinates(tall, state["R"], T, found["R"]) if "R" in state else tall.to(T) @ T
         elif name == "exp_avg_sq":
-            new = second_moment(tall, T, change.free)
+            new = second_moment(tall, change)
         elif name == "R":
             new = T.mT @ value.to(T) @ T + torch.diag_embed(fresh(T).squeeze(-2).to(T))
         elif name == "power_vector":
@@ -49,11 +50,15 @@ def resized_state(state: State, change: Resized) -> State:
     return {name: found[name] for name in state}
 
 
-def second_moment(v: Tensor, T: Tensor, free: bool) -> Tensor:
-    """v (..., d, r) or (r) of G, for G T."""
-    weight = fresh(T).to(T)
-    mean = v.to(T).mean(-1, keepdim=True) * (not free)
-    return v.to(T) @ T.square() + mean * (weight if v.dim() > 1 else weight.squeeze(-2))
+def second_moment(v: Tensor, change: Resized) -> Tensor:
+    """v' of v (..., d, r) or (r)."""
+    T, mean = change.T, v.to(change.T).mean(-1, keepdim=True)
+    if change.partner is None:
+        new = fresh(T) if v.dim() > 1 else fresh(T).squeeze(-2)
+        return v.to(T) @ T + (0.0 if change.free else mean * new)
+    before, after = (squares.to(T) for squares in change.partner)
+    size = before.mean(-1, keepdim=True)  # of an average column, in the place of one that is zero
+    return mean / size[..., None, :] * torch.where(after > 0, after, size)[..., None, :]
 
 
 def in_raw_coordinates(M: Tensor, R: Tensor, T: Tensor, new_R: Tensor) -> Tensor:

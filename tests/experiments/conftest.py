@@ -9,7 +9,10 @@ import pytest
 
 from nativerank.experiments import grid
 
-OPTIMUM = {"spectron": 0.1, "lowrank-adamw": 0.003, "lowrank-muon": 0.03, "dense-adamw": 0.004, "dense-muon": 0.04}
+OPTIMUM = {
+    **{"spectron": 0.1, "lowrank-adamw": 0.003, "lowrank-muon": 0.03, "dense-adamw": 0.004, "dense-muon": 0.04},
+    **{"sct": 0.02, "tsvd": 0.02, "stiefel-spectron": 0.05, "adam-muon": 0.02},
+}
 
 
 def parabola(settings):

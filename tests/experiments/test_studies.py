@@ -26,7 +26,13 @@ from nativerank.experiments.studies import (
 from nativerank.experiments.table import COLUMNS
 from nativerank.train.guard import Diverged
 
-MINUTES = {"ablation": (25, 60), "lr-robustness": (20, 45), "update-norm": (8, 20), "equal-flops": (12, 30)}
+MINUTES = {
+    "ablation": (25, 60),
+    "lr-robustness": (20, 45),
+    "update-norm": (8, 20),
+    "equal-flops": (12, 30),
+    "frames": (25, 60),
+}
 
 
 @pytest.fixture

@@ -225,39 +225,41 @@ def test_records_are_those_of_the_last_step_and_of_who_moved():
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
-def test_spectron_adam_is_spectrons_step_along_adamws_direction(nesterov):
-    """One pair at a time, in float64: moments, quotient, textbook orthogonalization, rho from exact norms."""
-    params, steps, lr = factors(pairs=1), 6, 0.3
+def test_adam_muon_orthogonalizes_adamws_direction(nesterov):
+    """One factor at a time, in float64: moments, quotient, textbook orthogonalization, the scale of its shape."""
+    params, lr = factors(pairs=1), 0.03
     optimizer = LowRankOptimizer(
-        [{"params": params, "rule": "spectron-adam", "lr": lr, "norm": "exact", "nesterov": nesterov}]
+        [{"params": params, "rule": "adam-muon", "lr": lr, "nesterov": nesterov, "shape_scale": "match_rms_adamw"}]
     )
-    A, B = params[0].detach().clone(), params[1].detach().mT.clone()
+    expected = [params[0].detach().clone(), params[1].detach().mT.clone()]
     T = torch.randn(12, 9, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    m, v = ([torch.zeros_like(A), torch.zeros_like(B)] for _ in range(2))
-    for step in range(1, steps + 1):
+    m, v = ([torch.zeros_like(X) for X in expected] for _ in range(2))
+    for step in range(1, 7):
         optimizer.zero_grad()
         (torch.tanh(params[0] @ params[1]) - T).square().sum().backward()
         grads = [params[0].grad.clone(), params[1].grad.mT.clone()]
         optimizer.step()
-        directions = []
         for i, G in enumerate(grads):
             m[i], v[i] = 0.9 * m[i] + 0.1 * G, 0.95 * v[i] + 0.05 * G.square()
             mean, age = (0.1 * G + 0.9 * m[i], step + 1) if nesterov else (m[i], step)
-            directions.append(mean / (1 - 0.9**age) / ((v[i] / (1 - 0.95**step)).sqrt() + 1e-8))
-        rho = lr / (sum(torch.linalg.matrix_norm(X, 2) for X in (A, B)) + 1)
-        A, B = (X - rho * orthogonalize_plain(D) for X, D in zip((A, B), directions, strict=True))
-        assert_close(params[0].detach(), A, rtol=1e-7, atol=1e-9)
-        assert_close(params[1].detach().mT, B, rtol=1e-7, atol=1e-9)
+            D = mean / (1 - 0.9**age) / ((v[i] / (1 - 0.95**step)).sqrt() + 1e-8)
+            expected[i] = expected[i] - lr * 0.2 * max(D.shape) ** 0.5 * orthogonalize_plain(D)
+        assert_close(params[0].detach(), expected[0], rtol=1e-7, atol=1e-9)
+        assert_close(params[1].detach().mT, expected[1], rtol=1e-7, atol=1e-9)
 
 
-def test_spectron_adam_certified_keeps_the_bound_at_any_rate():
-    for lr in (0.01, 0.5, 3.0):
+@pytest.mark.parametrize("share", [1.0, 0.25])
+def test_adam_muon_stays_within_its_cap_at_any_rate(share):
+    """And is shortened by no more than that needs: ||dW|| of a capped step is near the cap, which follows the rate."""
+    for lr in (0.001, 0.3, 30.0):
         params = factors(pairs=1, scale=3.0)
-        optimizer = LowRankOptimizer([{"params": params, "rule": "spectron-adam", "lr": lr, "certified": True}])
+        optimizer = LowRankOptimizer([{"params": params, "rule": "adam-muon", "lr": lr, "update_cap": 0.1}])
+        optimizer.set_rate(share)
         for _ in range(10):
             before = (params[0] @ params[1]).detach().clone()
             optimizer.zero_grad()
             (params[0] @ params[1]).square().sum().backward()
             optimizer.step()
             change = torch.linalg.matrix_norm((params[0] @ params[1]).detach() - before, 2).item()
-            assert 0.05 * lr < change <= lr
+            assert change <= 0.1 * share
+            assert lr < 0.3 or change > 0.02 * share

@@ -235,39 +235,51 @@ def equal_flops(comparison: Comparison) -> None:
 
 # -- orthonormal factors --------------------------------------------------------------------------------------------
 
+S_LR = "optim.s_lr=0.05"
+SCT, TSVD, STIEFEL = f"sct[{S_LR}]", f"tsvd[{S_LR}]", "stiefel-spectron"
 ONE_FRAME = "stiefel-spectron[optim.frames=one]"
-OURS = "spectron-adam"
+OURS = "adam-muon"
 AUTHORS = "spectron[optim.nesterov=true;optim.shape_scale=original]"
-FRAMES: dict[str, dict[str, Any]] = {  # arm -> what it starts from beside the swept defaults
-    "dense-muon": {},
-    "lowrank-muon": {},
-    NAIVE: {},
-    AUTHORS: {},
-    "sct": {},
-    "sct[optim.preserve=true]": {},
-    "sct[optim.riemannian=true]": {},
-    "tsvd": {},
-    "stiefel-spectron": {},
-    "stiefel-spectron[optim.preserve=true]": {},
-    "stiefel-spectron[optim.riemannian=true]": {},
+SWEPT_BEFORE = ("dense-muon", "lowrank-muon", NAIVE, AUTHORS)  # and therefore at their rates
+SEARCHED: dict[str, dict[str, Any]] = {  # arm -> what it starts from beside the defaults
+    "lowrank-muon[optim.momentum=0.9]": {},
+    SCT: {},
+    TSVD: {},
+    STIEFEL: {},
     ONE_FRAME: {LR: 0.09},
     OURS: {},
 }
-WINDOW = (NAIVE, "lowrank-muon", AUTHORS, "sct", "stiefel-spectron", ONE_FRAME, OURS)
+OPTIONS = {  # at the plain form's rate
+    SCT: ("optim.preserve=true", "optim.riemannian=true", "optim.retract_every=4"),
+    STIEFEL: ("optim.preserve=true", "optim.riemannian=true", "optim.certified=true"),
+    OURS: ("optim.update_cap=1e9", "optim.nesterov=false"),
+}
+WINDOW = (NAIVE, "lowrank-muon", AUTHORS, SCT, STIEFEL, ONE_FRAME, OURS)
+
+
+def with_option(label: str, option: str) -> str:
+    """An arm as it is written, with one more setting."""
+    return f"{label[:-1]};{option}]" if label.endswith("]") else f"{label}[{option}]"
 
 
 def frames(comparison: Comparison) -> None:
-    """Every arm at its own best matrix rate, then some of them at four times that."""
-    arms = {text: parse_arm(text) for text in FRAMES}
-    labels = comparison.enter(Arm(t, arm.method, {**arm.settings, **FRAMES[t]}) for t, arm in arms.items())
+    """Every form at its own best matrix rate, its options at that rate, and some arms at four times theirs."""
+    swept = comparison.enter(map(parse_arm, SWEPT_BEFORE))
+    comparison.run_product(swept, {})
+    arms = {text: parse_arm(text) for text in SEARCHED}
+    labels = comparison.enter(Arm(t, arm.method, {**arm.settings, **SEARCHED[t]}) for t, arm in arms.items())
     tune(comparison, labels, [(LR, 1.6)])
-    seeds = range(comparison.seeds)
-    comparison.run([(label, at_multiple(comparison, label, 4.0), s) for label in WINDOW for s in seeds])
+    variants = {with_option(plain, option): plain for plain, options in OPTIONS.items() for option in options}
+    rates = {text: at_multiple(comparison, plain, 1)[LR] for text, plain in variants.items()}
+    arms = {text: parse_arm(text) for text in variants}
+    options = comparison.enter(Arm(t, arm.method, {**arm.settings, LR: rates[t]}) for t, arm in arms.items())
+    comparison.run_product(options, {})
+    comparison.run([(label, at_multiple(comparison, label, 4.0), 0) for label in WINDOW])
 
 
 def frames_findings(comparison: Comparison) -> Findings:
     """What four times the best rate costs."""
-    return robustness(comparison, WINDOW, (4.0,), of=("sct", "stiefel-spectron", ONE_FRAME, OURS))
+    return robustness(comparison, WINDOW, (4.0,), of=(SCT, STIEFEL, ONE_FRAME, OURS))
 
 
 STUDIES: dict[str, Study] = {

@@ -11,10 +11,11 @@ spectron  the same M and orth for both factors of W = A B^T, and
           Variants: `step: root` (`pair_rho`), `renormalize: false` (rho = lr), `orthogonalizer: none` (D along M).
 adamw-capped   AdamW's D_A, D_B, shortened together where ||dW|| might exceed `update_cap` (times the schedule):
           asks whether large updates are what ails naive AdamW on factors (`certified_rho` with eta = the cap).
-spectron-adam  Ours: Spectron with AdamW's direction in the place of the momentum,
-              m <- beta1 m + (1 - beta1) G,  v <- beta2 v + (1 - beta2) G^2,  M = m / (sqrt(v) + eps), bias-corrected.
-          Dividing by sqrt(v) levels rows and columns that orthogonalization sees; as O is orthogonal whatever M was,
-          the step has Spectron's bound.
+adam-muon Ours. Muon on both factors along AdamW's direction instead of the momentum,
+              m <- beta1 m + (1 - beta1) G,  v <- beta2 v + (1 - beta2) G^2,  D = scale(shape) orth(m / sqrt(v)),
+          shortened as above where ||dW|| might exceed `update_cap`. Dividing by sqrt(v) levels the rows and columns
+          that orth sees; the cap is Spectron's bound as a limit instead of a rule, so that in ordinary steps the
+          growth of the factors does not slow them down.
 """
 
 from torch import Tensor
@@ -47,23 +48,12 @@ def muon(side: Stack, options: Options) -> Tensor:
 
 
 def spectron(A: Stack, B: Stack, options: Options) -> tuple[Difference, Difference, State]:
-    """(D_A, D_B, record) for stacks of pairs A (n, ..., d_out, r), B (n, ..., d_in, r)."""
-    return bounded(A, B, averaged(A, options), averaged(B, options), options)
-
-
-def spectron_adam(A: Stack, B: Stack, options: Options) -> tuple[Difference, Difference, State]:
-    """(D_A, D_B, record): `spectron` along AdamW's direction."""
-    M_A, M_B = (adamw_direction(side, {**options, "lr": 1.0}, options["nesterov"]) for side in (A, B))
-    return bounded(A, B, M_A, M_B, options)
-
-
-def bounded(A: Stack, B: Stack, M_A: Tensor, M_B: Tensor, options: Options) -> tuple[Difference, Difference, State]:
-    """(D_A, D_B, record): steps rho along the orthogonalized M_A, M_B, any directions of the factors' shapes.
+    """(D_A, D_B, record) for stacks of pairs A (n, ..., d_out, r), B (n, ..., d_in, r).
 
     Both factors' r x r iterations run as one batch, and rho is folded into the r x r factor Q of D = M Q. The record
     holds sigma_A, sigma_B and rho (n, ...), left on the device.
     """
-    M_A, M_B = at_least_float32(M_A), at_least_float32(M_B)
+    M_A, M_B = at_least_float32(averaged(A, options)), at_least_float32(averaged(B, options))
     Q_A, Q_B = pair_factors(M_A, M_B, options)
     sigma_A, sigma_B = factor_norm(A.weight, A.state, options), factor_norm(B.weight, B.state, options)
     scale_A, scale_B = (shape_scale(options["shape_scale"], *side.shape) for side in (A, B))
@@ -79,11 +69,24 @@ def bounded(A: Stack, B: Stack, M_A: Tensor, M_B: Tensor, options: Options) -> t
 
 
 def adamw_capped(A: Stack, B: Stack, options: Options) -> tuple[Tensor, Tensor, State]:
-    """(D_A, D_B, record) of AdamW on both factors, scaled by cap_factor (n, ...) <= 1 so that ||dW||_2 <= update_cap.
+    """(D_A, D_B, record) of AdamW on both factors within `update_cap`."""
+    return capped(A, B, adamw_direction(A, options), adamw_direction(B, options), options)
 
-    The cap follows the schedule as the rate does. A shortened step keeps AdamW's direction.
+
+def adam_muon(A: Stack, B: Stack, options: Options) -> tuple[Tensor, Tensor, State]:
+    """(D_A, D_B, record) of orthogonalized AdamW directions, within `update_cap` if there is one."""
+    M = [adamw_direction(side, {**options, "lr": 1.0}, options["nesterov"]) for side in (A, B)]
+    Q = pair_factors(at_least_float32(M[0]), at_least_float32(M[1]), options)
+    scales = (options["lr"] * shape_scale(options["shape_scale"], *side.shape) for side in (A, B))
+    D_A, D_B = (m @ (scale * q) for m, q, scale in zip(M, Q, scales, strict=True))
+    return (D_A, D_B, {}) if options["update_cap"] is None else capped(A, B, D_A, D_B, options)
+
+
+def capped(A: Stack, B: Stack, D_A: Tensor, D_B: Tensor, options: Options) -> tuple[Tensor, Tensor, State]:
+    """The changes and a record, scaled by cap_factor (n, ...) <= 1 so that ||dW||_2 <= update_cap.
+
+    The cap follows the schedule as the rate does. A shortened step keeps its direction.
     """
-    D_A, D_B = adamw_direction(A, options), adamw_direction(B, options)
     cap = options["update_cap"] * (options["lr"] / options["initial_lr"] if options["initial_lr"] else 0.0)
     rho = certified_rho(D_A, D_B, A.weight, B.weight, cap).clamp_max(1)
     return D_A * rho[..., None, None], D_B * rho[..., None, None], {"cap_factor": rho}

@@ -1,7 +1,7 @@
 """The table of update rules: pure functions from (weights, gradients, state) to a change of the weights.
 
     adamw    m, v <- moments of G;  D = m / (sqrt(v) + eps), bias-corrected.  lr: largest change of an entry, roughly.
-    muon, spectron, spectron-adam, adamw-capped                    a dense W, and W = A B^T       `optim.products`
+    muon, spectron, adamw-capped, adam-muon                        a dense W, and W = A B^T       `optim.products`
     sct, tsvd, stiefel-spectron, frame-spectron           W = U diag(s) V^T, W = A V^T   `optim.frames`
 
 All but adamw see stacks of equal-shaped matrices and work through r x r problems. A new rule is a function, an entry
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nativerank.optim.frames import frame_spectron, sct, stiefel_spectron, tsvd
 from nativerank.optim.precision import state_dtype
-from nativerank.optim.products import adamw_capped, muon, spectron, spectron_adam
+from nativerank.optim.products import adam_muon, adamw_capped, muon, spectron
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ RULES: dict[str, Rule] = {
     "muon": Rule("matrix", ("momentum",), ORTHOGONAL, muon),
     "spectron": Rule("pair", ("momentum", "power_vector"), BOUNDED, spectron),
     "adamw-capped": Rule("pair", MOMENT_STATES, MOMENTS | {"update_cap"}, adamw_capped),
-    "spectron-adam": Rule("pair", (*MOMENT_STATES, "power_vector"), (BOUNDED - {"momentum"}) | MOMENTS, spectron_adam),
+    "adam-muon": Rule("pair", MOMENT_STATES, (ORTHOGONAL - {"momentum"}) | MOMENTS | {"update_cap"}, adam_muon),
     "sct": Rule("triple", MOMENT_STATES, MOVED | {"retract_every"}, sct),
     "tsvd": Rule("triple", (*MOMENT_STATES, "R"), SPECTRUM, tsvd),
     "stiefel-spectron": Rule(

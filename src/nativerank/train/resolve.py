@@ -93,6 +93,7 @@ def method_defaults(config: RunConfig, name: str) -> dict[str, Any]:
         "optim.nesterov": method.options.get("nesterov", False),
         "optim.shape_scale": method.options.get("shape_scale", "none"),
         "optim.retraction": method.options.get("retraction", "cholesky"),
+        "optim.update_cap": method.options.get("update_cap"),
         "optim.s_lr": None if one else method.options.get("s_lr"),
         "model.init_scale": rates.init_scale,
     }

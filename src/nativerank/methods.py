@@ -75,7 +75,7 @@ METHODS: dict[str, Method] = {
         "adam-muon",
         Rates(0.01, 0.003),
         "ours",
-        {"nesterov": True, "shape_scale": "match_rms_adamw", "update_cap": 0.15},
+        {"nesterov": True, "shape_scale": "match_rms_adamw", "update_cap": 0.3},
     ),
     "self-guided": Method(GUIDED, "adamw", Rates(1e-3, 1e-3), "Spectron's code, AdamW examples"),
     "sct": Method("spectral", "sct", Rates(4e-3, 3e-3), "ours: SCT's 5e-4 is for a converted model"),

@@ -31,6 +31,7 @@ MINUTES = {
     "lr-robustness": (20, 45),
     "update-norm": (8, 20),
     "equal-flops": (12, 30),
+    "adaptive-rank": (30, 90),
     "frames": (25, 60),
 }
 

@@ -72,11 +72,12 @@ def _variants(variants: list[dict[str, Any]]) -> Any:
 
     table = Table(title="seconds of the second step, and peak memory of the process")
     phases = ("forward", "backward", "optimizer", "retraction", "step")
-    for column in ("", *phases, "peak GB", "of it PyTorch"):
-        table.add_column(column, justify="right" if column else "left")
+    table.add_column("", no_wrap=True)
+    for column in (*phases, "peak GB", "before"):
+        table.add_column(column, justify="right")
     for row in variants:
-        words = ["layer-wise" if row["layerwise"] else "plain", row["state"], row["attention"]]
-        name = ", ".join([*words, *["grouped"] * row["gqa"], f"{row['tokens']} tokens"])
+        words = [row["state"], *["real attention"] * (row["attention"] == "real"), *["grouped"] * row["gqa"]]
+        name = f"{'layer-wise' if row['layerwise'] else 'plain'}, {row['tokens']} tokens\n  {', '.join(words)}"
         seconds = [f"{row['seconds'][phase]:.2f}" for phase in phases]
         table.add_row(name, *seconds, *(f"{row[f'{key}_rss_bytes'] / 1e9:.2f}" for key in ("peak", "base")))
     return table

@@ -10,6 +10,7 @@ with one thread; every study says how long it will take before it starts.
 | lr-robustness | what does a rate above the best cost, and does the best rate carry over to other widths? |
 | update-norm | how large is the step of W, and is that what hurts naive AdamW? |
 | equal-flops | low rank against dense at the same training FLOPs |
+| adaptive-rank | which threshold and schedule for ranks that change, and what they cost in loss |
 | frames | what do orthonormal factors give, in which form, and how wide is their window of rates? |
 """
 
@@ -34,6 +35,7 @@ from nativerank.experiments.findings import (
     signed,
     transfer,
 )
+from nativerank.experiments.rank_study import adaptive_rank, rank_findings
 from nativerank.experiments.search import search, tune
 from nativerank.models import find_preset, hf_config, scaled
 from nativerank.train.resolve import resolve
@@ -291,6 +293,7 @@ STUDIES: dict[str, Study] = {
     "equal-flops": Study(
         "Low rank against dense at equal FLOPs", equal_flops, best_of_kinds, POCKET, budget="flops", seeds=3
     ),
+    "adaptive-rank": Study("Ranks that change", adaptive_rank, rank_findings, POCKET, seeds=3),
     "frames": Study("Orthonormal factors", frames, frames_findings, POCKET, seeds=3),
 }
 

@@ -213,6 +213,37 @@ def norm_rows(settings):
     return rows
 
 
+def rank_rows(settings):
+    """A threshold takes half of the parameters and two of three ranks."""
+    adaptive = "rank.adapt.threshold" in settings
+    end = {
+        "event": "end",
+        "ranks": {"a": 4, "b": 8, "c": 32} if adaptive else {"a": 32, "b": 32, "c": 32},
+        "parameters": {"total": 200, "non_embedding": 50 if adaptive else 100},
+        "train_flops": 3e9 if adaptive else 4e9,
+        "step": 10,
+    }
+    looks = [{"event": "ranks", "step": 3, "ranks": {name: [32, 8] for name in "ab"}}, {"event": "ranks", "step": 6}]
+    looks[1]["ranks"] = {"a": [8, 4]}
+    return [*(looks if adaptive else []), end]
+
+
+def test_adaptive_ranks(study, stand_in):
+    stand_in.rows = rank_rows
+    stand_in.loss = lambda s: 3.0 + 0.1 * s.get("rank.adapt.threshold", 0) + 0.01 * s["train.seed"]
+    record = study("adaptive-rank", seeds=2)
+    label = "spectron[rank.adapt.threshold=0.9;rank.adapt.grow=0]"
+    found = record["study"]["numbers"][label]
+    assert found["against"]["mean"] == pytest.approx(0.09) and found["against"]["n"] == 2
+    assert {k: found[k] for k in ("parameters", "train_flops", "changed", "smallest", "largest")} == pytest.approx(
+        {"parameters": 50, "train_flops": 3e9, "changed": 2 / 3, "smallest": 4, "largest": 32}
+    )
+    line = next(line for line in record["study"]["lines"] if line.startswith(f"{label}: "))
+    assert (
+        "+0.090 nats, 0.50 of the parameters" in line and "0.75 of the FLOPs, 67% of the ranks changed, 4 to 32" in line
+    )
+
+
 def test_update_norms(study, stand_in):
     stand_in.rows = norm_rows
     stand_in.loss = lambda s: 3.1 if "optim.update_cap" in s else robust_loss(s)

@@ -358,3 +358,22 @@ def test_one_frame_decays_a():
     W = model.first.to_dense().detach()
     optimizer.step()
     assert_close(model.first.to_dense().detach(), 0.95 * W)
+
+
+@pytest.mark.parametrize("way", ["cholesky", "polar"])
+def test_one_frame_takes_the_momenta_along(way, monkeypatch):
+    """V = X R^-1 and A = A R^T: the gradient of V is G R^T, that of A is G R^-1."""
+    seen = []
+    real = frames.frame_factor
+    monkeypatch.setattr(frames, "frame_factor", lambda *args: seen.append(real(*args)) or seen[-1])
+    model = Planted(kind=LowRankLinear)
+    choices = dict(frames="one", lr=0.1, retraction=way, momentum=0.9)
+    optimizer = build_optimizer(model, "stiefel-spectron", **choices)
+    train(model, optimizer, 1)
+    R = {X.shape[-2]: r[0] for X, r in seen}
+    for m in layers(model):
+        r = R[m.in_features]
+        assert (r - torch.eye(4, dtype=r.dtype)).abs().max() > 1e-3
+        A, V = optimizer.state[m.up.weight]["momentum"], optimizer.state[m.down.weight]["momentum"].mT
+        assert_close(A @ r, 0.1 * m.up.weight.grad)
+        assert_close(V, 0.1 * m.down.weight.grad.mT @ r.mT)

@@ -147,7 +147,10 @@ def frame_spectron(A: Stack, V: Stack, options: Options) -> tuple[New, New, Stat
     X = at_least_float32(V.weight) - formed(D_V)
     Q, R = frame_factor(X, options["retraction"])
     in_new_basis(V, R.mT)
-    A.state["momentum"].copy_(torch.linalg.solve(R, A.state["momentum"].to(R), left=False))
+    # R^-1 = (R^T R)^-1 R^T for any R. Not linalg.solve: with MKL its batched LU of 256 x 256 and larger fails once the
+    # number of threads was raised.
+    L = torch.linalg.cholesky_ex(R.mT @ R).L
+    A.state["momentum"].copy_(torch.cholesky_solve(A.state["momentum"].to(R).mT, L).mT @ R.mT)
     return New(A_new @ R.mT), New(Q), record
 
 

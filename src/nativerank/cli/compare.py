@@ -26,7 +26,8 @@ EXAMPLE = """examples:
   nativerank compare --study lr-robustness --jobs 2 --out runs/robust
 
 An arm may carry settings in brackets, KEY=VALUE separated by ; or , (any key below). Rates are absolute, or multiples
-of the arm's default for the preset: 0.5x. Studies: ablation, lr-robustness, update-norm, equal-flops.
+of the arm's default for the preset: 0.5x. Studies: ablation, lr-robustness, update-norm, equal-flops,
+adaptive-rank, frames.
 """
 LISTS = {"lrs": "optim.lr", "aux_lrs": "optim.aux_lr", "init_scales": "model.init_scale"}
 OWN = ("methods", *LISTS, "ratios", "tune")  # what a study decides itself

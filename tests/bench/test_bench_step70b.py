@@ -15,7 +15,7 @@ SMALL = {"layers": 2, "d_model": 256, "d_ffn": 512, "heads": 8, "rank": 8, "toke
 @pytest.fixture
 def small(monkeypatch):
     """Variants of the benchmark at these sizes."""
-    monkeypatch.setattr(step70b, "Variant", lambda *values, **named: Variant(**{**named, **SMALL}))
+    monkeypatch.setattr(step70b, "Variant", lambda **named: Variant(**{**named, **SMALL}))
 
 
 @pytest.mark.parametrize("attention", ["simplified", "real"])

@@ -70,6 +70,14 @@ class Variant:
 class Block(nn.Module):
     """A block of the paper's stack; narrower keys and values are repeated to the full width."""
 
+    q: nn.Module
+    k: nn.Module
+    v: nn.Module
+    o: nn.Module
+    gate: nn.Module
+    up: nn.Module
+    down: nn.Module
+
     def __init__(self, shapes: dict[str, tuple[int, int]], rank: int, d_model: int):
         super().__init__()
         self.before_attention, self.before_mlp = nn.RMSNorm(d_model), nn.RMSNorm(d_model)

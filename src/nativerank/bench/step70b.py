@@ -61,8 +61,8 @@ def bench_step70b(
     check_sizes(tokens=tokens, layers=layers, repeats=repeats)
     if state not in STATES or attention not in ("simplified", "real"):
         raise ValueError(f"--state is one of {', '.join(STATES)} and --attention simplified or real")
-    one = Variant(layerwise, state, gqa, attention, tokens, layers)
-    chosen = [Variant(**{"layers": layers, **changes}) for changes in RECORD] if everything else [one]
+    one = {"layerwise": layerwise, "state": state, "gqa": gqa, "attention": attention, "tokens": tokens}
+    chosen = [Variant(**{"layers": layers, **changes}) for changes in (RECORD if everything else [one])]
     preset = find_preset(PRESET)
     assert preset.kv_heads
     grouped = preset.d_model * preset.kv_heads // preset.heads

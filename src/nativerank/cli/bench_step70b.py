@@ -70,16 +70,18 @@ def show_step70b(result: dict[str, Any]) -> None:
 def _variants(variants: list[dict[str, Any]]) -> Any:
     from rich.table import Table
 
+    base = max(row["base_rss_bytes"] for row in variants) / 1e9
     table = Table(title="seconds of the second step, and peak memory of the process")
     phases = ("forward", "backward", "optimizer", "retraction", "step")
     table.add_column("", no_wrap=True)
-    for column in (*phases, "peak GB", "before"):
+    for column in ("fwd", "bwd", "update", "retract", "step", "peak GB"):
         table.add_column(column, justify="right")
     for row in variants:
-        words = [row["state"], *["real attention"] * (row["attention"] == "real"), *["grouped"] * row["gqa"]]
-        name = f"{'layer-wise' if row['layerwise'] else 'plain'}, {row['tokens']} tokens\n  {', '.join(words)}"
+        kinds = ", ".join([row["attention"], *["grouped"] * row["gqa"]])
+        update = f"{'layer-wise' if row['layerwise'] else 'plain'}, {row['state']}"
         seconds = [f"{row['seconds'][phase]:.2f}" for phase in phases]
-        table.add_row(name, *seconds, *(f"{row[f'{key}_rss_bytes'] / 1e9:.2f}" for key in ("peak", "base")))
+        table.add_row(f"{update}\n  {kinds}, {row['tokens']}", *seconds, f"{row['peak_rss_bytes'] / 1e9:.2f}")
+    table.caption = f"attention and tokens in the second line; PyTorch alone: {base:.2f} GB"
     return table
 
 

@@ -25,7 +25,7 @@ from nativerank.optim.layerwise import Layerwise, Unit
 from nativerank.optim.parallel import at_once, run_all
 from nativerank.optim.resize import resized_state
 from nativerank.optim.rules import COMMON, RULES, initial_state, step_device
-from nativerank.optim.stacks import Bucket, members_per_stack, step_bucket
+from nativerank.optim.stacks import Bucket, members_per_stack, side_by_side, step_bucket
 
 # Shared with the configuration, which is their one home; what a method decides is set here for direct use.
 RULE_OPTIONS = (
@@ -60,14 +60,10 @@ class LowRankOptimizer(torch.optim.Optimizer):
         for index, group in enumerate(self.param_groups):
             group["initial_lr"] = group["lr"]
             group["taken"] = 0  # steps, for rules that do something in some of them only
-            rule = RULES[group["rule"]]
-            for i, p in enumerate(group["params"]):
-                position = i % rule.width
-                tall = p.shape[-1] if position == 1 or p.dim() < 2 else p.shape[-2]
-                kept = "fp32" if position == 2 else group["state_dtype"]  # s is as small as it is delicate
-                self.state[p] = {
-                    name: initial_state(name, p, tall, index * 1_000_003 + i, kept) for name in rule.state_of(position)
-                }
+            if RULES[group["rule"]].kind == "elementwise":
+                self._begin_state(index, range(len(group["params"])))
+            else:
+                self._buckets[index] = list(self._stack_up(index, begin=True))
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -214,27 +210,42 @@ class LowRankOptimizer(torch.optim.Optimizer):
         pieces: list[Callable[[], None]] = [partial(step_bucket, b, RULES[group["rule"]], group) for b in buckets]
         return buckets, pieces, at_once(group["params"]) if len(pieces) > 1 else 1
 
+    def _begin_state(self, index: int, places: Iterable[int]) -> None:
+        """The state at step 0 of the parameters at these places of a group."""
+        group = self.param_groups[index]
+        rule = RULES[group["rule"]]
+        for i in places:
+            p, position = group["params"][i], i % rule.width
+            tall = p.shape[-1] if position == 1 or p.dim() < 2 else p.shape[-2]
+            kept = "fp32" if position == 2 else group["state_dtype"]  # s is as small as it is delicate
+            names, seed = rule.state_of(position), index * 1_000_003 + i
+            self.state[p] = {name: initial_state(name, p, tall, seed, kept) for name in names}
+
     def _group_buckets(self, index: int) -> list[Bucket]:
         if index not in self._buckets:
-            group = self.param_groups[index]
-            width = RULES[group["rule"]].width
-            members: dict[Any, list[tuple[Tensor, ...]]] = {}
-            for start in range(0, len(group["params"]), width):
-                unit = tuple(group["params"][start : start + width])
-                members.setdefault(tuple((p.shape, p.dtype, p.device) for p in unit), []).append(unit)
-            self._buckets[index] = [
-                self._bucket([list(side) for side in zip(*units[i : i + size], strict=True)])
-                for units in members.values()
-                for size in [members_per_stack(units[0])]
-                for i in range(0, len(units), size)
-            ]
+            self._buckets[index] = list(self._stack_up(index))
         return self._buckets[index]
+
+    def _stack_up(self, index: int, begin: bool = False) -> Iterator[Bucket]:
+        """The stacks of a group; to begin with their state too, one after the other, which leaves no holes."""
+        params, width = self.param_groups[index]["params"], RULES[self.param_groups[index]["rule"]].width
+        alike: dict[Any, list[int]] = {}  # where units of equal shapes start
+        for start in range(0, len(params), width):
+            key = tuple((p.shape, p.dtype, p.device) for p in params[start : start + width])
+            alike.setdefault(key, []).append(start)
+        for starts in alike.values():
+            size = members_per_stack(params[starts[0] : starts[0] + width])
+            for i in range(0, len(starts), size):
+                members = starts[i : i + size]
+                if begin:
+                    self._begin_state(index, (start + j for start in members for j in range(width)))
+                yield self._bucket([[params[start + j] for start in members] for j in range(width)])
 
     def _bucket(self, sides: list[list[Tensor]]) -> Bucket:
         """Moves the members' state into stacks and makes each member's state a view of its row."""
         states: list[State] = []
         for side in sides:
-            stacked = {key: torch.stack([self.state[p][key] for p in side]) for key in self.state[side[0]]}
+            stacked = {key: side_by_side([self.state[p][key] for p in side]) for key in self.state[side[0]]}
             for i, p in enumerate(side):
                 self.state[p].update({key: value[i] for key, value in stacked.items()})
             states.append(stacked)

@@ -4,6 +4,7 @@ State lies in stacks for good; gradients, and the weights where a rule needs the
 most STACK_BYTES of them, beyond which stacking stops paying (on a CPU that is earlier).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -29,7 +30,7 @@ class Bucket:
     active: list[int] = field(default_factory=list)
 
 
-def members_per_stack(unit: tuple[Tensor, ...]) -> int:
+def members_per_stack(unit: Sequence[Tensor]) -> int:
     """How many units (a parameter, a pair, a triple) go into one stack."""
     limit = STACK_BYTES_CPU if unit[0].device.type == "cpu" else STACK_BYTES
     return max(1, limit // max(p.numel() * p.element_size() for p in unit))

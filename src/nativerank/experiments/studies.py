@@ -241,7 +241,7 @@ S_LR = "optim.s_lr=0.05"
 SCT, TSVD, STIEFEL = f"sct[{S_LR}]", f"tsvd[{S_LR}]", "stiefel-spectron"
 ONE_FRAME = "stiefel-spectron[optim.frames=one]"
 OURS = "adam-muon"
-AUTHORS = "spectron[optim.nesterov=true;optim.shape_scale=original]"
+AUTHORS = "spectron[optim.nesterov=true;optim.shape_scale=original;optim.aux_lr=0.02]"
 SWEPT_BEFORE = ("dense-muon", "lowrank-muon", NAIVE, AUTHORS)  # and therefore at their rates
 SEARCHED: dict[str, dict[str, Any]] = {  # arm -> what it starts from beside the defaults
     "lowrank-muon[optim.momentum=0.9]": {},

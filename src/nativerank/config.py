@@ -50,8 +50,8 @@ class AdaptConfig:
     Args:
         mode: "schedule" looks at the spectra again and again, "once" at `start` only: after a warm-up at the rank that
             was set, or at full rank with `--rank.ratio 1`. None is "schedule" if a threshold is given, else "off".
-        threshold: a matrix shrinks to the smallest r with E(r) >= threshold. It grows where its spectrum, continued with
-            the decay of its last columns, would hold more than the rest, 1 - threshold, beyond them.
+        threshold: a matrix shrinks to the smallest r with E(r) >= threshold. It grows where its spectrum, continued
+            with the decay of its last columns, would hold more than the rest, 1 - threshold, beyond them.
         start: first look, as a share of the steps.
         every: between two looks, as a share of the steps.
         until: no look after this share of the steps.
@@ -138,8 +138,8 @@ class OptimConfig:
             clip 0 and train.accumulation 1; of a step with a bad gradient, updates made before it was seen stay.
         state_dtype: what the means of gradients and of their squares are kept in: "bf16" halves the optimizer's memory;
             vectors (norms, biases, s) stay as they are.
-        update_cap: lowrank-adamw and adam-muon: a step whose ||dW||_2 may exceed this (times the schedule) is shortened;
-            None is no cap for lowrank-adamw, 0.3 for adam-muon.
+        update_cap: lowrank-adamw and adam-muon: a step whose ||dW||_2 may exceed this (times the schedule) is
+            shortened; None is no cap for lowrank-adamw, 0.3 for adam-muon.
         frames: stiefel-spectron only: "both" keeps U and V of U diag(s) V^T orthonormal, "one" trains A V^T with only V
             orthonormal.
         s_lr: peak AdamW rate of s in U diag(s) V^T; None is lr, for stiefel-spectron 0.05.

@@ -47,7 +47,7 @@ def test_protocol_members():
     assert isinstance(layer, FactorLayer) and layer.rank == 3
     assert [tuple(f.shape) for f in layer.factors()] == [(6, 3), (3,), (8, 3)]
     assert sum(g.flops for g in layer.gemms()) == 2 * 3 * (8 + 6)
-    U, s, V = layer.factors()
+    _, s, V = layer.factors()
     assert s.data_ptr() == layer.s.data_ptr() and V.data_ptr() == layer.down.weight.data_ptr()
 
 

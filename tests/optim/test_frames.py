@@ -198,7 +198,7 @@ def random_frames(d_out, d_in, r, scale, seed, dtype=torch.float64):
 
 def options(rule, **changes):
 
-    return {**DEFAULTS, "initial_lr": changes.get("lr", 0.1), "taken": 1, **changes}
+    return {**DEFAULTS, "initial_lr": changes.get("lr", 0.1), **changes}
 
 
 def stiefel_step(way, certified, scale, eta, seed, spike=False):

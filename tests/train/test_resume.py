@@ -133,10 +133,22 @@ def test_the_printed_command_goes_on(tmp_path, cli, flags, fingerprint, monkeypa
     assert fingerprint(out, 8) == fingerprint(tmp_path / "straight", 8)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_resumes_bit_for_bit(tmp_path, run_config, listen, crash, fingerprint, method):
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [
+        *((method, {}) for method in METHODS),
+        ("sct", dict(optim__retract_every=3)),
+        ("sct", dict(optim__riemannian=True)),
+    ],
+)
+def test_every_method_resumes_bit_for_bit(tmp_path, run_config, listen, crash, fingerprint, method, changes):
     common = dict(
-        method=method, train__steps=12, train__checkpoint_every=4, train__accumulation=2, train__probe_every=3
+        method=method,
+        train__steps=12,
+        train__checkpoint_every=4,
+        train__accumulation=2,
+        train__probe_every=3,
+        **changes,
     )
     train(run_config(out=tmp_path / "straight", **common), listen())
     with pytest.raises(crash):

@@ -68,7 +68,8 @@ def sct(U: Stack, V: Stack, s: Stack, options: Options) -> Triple:
         side.weight - tangential(side, adamw_direction(projected(side, options), options), options) for side in (U, V)
     )
     s_new = stepped_spectrum(s, options)
-    if options["taken"] % options["retract_every"]:
+    every = options["retract_every"]
+    if every > 1 and not bool((U.state["step"] % every == 0).any()):  # on the host but on CUDA
         return news((X_U, X_V, s_new), {})
     return news(retracted(U, V, X_U, X_V, s_new, options), {})
 

@@ -46,8 +46,6 @@ class Owner(Protocol):
 
     param_groups: list[dict[str, Any]]
 
-    def begin(self) -> None: ...
-
     def units(self) -> Iterator[Unit]: ...
 
 
@@ -135,7 +133,6 @@ class Layerwise:
     def _begun(self) -> list[Unit]:
         if self.units is None:
             self.reset()
-            self.optimizer.begin()
             self.units = list(self.optimizer.units())
             self.unit_of = {id(p): unit for unit in self.units for p in unit.parameters}
         return self.units

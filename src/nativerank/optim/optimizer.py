@@ -59,7 +59,6 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._buckets: dict[int, list[Bucket]] = {}
         for index, group in enumerate(self.param_groups):
             group["initial_lr"] = group["lr"]
-            group["taken"] = 0  # steps, for rules that do something in some of them only
             if RULES[group["rule"]].kind == "elementwise":
                 self._begin_state(index, range(len(group["params"])))
             else:
@@ -75,7 +74,6 @@ class LowRankOptimizer(torch.optim.Optimizer):
         if self.layerwise is not None:
             self.layerwise.finish()
         else:
-            self.begin()
             for index, group in enumerate(self.param_groups):
                 if RULES[group["rule"]].kind == "elementwise":
                     self._step_adamw(group, group["params"])
@@ -97,11 +95,6 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def update_layerwise(self) -> None:
         """From now on updates inside the backward pass (`optim.layerwise`)."""
         self.layerwise = Layerwise(self)
-
-    def begin(self) -> None:
-        """Before the first update of a step."""
-        for group in self.param_groups:
-            group["taken"] += 1
 
     def units(self) -> Iterator[Unit]:
         """Everything this optimizer updates, in the smallest pieces that give the bits of a whole step."""

@@ -35,6 +35,18 @@ def test_a_run_is_the_ordinary_one_and_resumes_as_such(tmp_path, run_config, lis
     assert fingerprint(layerwise, 8) == fingerprint(plain, 8)
 
 
+@pytest.mark.parametrize("method", ["sct", "spectron"])
+def test_ranks_that_change_do_so_layer_by_layer_too(tmp_path, run_config, listen, fingerprint, method):
+    common = {"method": method, "optim__clip": 0, "rank__adapt__threshold": 0.7, "rank__adapt__min": 2}
+    common |= {"rank__adapt__start": 0.2, "rank__adapt__every": 0.2, "rank__adapt__multiple": 1, "rank__value": 12}
+    plain, layerwise = tmp_path / "plain", tmp_path / "layerwise"
+    train(run_config(**common, out=plain), listen())
+    train(run_config(**common, **BOTH, out=layerwise), listen())
+    assert any(row.get("event") == "ranks" for row in read_rows(layerwise))
+    assert losses_of(layerwise) == losses_of(plain)
+    assert fingerprint(layerwise, 8) == fingerprint(plain, 8)
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [

@@ -139,7 +139,7 @@ class OptimConfig:
         state_dtype: what the means of gradients and of their squares are kept in: "bf16" halves the optimizer's memory;
             vectors (norms, biases, s) stay as they are.
         update_cap: lowrank-adamw and adam-muon: a step whose ||dW||_2 may exceed this (times the schedule) is
-            shortened; None is no cap for lowrank-adamw, 0.3 for adam-muon.
+            shortened; None is no cap for lowrank-adamw, 0.15 for adam-muon.
         frames: stiefel-spectron only: "both" keeps U and V of U diag(s) V^T orthonormal, "one" trains A V^T with only V
             orthonormal.
         s_lr: peak AdamW rate of s in U diag(s) V^T; None is lr, for stiefel-spectron 0.05.

@@ -196,7 +196,7 @@ def random_frames(d_out, d_in, r, scale, seed, dtype=torch.float64):
     return U, V, s, g
 
 
-def options(rule, **changes):
+def options(**changes):
 
     return {**DEFAULTS, "initial_lr": changes.get("lr", 0.1), **changes}
 
@@ -216,7 +216,7 @@ def stiefel_step(way, certified, scale, eta, seed, spike=False):
     ]
     state = {"exp_avg": torch.zeros_like(s), "exp_avg_sq": torch.zeros_like(s), "step": torch.zeros(1)}
     spectrum = Stack(torch.randn(1, 6, generator=g, dtype=torch.float64), state, (6,), s)
-    opts = options("stiefel-spectron", lr=eta, s_lr=4e-3, retraction=way, certified=certified, nesterov=False)
+    opts = options(lr=eta, s_lr=4e-3, retraction=way, certified=certified, nesterov=False)
     new = RULES["stiefel-spectron"].update(*sides, spectrum, opts)
     U2, V2, s2 = (c.weight for c in new[:3])
     assert error(U2[0]) < 1e-10 and error(V2[0]) < 1e-10
@@ -249,7 +249,7 @@ def test_certified_step_survives_bad_gradients():
         ]
         state = {"exp_avg": torch.zeros_like(s), "exp_avg_sq": torch.zeros_like(s), "step": torch.zeros(1)}
         spectrum = Stack(torch.full_like(s, bad), state, (3,), s)
-        opts = options("stiefel-spectron", lr=0.05, s_lr=4e-3, retraction="polar", certified=True)
+        opts = options(lr=0.05, s_lr=4e-3, retraction="polar", certified=True)
         U2, V2, s2 = (c.weight for c in RULES["stiefel-spectron"].update(*sides, spectrum, opts)[:3])
         assert all(x.isfinite().all() for x in (U2, V2, s2))
         assert update_norm(U * s[..., None, :], V, U2 * s2[..., None, :], V2).item() <= 0.05
@@ -341,9 +341,9 @@ def test_tangent_part_of_an_orthonormal_step_is_at_most_2_over_sqrt_3():
 def test_root_meets_the_bound_of_frames_with_equality():
     for sigma in (1e-3, 0.5, 5.0, 50.0):
         top = torch.tensor(sigma, dtype=torch.float64)
-        rho = frames.frame_rho(top, options("stiefel-spectron", lr=0.5, step="root"))
+        rho = frames.frame_rho(top, options(lr=0.5, step="root"))
         assert rho <= 1 and (sigma * (2 * rho + rho**2) == pytest.approx(0.5) or rho == 1)
-        paper = frames.frame_rho(top, options("stiefel-spectron", lr=0.5))
+        paper = frames.frame_rho(top, options(lr=0.5))
         assert sigma * (2 * paper + paper**2) <= 0.5
 
 
@@ -377,3 +377,40 @@ def test_one_frame_takes_the_momenta_along(way, monkeypatch):
         A, V = optimizer.state[m.up.weight]["momentum"], optimizer.state[m.down.weight]["momentum"].mT
         assert_close(A @ r, 0.1 * m.up.weight.grad)
         assert_close(V, 0.1 * m.down.weight.grad.mT @ r.mT)
+
+
+def test_one_frame_survives_factors_that_lost_their_rank():
+    for spoil in (lambda p: p.zero_(), lambda p: p[..., :1].zero_()):
+        model = Planted(kind=LowRankLinear)
+        with torch.no_grad():
+            for m in layers(model):
+                spoil(m.up.weight)
+                spoil(m.down.weight.mT)
+        optimizer = build_optimizer(model, "stiefel-spectron", frames="one", lr=0.1)
+        train(model, optimizer, 30)
+        assert all(p.isfinite().all() for p in model.parameters())
+        assert all(error(m.down.weight.mT) < 1e-10 for m in layers(model))
+
+
+def test_preserve_with_bad_gradients_is_nan_and_no_crash():
+    model = Planted()
+    optimizer = build_optimizer(model, "sct", preserve=True)
+    train(model, optimizer, 1)
+    model.loss().backward()
+    model.first.up.weight.grad[0, 0] = torch.nan
+    optimizer.step()
+    assert model.first.s.isnan().any() and not model.second.s.isnan().any()
+
+
+def test_a_loaded_triangle_keeps_its_digits_beside_bf16_weights():
+    """torch's load_state_dict gives every state the parameter's dtype first; R must not go through bf16."""
+    model = Planted(torch.float32).to(torch.bfloat16)
+    model.x, model.y = model.x.bfloat16(), model.y.bfloat16()
+    optimizer = build_optimizer(model, "tsvd", lr=0.05)
+    train(model, optimizer, 5)
+    other = build_optimizer(model, "tsvd", lr=0.05)
+    other.load_state_dict(optimizer.state_dict())
+    for p in (model.first.up.weight, model.second.down.weight):
+        R = optimizer.state[p]["R"]
+        assert R.dtype == other.state[p]["R"].dtype == torch.float32
+        assert torch.equal(R, other.state[p]["R"]) and not torch.equal(R, R.bfloat16().float())

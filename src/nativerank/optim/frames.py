@@ -148,11 +148,22 @@ def frame_spectron(A: Stack, V: Stack, options: Options) -> tuple[New, New, Stat
     X = at_least_float32(V.weight) - formed(D_V)
     Q, R = frame_factor(X, options["retraction"])
     in_new_basis(V, R.mT)
-    # R^-1 = (R^T R)^-1 R^T for any R. Not linalg.solve: with MKL its batched LU of 256 x 256 and larger fails once the
-    # number of threads was raised.
-    L = torch.linalg.cholesky_ex(R.mT @ R).L
-    A.state["momentum"].copy_(torch.cholesky_solve(A.state["momentum"].to(R).mT, L).mT @ R.mT)
+    M = A.state["momentum"]
+    M.copy_(times_inverse(M.to(R), R))
     return New(A_new @ R.mT), New(Q), record
+
+
+def times_inverse(M: Tensor, R: Tensor) -> Tensor:
+    """M R^-1 (n, ..., d, r); M itself where R (n, ..., r, r) is singular or near it, of factors that lost their rank.
+
+    R^-1 = (R^T R)^-1 R^T. Not linalg.solve: with MKL its batched LU of 256 x 256 and larger fails once the number of
+    threads was raised.
+    """
+    L, info = torch.linalg.cholesky_ex(R.mT @ R)
+    result = torch.cholesky_solve(M.mT, L).mT @ R.mT
+    sizes = [X.square().sum((-2, -1)).sqrt() for X in (M, result)]
+    good = (info == 0) & (sizes[1] <= 100 * sizes[0])  # NaN is no good either
+    return torch.where(good[..., None, None], result, M)
 
 
 def frame_rho(sigma: Tensor, options: Options) -> Tensor:
@@ -199,9 +210,12 @@ def retracted(U: Stack, V: Stack, X_U: Tensor, X_V: Tensor, s: Tensor, options: 
 def aligned_svd(core: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """P, s', Z with core = P diag(s') Z^T, columns in the order of |s| and with the signs for which P and Z are near 1.
 
-    A core near diag(s) changes little then, and moments stay with their columns.
+    A core near diag(s) changes little then, and moments stay with their columns, but where values of s are equal or
+    nearly so, as at a flat start: there P and Z are any rotation of those columns. NaN where the core is not finite.
     """
-    P, values, Zh = torch.linalg.svd(core)
+    finite = core.isfinite().all(-1).all(-1)[..., None]
+    P, values, Zh = torch.linalg.svd(core.masked_fill(~finite[..., None], 0.0))
+    values = values.masked_fill(~finite, torch.nan)
     place = s.abs().argsort(-1, descending=True).argsort(-1)  # of each column among the descending values
     P, Z = (X.gather(-1, place[..., None, :].expand_as(X)) for X in (P, Zh.mT))
     sign_P, sign_Z = (torch.where(X.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(X) for X in (P, Z))

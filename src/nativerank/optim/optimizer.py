@@ -156,10 +156,12 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         kept = {p: {key: value.dtype for key, value in state.items()} for p, state in self.state.items()}
         super().load_state_dict(state_dict)
-        for p, state in self.state.items():  # torch gives everything the parameter's dtype
-            state.update({key: value.to(kept[p][key]) for key, value in state.items() if key in kept[p]})
-            if "step" in state:
-                state["step"] = state["step"].to(step_device(p))
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for i, p in zip(ids, params, strict=True):  # torch has rounded everything to the parameter's dtype
+            for key, value in state_dict["state"].get(i, {}).items():
+                device = step_device(p) if key == "step" else p.device
+                self.state[p][key] = value.detach().to(device, kept.get(p, {}).get(key, value.dtype), copy=True)
         self._buckets = {}  # the loaded tensors are not views of our stacks any more: stack them again when needed
 
     def __getstate__(self) -> dict[str, Any]:

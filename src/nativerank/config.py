@@ -4,25 +4,22 @@
 
 A value of None means "what the preset or the method says"; `train.resolve.resolve` fills it in, and the filled-in
 form is what a run folder keeps as `config.yaml`. Units: lengths in tokens, batches in sequences, rates per step.
-No torch here, so that `--help` stays fast.
+No torch here, so that `--help` stays fast. Strict reading and writing of such dataclasses is `schema`.
 """
 
 import dataclasses
-import difflib
-import math
-import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-T = TypeVar("T")
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """The hint of an error message: '; did you mean X?' for the closest known word, or nothing when none is close."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""
+# The generic part is offered here too: who reads a configuration needs both.
+from nativerank.schema import described as described
+from nativerank.schema import differences as differences
+from nativerank.schema import from_dict as from_dict
+from nativerank.schema import keys as keys
+from nativerank.schema import nearest as nearest
+from nativerank.schema import to_dict as to_dict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +50,9 @@ class AdaptConfig:
         threshold: a matrix shrinks to the smallest r with E(r) >= threshold. It grows where its spectrum, continued
             with the decay of its last columns, would hold more than the rest, 1 - threshold, beyond them.
         start: first look, as a share of the steps.
-        every: between two looks, as a share of the steps.
+        every: between two looks, as a share of the steps ("schedule" only, as `until` and `hysteresis`).
         until: no look after this share of the steps.
-        min: no matrix shrinks below this rank.
+        min: no matrix shrinks below this rank; one that is below already keeps its rank or grows.
         multiple: new ranks are multiples of this, rounded up when shrinking (bounds of a matrix go first).
         hysteresis: a matrix shrinks by at least this share of its rank, or not at all.
         grow: how much a matrix grows at one look, as a share of its rank (one `multiple` at least); 0 never grows. What
@@ -142,7 +139,7 @@ class OptimConfig:
             shortened; None is no cap for lowrank-adamw, 0.15 for adam-muon.
         frames: stiefel-spectron only: "both" keeps U and V of U diag(s) V^T orthonormal, "one" trains A V^T with only V
             orthonormal.
-        s_lr: peak AdamW rate of s in U diag(s) V^T; None is lr, for stiefel-spectron 0.05.
+        s_lr: peak AdamW rate of s in U diag(s) V^T; None is 0.05, which is ours; SCT has lr.
         retraction: what makes the frames orthonormal again: "cholesky" and "qr" are the same map, "polar" the nearest
             frame, "cayley" a rotation.
         preserve: the retraction leaves W as it is, by an r x r SVD.
@@ -299,15 +296,6 @@ class RunConfig:
     guard: GuardConfig = field(default_factory=GuardConfig)
 
 
-def keys(cls: type, prefix: str = "") -> Iterator[str]:
-    """Every dotted key that a configuration of this class accepts."""
-    hints = typing.get_type_hints(cls)
-    for f in dataclasses.fields(cls):
-        yield prefix + f.name
-        if dataclasses.is_dataclass(hints[f.name]):
-            yield from keys(hints[f.name], f"{prefix}{f.name}.")
-
-
 def check_keys(values: Any, prefix: str = "") -> None:
     """Raises a ValueError that names the nearest key, in full, for a key in nested mappings that RunConfig lacks."""
     known = list(keys(RunConfig))
@@ -319,101 +307,9 @@ def check_keys(values: Any, prefix: str = "") -> None:
             check_keys(value, f"{key}.")
 
 
-def from_dict(cls: type[T], values: Mapping[str, Any], prefix: str = "", root: type | None = None) -> T:
-    """Builds a configuration from nested mappings, strictly.
-
-    Raises:
-        ValueError: an unknown key, with the nearest known one; or a value of the wrong type.
-    """
-    root = root or cls
-    hints = typing.get_type_hints(cls)
-    unknown = [k for k in values if k not in hints]
-    if unknown:
-        key = prefix + str(unknown[0])
-        raise ValueError(f"unknown config key {key}{nearest(key, keys(root))}")
-    given: dict[str, Any] = {}
-    for name, value in values.items():
-        hint = hints[name]
-        if dataclasses.is_dataclass(hint):
-            if not isinstance(value, Mapping):
-                raise ValueError(f"config key {prefix}{name} holds a group of keys, got {value!r}")
-            given[name] = from_dict(typing.cast(type, hint), value, f"{prefix}{name}.", root)
-        else:
-            given[name] = _checked(value, hint, prefix + name)
-    return cls(**given)
-
-
-def _checked(value: Any, hint: Any, key: str) -> Any:
-    """The value if it fits the annotation (ints pass as floats, lists as tuples), else a ValueError naming the key."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        return _checked(value, next(a for a in args if a is not type(None)), key)
-    if origin is Literal:
-        if value not in args:
-            raise ValueError(f"config key {key} must be {described(hint)}, got {value!r}")
-        return value
-    expected = origin or hint
-    if expected is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if expected is tuple and isinstance(value, list):
-        value = tuple(value)
-    if not isinstance(value, expected) or (expected is not bool and isinstance(value, bool)):
-        raise ValueError(f"config key {key} must be {described(hint)}, got {value!r}")
-    if expected is float and not math.isfinite(value):
-        raise ValueError(f"config key {key} must be a finite number, got {value!r}")
-    if expected is tuple:
-        if len(value) != len(args):
-            raise ValueError(f"config key {key} takes {len(args)} values, got {list(value)!r}")
-        return tuple(_checked(v, a, key) for v, a in zip(value, args, strict=True))
-    if expected is list:
-        return [_checked(v, args[0], key) for v in value]
-    if expected is dict:
-        return {_checked(k, args[0], key): _checked(v, args[1], f"{key}.{k}") for k, v in value.items()}
-    return value
-
-
-def described(hint: Any) -> str:
-    """An annotation in words: "a number", "one of cosine, wsd, constant", "a whole number or null"."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join("null" if a is type(None) else described(a) for a in args)
-    if origin is Literal:
-        return f"one of {', '.join(map(str, args))}"
-    if origin is list:
-        return 'a list such as \'["a", "b"]\''
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-    return words.get(hint, f"a {getattr(origin or hint, '__name__', hint)}")
-
-
 def hint_of(key: str) -> Any:
     """The annotation of a dotted key of RunConfig, or None for an unknown key."""
     cls: Any = RunConfig
     for part in key.split("."):
         cls = typing.get_type_hints(cls).get(part) if dataclasses.is_dataclass(cls) else None
     return cls
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """Plain nested dictionaries and lists, ready for YAML or JSON."""
-    plain = dataclasses.asdict(config)
-
-    def lists(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: lists(v) for k, v in value.items()}
-        return [lists(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-    return lists(plain)
-
-
-def differences(a: Any, b: Any, prefix: str = "") -> list[str]:
-    """Dotted keys in which two configurations of one class differ."""
-    found = []
-    for f in dataclasses.fields(a):
-        x, y = getattr(a, f.name), getattr(b, f.name)
-        if dataclasses.is_dataclass(x):
-            found += differences(x, y, f"{prefix}{f.name}.")
-        elif x != y:
-            found.append(prefix + f.name)
-    return found

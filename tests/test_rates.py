@@ -9,15 +9,27 @@ from nativerank.methods import METHODS, SWEPT, Rates, default_rates
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 NOISE = 0.02  # nats between single-seed runs; a line search ends at the first point without a better neighbour
+FRAMES = ("sct", "tsvd", "stiefel-spectron", "adam-muon")  # searched in the study of that name
 KEYS = ("optim.lr", "optim.aux_lr", "model.init_scale")
 
 
 def committed(preset):
-    """What the sweeps of a preset found: one file, and one more for each method that came later."""
+    """What the sweeps of a preset found: one file, one more for each method that came later, and the study of frames."""
     files = [RESULTS / f"sweep-{preset}.json", *sorted(RESULTS.glob(f"sweep-{preset}-*.json"))]
     records = [json.loads(file.read_text()) for file in files]
     best = {method: point for record in records for method, point in record["best"].items()}
-    return {"best": best, "cells": [cell for record in records for cell in record["cells"]]}
+    cells = [cell for record in records for cell in record["cells"]]
+    if preset == "pocket":
+        study = json.loads((RESULTS / "compare-frames.json").read_text())
+        searched = {name: next(k for k in study["best"] if k.partition("[")[0] == name) for name in FRAMES}
+        best |= {method: study["best"][label] for method, label in searched.items()}
+        cells += [
+            {**cell, "method": method}
+            for method, label in searched.items()
+            for cell in study["cells"]
+            if cell["label"] == label
+        ]
+    return {"best": best, "cells": cells}
 
 
 @pytest.mark.parametrize("preset", SWEPT)

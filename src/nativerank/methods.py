@@ -78,8 +78,10 @@ METHODS: dict[str, Method] = {
         {"nesterov": True, "shape_scale": "match_rms_adamw", "update_cap": 0.15},
     ),
     "self-guided": Method(GUIDED, "adamw", Rates(1e-3, 1e-3), "Spectron's code, AdamW examples"),
-    "sct": Method("spectral", "sct", Rates(4e-3, 3e-3), "ours: SCT's 5e-4 is for a converted model"),
-    "tsvd": Method("spectral", "tsvd", Rates(4e-3, 3e-3), "ours: no rate of the paper is known"),
+    "sct": Method(
+        "spectral", "sct", Rates(4e-3, 3e-3), "ours: SCT's 5e-4 is for a converted model", {"s_lr": 0.05}
+    ),
+    "tsvd": Method("spectral", "tsvd", Rates(4e-3, 3e-3), "ours: no rate of the paper is known", {"s_lr": 0.05}),
     "stiefel-spectron": Method(
         "spectral",
         "stiefel-spectron",
@@ -101,9 +103,9 @@ SWEPT: dict[str, dict[str, Rates]] = {
         "lowrank-adamw": Rates(0.0048, 0.02, 0.577),
         "adam-muon": Rates(0.0109, 0.02, 0.577),
         "self-guided": Rates(0.0048, 0.02),
-        "sct": Rates(0.016, 0.02, 0.577),
-        "tsvd": Rates(0.016, 0.02, 0.577),
-        "stiefel-spectron": Rates(0.055, 0.02, 0.577),
+        "sct": Rates(0.01, 0.02, 0.577),
+        "tsvd": Rates(0.01, 0.02, 0.577),
+        "stiefel-spectron": Rates(0.088, 0.02, 0.577),
         "dense-muon": Rates(0.0358, 0.02, 0.0625),
         "dense-adamw": Rates(0.0048, 0.01, 0.25),
     },
@@ -124,6 +126,13 @@ def find_method(name: str) -> Method:
     if name not in METHODS:
         raise ValueError(f"unknown method {name!r}{nearest(name, METHODS)} (methods: {', '.join(METHODS)})")
     return METHODS[name]
+
+
+def fitting_methods(layer: str | None) -> list[str]:
+    """The methods that train this kind of layer (None: dense matrices), as flags that say which frames where there is
+    a choice."""
+    forms = [(name, row, f) for name, row in METHODS.items() for f in (("both", "one") if row.one_frame else (None,))]
+    return [f"{name} --optim.frames {f}" if f else name for name, row, f in forms if row.form(f)[0] == layer]
 
 
 def default_rates(method: str, preset: str) -> Rates:
@@ -161,7 +170,8 @@ def factorize(
         rank_rule: "auto" or "code".
         include, exclude: glob patterns over module names (or dotted suffixes of them).
         overrides: pattern -> rank.
-        init: "svd" truncates the present weights (the default), "sampled" draws factors of the same spectrum.
+        init: "svd" truncates the present weights (the default), "sampled" draws factors of the same spectrum, "flat"
+            frames with equal singular values and the Frobenius norm of the present weights.
         guide: self-guided only: "product" (the default) starts the guide as A B^T, "dense" as the present weights.
         frames: stiefel-spectron only: "both" (the default) or "one", see OptimConfig.
 

@@ -31,7 +31,7 @@ MINUTES = {
     "lr-robustness": (20, 45),
     "update-norm": (8, 20),
     "equal-flops": (12, 30),
-    "adaptive-rank": (30, 90),
+    "adaptive-rank": (20, 60),
     "frames": (25, 60),
 }
 

@@ -13,20 +13,18 @@ from nativerank.experiments.compare import Comparison
 from nativerank.experiments.findings import Findings, at_multiple, mean_loss, signed
 from nativerank.experiments.statistics import paired_difference
 
-METHODS: dict[str, dict[str, Any]] = {"spectron": {}, "tsvd": {"optim.s_lr": 0.05}}
+METHODS: dict[str, dict[str, Any]] = {"spectron": {}, "tsvd": {}}
 A = "rank.adapt."
 SHRINK: dict[str, Any] = {f"{A}grow": 0.0}
+T = f"{A}threshold"
 PLANS: tuple[dict[str, Any], ...] = (
     {},  # fixed; the reference
     {"rank.ratio": 0.1875},
-    {"rank.ratio": 0.125},
-    *({f"{A}threshold": threshold, **SHRINK} for threshold in (0.9, 0.95, 0.97, 0.99)),
-    *({f"{A}threshold": 0.95, f"{A}start": start, **SHRINK} for start in (0.3, 0.5)),
-    {f"{A}threshold": 0.95, f"{A}every": 0.2, **SHRINK},
-    {f"{A}threshold": 0.95, f"{A}mode": "once", f"{A}start": 0.3},
-    {f"{A}threshold": 0.95, f"{A}mode": "once", f"{A}start": 0.1, "rank.ratio": 1.0},
-    *({f"{A}threshold": threshold} for threshold in (0.9, 0.95)),  # that may grow
-    {f"{A}threshold": 0.95, "rank.ratio": 0.125},
+    *({T: threshold, **SHRINK} for threshold in (0.95, 0.97, 0.98, 0.99)),
+    {T: 0.97, f"{A}start": 0.3, **SHRINK},
+    {T: 0.97, f"{A}every": 0.2, **SHRINK},
+    {T: 0.97, f"{A}mode": "once", f"{A}start": 0.3},
+    {T: 0.97},  # which may grow
 )
 
 

@@ -104,23 +104,34 @@ def test_folders_that_cannot_be_converted(cli, dense, other_prepared, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kind", "method", "said"),
+    ("kind", "words", "said"),
     [
         (
             "lowrank",
-            "sct",
-            "holds lowrank layers, which sct does not train; take spectron, lowrank-adamw, lowrank-muon",
+            ["sct"],
+            "holds lowrank layers, which sct does not train; take spectron, lowrank-adamw, lowrank-muon, adam-muon, "
+            "stiefel-spectron --optim.frames one\n",
         ),
-        ("spectral", "spectron", "holds spectral layers, which spectron does not train; take sct, tsvd, stiefel-"),
-        (None, "spectron", "which spectron does not train; take dense-adamw, dense-muon, or nativerank convert it"),
+        (
+            "lowrank",
+            ["stiefel-spectron"],
+            "which stiefel-spectron does not train; take spectron, lowrank-adamw, lowrank-muon, adam-muon, stiefel-",
+        ),
+        (
+            "spectral",
+            ["stiefel-spectron", "--optim.frames", "one"],
+            "holds spectral layers, which stiefel-spectron --optim.frames one does not train; take sct, tsvd, "
+            "stiefel-spectron --optim.frames both\n",
+        ),
+        (None, ["spectron"], "which spectron does not train; take dense-adamw, dense-muon, or nativerank convert it"),
     ],
 )
-def test_a_method_that_does_not_fit_the_layers(cli, dense, tmp_path, prepared, kind, method, said):
+def test_a_method_that_does_not_fit_the_layers(cli, dense, tmp_path, prepared, kind, words, said):
     if kind:
         assert cli("convert", dense, "--out", tmp_path / "m", "--rank.value", "4", "--kind", kind).code == 0
     start = tmp_path / "m" if kind else dense
-    done = cli("train", "--init", start, "--method", method, "--data.path", prepared, "--out", tmp_path / "run")
-    assert done.code == 2 and said in done.err and not (tmp_path / "run").exists()
+    done = cli("train", "--init", start, "--data.path", prepared, "--out", tmp_path / "run", "--method", *words)
+    assert done.code == 2 and said in done.err and done.err.count("\n") == 1 and not (tmp_path / "run").exists()
 
 
 def test_a_first_run_can_choose_its_ranks_by_energy(cli, flags, tmp_path):

@@ -100,7 +100,8 @@ def test_without_a_schedule_nothing_changes(tmp_path, run_config, listen):
 
 def test_ranks_can_be_chosen_once_after_a_warm_up_at_full_rank(tmp_path, run_config, listen):
     common = SHRINK | {"rank__adapt__mode": "once", "rank__ratio": 1.0}
-    del common["rank__value"], common["rank__adapt__every"]
+    for key in ("rank__value", "rank__adapt__every", "rank__adapt__hysteresis"):
+        del common[key]
     summary = train(run_config(out=tmp_path / "a", **common), listen())
     (event,) = changes(tmp_path / "a")
     assert event["step"] == 3 and all(before in (16, 32) for before, _ in event["ranks"].values())
@@ -192,6 +193,11 @@ def test_factors_that_are_not_finite_end_the_run_with_the_layers_name(tmp_path, 
     [
         ({"rank.adapt.threshold": 1.5}, "rank.adapt.threshold must lie in (0, 1], got 1.5"),
         ({"rank.adapt.threshold": 0.9, "rank.adapt.max": 999}, "rank.adapt.max 999 is beyond min(d_in, d_out)"),
+        ({"rank.adapt.threshold": 0.9, "rank.adapt.min": 33}, "rank.adapt.min 33 is beyond min(d_in, d_out) of every"),
+        (
+            {"rank.adapt.threshold": 0.9, "method": "sct", "optim.retract_every": 2},
+            "rank.adapt reads energies off orthonormal frames, which optim.retract_every 2 does not keep",
+        ),
         ({"rank.adapt.treshold": 0.9}, "unknown config key rank.adapt.treshold; did you mean rank.adapt.threshold?"),
         ({"rank.adapt.threshold": 0.9, "method": "dense-muon"}, "rank.adapt.threshold has no meaning"),
         ({"rank.adapt.threshold": 0.9, "compile": "true"}, "drop --compile or rank.adapt"),

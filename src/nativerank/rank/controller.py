@@ -64,17 +64,18 @@ class RankController:
         seed: of the columns that are grown.
 
     Raises:
-        ValueError: `max` that no matrix can reach.
+        ValueError: `min` or `max` that no matrix can reach.
     """
 
     def __init__(self, model: nn.Module, optimizer: Owner, adapt: AdaptConfig, steps: int, seed: int = 0):
         self.optimizer, self.adapt, self.steps, self.seed = optimizer, adapt, steps, seed
         self.layers = {name: m for name, m in factor_modules(model) if m.factors()[0].requires_grad}
         largest = max((min(m.in_features, m.out_features) for m in self.layers.values()), default=0)
-        if adapt.max is not None and adapt.max > largest:
-            raise ValueError(
-                f"rank.adapt.max {adapt.max} is beyond min(d_in, d_out) of every matrix, {largest} at most"
-            )
+        for key, value in (("min", adapt.min), ("max", adapt.max)) if adapt.threshold is not None else ():
+            if value is not None and value > largest:
+                raise ValueError(
+                    f"rank.adapt.{key} {value} is beyond min(d_in, d_out) of every matrix, {largest} at most"
+                )
         ranks = {name: m.rank for name, m in self.layers.items()}
         self.ranks = Ranks(ranks, dict(ranks))
 

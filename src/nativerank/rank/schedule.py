@@ -12,6 +12,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     **{name: (0, 1) for name in ("start", "every", "until", "hysteresis", "grow")},
     **{name: (1, math.inf) for name in ("min", "multiple", "max")},
 }
+SCHEDULE_ONLY = ("every", "until", "hysteresis")  # what a single look does not read
 
 
 def resolve_adapt(adapt: AdaptConfig, compiled: bool = False) -> AdaptConfig:
@@ -39,6 +40,13 @@ def resolve_adapt(adapt: AdaptConfig, compiled: bool = False) -> AdaptConfig:
         if value is not None and not low <= value <= high:
             wanted = f"at least {low}" if high == math.inf else f"in [{low}, {high}]"
             raise ValueError(f"rank.adapt.{name} must be {wanted}, got {value}")
+    if adapt.max is not None and adapt.min > adapt.max:
+        raise ValueError(f"rank.adapt.min {adapt.min} is beyond rank.adapt.max {adapt.max}")
+    if mode == "once" and (idle := [key for key in SCHEDULE_ONLY if getattr(adapt, key) != getattr(AdaptConfig, key)]):
+        raise ValueError(
+            f"rank.adapt.{idle[0]} {getattr(adapt, idle[0])} has no meaning while rank.adapt.mode is once, "
+            "a single look at rank.adapt.start"
+        )
     if mode == "schedule" and adapt.until < adapt.start:
         raise ValueError(f"rank.adapt.until {adapt.until} lies before rank.adapt.start {adapt.start}: no look at all")
     if compiled:

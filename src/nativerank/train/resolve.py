@@ -21,7 +21,7 @@ from nativerank.config import (
 from nativerank.hub.load import base_config, layer_kind
 from nativerank.layers import DEFAULT_RATIO
 from nativerank.linalg.energy import check_threshold
-from nativerank.methods import METHODS, default_rates, find_method
+from nativerank.methods import default_rates, find_method, fitting_methods
 from nativerank.models import DENSE, Preset, find_preset, read_hf_config
 from nativerank.rank.schedule import resolve_adapt
 
@@ -168,6 +168,11 @@ def resolve_rank(config: RunConfig, preset: Preset, method: str) -> RankConfig:
             )
         return rank
     rank = replace(rank, adapt=resolve_adapt(rank.adapt, config.compile))
+    if rank.adapt.threshold is not None and config.optim.retract_every > 1 and find_method(method).rule == "sct":
+        raise ValueError(
+            f"rank.adapt reads energies off orthonormal frames, which optim.retract_every {config.optim.retract_every} "
+            "does not keep; set --optim.retract_every 1"
+        )
     if rank.energy is not None:
         check_threshold(rank.energy, "rank.energy")
     for other in ("value", "energy"):
@@ -187,11 +192,12 @@ def check_init(config: RunConfig, method: str) -> None:
     ignored = differences(model, ModelConfig(), "model.") + differences(rank, RankConfig(), "rank.")
     if ignored:
         raise ValueError(f"--init {config.init} brings architecture and ranks along, so {ignored[0]} has no meaning")
-    kind, (wanted, _) = layer_kind(Path(config.init or "")), find_method(method).form(config.optim.frames)
+    frames = config.optim.frames
+    kind, (wanted, _) = layer_kind(Path(config.init or "")), find_method(method).form(frames)
     if kind != wanted:
-        fitting = ", ".join(name for name, row in METHODS.items() if row.layer == kind)
+        chosen, fitting = f"{method} --optim.frames {frames}" if frames else method, ", ".join(fitting_methods(kind))
         what, way_out = (f"{kind} layers", "") if kind else ("dense matrices", ", or nativerank convert it first")
-        raise ValueError(f"--init {config.init} holds {what}, which {method} does not train; take {fitting}{way_out}")
+        raise ValueError(f"--init {config.init} holds {what}, which {chosen} does not train; take {fitting}{way_out}")
 
 
 def check_layerwise(optim: OptimConfig, train: TrainConfig) -> None:

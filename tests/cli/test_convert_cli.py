@@ -2,12 +2,18 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 
 import nativerank as nr
+from nativerank.cli.train import parse
+from nativerank.config import OptimConfig
+from nativerank.convert import KINDS
 from nativerank.data.shards import Dataset
 from nativerank.models import materialize, read_hf_config, skeleton
+from nativerank.train.loop import train
+from nativerank.train.resolve import resolve
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +38,22 @@ def test_the_result_is_shown(go, prepared, tmp_path):
     assert "model.layers.0.mlp.gate_proj" in done.out and "14 matrices" in done.out
     assert max(len(line) for line in lines if str(tmp_path.parent) not in line and str(prepared) not in line) <= 80
     assert [line.split()[1] for line in lines if line.startswith("loss")] == ["before", "after"]
-    assert f"nativerank train --init {tmp_path / 'm'} --method spectron" in lines[-1]
+    assert lines[-1].endswith(
+        f"train --init {tmp_path / 'm'} --method spectron --optim.lr 0.02 --optim.aux_lr 0.0025 --data.path DATA"
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_goes_on_at_a_quarter_of_the_rates_by_the_line_that_is_shown(
+    cli, go, listen, prepared, tmp_path, kind
+):
+    words = go("--rank.value", "4", "--kind", kind).out.splitlines()[-1].removeprefix("train on with").split()
+    config, _ = parse([*words[2:-1], str(prepared), "--out", str(tmp_path / "run"), "--train.steps", "2"])
+    fresh = resolve(replace(config, optim=OptimConfig())).optim
+    for name in ("lr", "aux_lr", "s_lr") if kind == "spectral" else ("lr", "aux_lr"):
+        assert getattr(config.optim, name) == pytest.approx(getattr(fresh, name) / 4)
+    summary = train(config, listen())
+    assert set(summary["ranks"].values()) == {4}
 
 
 def test_json_alone_goes_to_standard_output_and_warnings_to_the_other(go):
@@ -65,6 +86,10 @@ def test_json_into_a_file_and_quiet(go, prepared, tmp_path):
         (["--rank.ratio", "0.5", "--rank.include", '["nope"]'], "include pattern 'nope' matches none of the 14"),
         (["--rank.ratio", "0.5", "--rank.overrides", '{"nope": 3}'], "override pattern 'nope' matches none"),
         (["--rank.ratio", "0.5", "--rank.enrgy", "1"], "unknown config key rank.enrgy; did you mean rank.energy?"),
+        (["--rank.init", "flat"], "config key rank.init has no meaning for nativerank convert\n"),
+        (["--rank.adapt.threshold", "0.9"], "config key rank.adapt.threshold has no meaning for nativerank convert\n"),
+        (["--train.steps", "9"], "config key train.steps has no meaning for nativerank convert\n"),
+        (["--zzz", "9"], "unknown config key zzz\n"),
         (["--rank.ratio", "0.5", "--kind", "guided"], "--kind is lowrank or spectral, got 'guided'"),
         (["--rank.ratio", "0.5", "--data", "nowhere.txt"], "--data nowhere.txt: no such file or folder"),
         (["--rank.ratio", "0.5", "--data", "."], ". is not a prepared data folder"),

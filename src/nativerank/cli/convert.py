@@ -14,7 +14,7 @@ from typing import Any
 
 from nativerank.cli.output import add_json, check_json, write_json
 from nativerank.cli.train import typed_parser
-from nativerank.config import RankConfig, from_dict
+from nativerank.config import RankConfig, RunConfig, from_dict
 
 DESCRIPTION = """Truncate the matrices of a dense model and write the factors into a folder that
 `nativerank train --init DIR` goes on from. HF_DIR is any local Hugging Face causal LM (safetensors), or a dense run."""
@@ -22,7 +22,7 @@ EXAMPLE = """examples:
   nativerank convert path/to/model --rank.energy 0.95 --out factored
   nativerank convert path/to/model --rank.energy 0.95 --rank.value 256 --kind spectral --data text.txt --out factored
   nativerank convert path/to/model --rank.ratio 0.25 --rank.include '["*.mlp.*"]' --out factored
-  nativerank train --init factored --method spectron --data.path data/mine
+  nativerank train --init factored --method spectron --optim.lr 0.02 --optim.aux_lr 0.0025 --data.path data/mine
 """
 RANK_KEYS = ("ratio", "value", "energy", "rule", "include", "exclude", "overrides")
 
@@ -104,8 +104,16 @@ def show(done: Any, data: str | None, quiet: bool) -> None:
     if done.before is not None:
         print(f"{'':15}on {done.before.tokens:,} tokens of {data}, context {done.context}")
     print(f"written to     {done.out}")
-    method = {"lowrank": "spectron", "spectral": "sct"}[done.kind]
-    print(f"train on with  nativerank train --init {done.out} --method {method} --data.path DATA")
+    print(f"train on with  nativerank train --init {done.out} {gentle(done.kind)} --data.path DATA")
+
+
+def gentle(kind: str) -> str:
+    """A method for this kind of layer, at a quarter of its rates: those of a fresh start undo what was learnt."""
+    from nativerank.train.resolve import method_defaults
+
+    method = {"lowrank": "spectron", "spectral": "sct"}[kind]
+    rates = {key: rate for key, rate in method_defaults(RunConfig(), method).items() if key.endswith("lr") and rate}
+    return f"--method {method} " + " ".join(f"--{key} {rate / 4:g}" for key, rate in rates.items())
 
 
 @contextmanager

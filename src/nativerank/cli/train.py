@@ -9,7 +9,7 @@ import argparse
 import re
 import shlex
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ def typed_parser(prog: str, usage: str, description: str, example: str) -> Any:
 
     class TypedParser(jsonargparse.ArgumentParser):
         def error(self, message: str, ex: Exception | None = None):
-            raise ValueError(explain(message, [action.dest for action in self._actions]))
+            raise ValueError(explain(message, [action.dest for action in self._actions], prog))
 
     class Formatter(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
         """Types and defaults beside each key, examples as they stand."""
@@ -80,13 +80,15 @@ def typed_parser(prog: str, usage: str, description: str, example: str) -> Any:
     return TypedParser(prog=prog, usage=usage, description=description, epilog=example, formatter_class=Formatter)
 
 
-def explain(message: str, flags: Iterable[str] = ()) -> str:
-    """jsonargparse's message as one line; for an unknown key, ours, with the nearest known key or flag."""
+def explain(message: str, known: Collection[str], prog: str) -> str:
+    """jsonargparse's message as one line; for a key that `prog` lacks, ours, with the nearest of its known ones."""
     flat = " ".join(message.split())
     unknown = re.search(r"[Uu]nrecognized arguments: --([\w.]+)", flat)
     if unknown:
         key = unknown.group(1)
-        return f"unknown config key {key}{nearest(key, [*keys(RunConfig), *flags])}"
+        if hint_of(key) is not None and key not in known:
+            return f"config key {key} has no meaning for {prog}"
+        return f"unknown config key {key}{nearest(key, known)}"
     wrong = re.search(r'[Pp]arser key "([\w.]+)".*(?:Given|Got) value: (.*)$', flat)
     if wrong and (hint := hint_of(wrong.group(1))) is not None:
         return f"config key {wrong.group(1)} must be {described(hint)}, got {wrong.group(2)}"

@@ -16,6 +16,7 @@ from torch import nn
 
 from nativerank.config import nearest
 from nativerank.layers import FactorizeReport, Guides, factorize_modules, matrix_parameters
+from nativerank.optim.check import AUXILIARY
 from nativerank.optim.optimizer import LowRankOptimizer
 from nativerank.optim.roles import Pair, assign_roles
 from nativerank.optim.rules import RULES
@@ -78,9 +79,7 @@ METHODS: dict[str, Method] = {
         {"nesterov": True, "shape_scale": "match_rms_adamw", "update_cap": 0.15},
     ),
     "self-guided": Method(GUIDED, "adamw", Rates(1e-3, 1e-3), "Spectron's code, AdamW examples"),
-    "sct": Method(
-        "spectral", "sct", Rates(4e-3, 3e-3), "ours: SCT's 5e-4 is for a converted model", {"s_lr": 0.05}
-    ),
+    "sct": Method("spectral", "sct", Rates(4e-3, 3e-3), "ours: SCT's 5e-4 is for a converted model", {"s_lr": 0.05}),
     "tsvd": Method("spectral", "tsvd", Rates(4e-3, 3e-3), "ours: no rate of the paper is known", {"s_lr": 0.05}),
     "stiefel-spectron": Method(
         "spectral",
@@ -235,7 +234,7 @@ def build_optimizer(
         layerwise: update inside the backward pass and free each gradient at once (`optim.layerwise`). The loop must not
             clip, scale or accumulate gradients then, and sets the rate before the backward pass.
         seed: of the draws of a stochastic guide.
-        options: rule options by keyword (optim.optimizer.DEFAULTS), e.g. nesterov=True.
+        options: rule options by keyword (optim.check.DEFAULTS), e.g. nesterov=True.
 
     Raises:
         ValueError: a low-rank method and a model without factor pairs, a dense method and a model with them, an
@@ -272,7 +271,7 @@ def build_optimizer(
         {"name": "matrices", "params": hidden, **matrix},
         {"name": Guides.GROUP, "params": roles.guides, **matrix},
         {
-            "name": "auxiliary",
+            "name": AUXILIARY,
             "params": roles.auxiliary,
             "rule": "adamw",
             "lr": row.rates.aux_lr if aux_lr is None else aux_lr,

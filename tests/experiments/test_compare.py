@@ -204,7 +204,7 @@ def test_what_training_refuses_is_refused_before_anything_runs(ask, stand_in, tm
         ("lowrank-adamw,spectron", {"optim.lr": parse_values("--lrs", "0.1,2")}),
         ("lowrank-adamw,spectron[optim.lr=0.5]", {"optim.lr": parse_values("--lrs", "1x,4x")}),
     ):
-        with pytest.raises(ValueError, match=r"^spectron.*: spectron's lr is a bound .* at most 1 .* got 2"):
+        with pytest.raises(ValueError, match=r"^spectron.*: spectron's optim\.lr is a bound .* at most 1 .* got 2"):
             ask(methods, grid=grid)
     for settings, said in (
         ({"train__context": 4096}, "train.context 4096 exceeds"),

@@ -10,9 +10,9 @@ from nativerank.linalg.change import update_norm
 from nativerank.linalg.retract import tangent
 from nativerank.methods import build_optimizer
 from nativerank.optim import frames
+from nativerank.optim.check import DEFAULTS
 from nativerank.optim.directions import Stack
 from nativerank.optim.frames import aligned_svd
-from nativerank.optim.optimizer import DEFAULTS
 from nativerank.optim.rules import RULES
 
 RATES = {"sct": 0.01, "tsvd": 0.01, "stiefel-spectron": 0.1}
@@ -301,13 +301,13 @@ def test_weight_decay_acts_on_s_alone_where_frames_are_retracted():
 
 def test_bad_options_are_named():
     cases = [
-        ("sct", dict(retraction="gram"), "retraction must be one of"),
-        ("tsvd", dict(retraction="polar"), "retraction must be one of qr, cholesky"),
+        ("sct", dict(retraction="gram"), "optim.retraction must be one of qr, cholesky, polar, cayley, got 'gram'"),
+        ("tsvd", dict(retraction="polar"), "optim.retraction must be one of qr, cholesky for tsvd, got 'polar'"),
         ("sct", dict(retraction="cayley", preserve=True), "cayley has no R"),
-        ("tsvd", dict(preserve=True), "preserve True has no meaning for the update rule tsvd"),
-        ("stiefel-spectron", dict(certified=True, preserve=True), "drop preserve"),
+        ("tsvd", dict(preserve=True), "optim.preserve True has no meaning for the update rule tsvd"),
+        ("stiefel-spectron", dict(certified=True, preserve=True), "drop optim.preserve"),
         ("stiefel-spectron", dict(lr=1.5), "must be at most 1"),
-        ("sct", dict(retract_every=0), "retract_every >= 1"),
+        ("sct", dict(retract_every=0), "optim.retract_every must be at least 1, got 0"),
         ("sct", dict(frames="one"), "frames belongs to stiefel-spectron"),
         ("spectron", dict(), "spectron trains factors A B\\^T, but first is U diag"),
     ]

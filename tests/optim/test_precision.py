@@ -133,5 +133,5 @@ def test_a_large_parameter_in_pieces_is_the_same_as_whole(monkeypatch):
 
 
 def test_an_unknown_dtype_is_named():
-    with pytest.raises(ValueError, match="state_dtype must be fp32 or bf16, got 'fp8'"):
+    with pytest.raises(ValueError, match=r"optim\.state_dtype must be one of fp32, bf16, got 'fp8'"):
         LowRankOptimizer([{"params": [nn.Parameter(torch.ones(2, 2))], "rule": "adamw", "state_dtype": "fp8"}])

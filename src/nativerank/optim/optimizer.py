@@ -8,7 +8,6 @@ certified steps on frames, and retractions (once, whether any matrix needs more 
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -16,25 +15,14 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from nativerank.config import OptimConfig
-from nativerank.linalg.orthogonalize import coefficients
 from nativerank.linalg.resize import Resized
-from nativerank.linalg.retract import TRIANGULAR, WAYS
-from nativerank.optim.directions import NONE, State, shape_scale, step_narrow
+from nativerank.optim.check import DEFAULTS, check_group
+from nativerank.optim.directions import State, step_narrow
 from nativerank.optim.layerwise import Layerwise, Unit
 from nativerank.optim.parallel import at_once, run_all
 from nativerank.optim.resize import resized_state
-from nativerank.optim.rules import COMMON, RULES, initial_state, step_device
+from nativerank.optim.rules import RULES, initial_state, step_device
 from nativerank.optim.stacks import Bucket, members_per_stack, side_by_side, step_bucket
-
-# Shared with the configuration, which is their one home; what a method decides is set here for direct use.
-RULE_OPTIONS = (
-    *("weight_decay", "betas", "eps", "momentum", "norm", "power_iterations", "certified"),
-    *("orthogonalizer", "orthogonalizer_steps", "step", "renormalize", "update_cap"),
-    *("s_lr", "retraction", "preserve", "riemannian", "retract_every", "state_dtype"),
-)
-DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(OptimConfig) if f.name in RULE_OPTIONS}
-DEFAULTS |= {"lr": 1e-3, "nesterov": False, "shape_scale": "none", "retraction": "cholesky"}
 
 
 class LowRankOptimizer(torch.optim.Optimizer):
@@ -42,7 +30,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     Args:
         groups: dicts with `params` (named parameters; for a pair rule up, down, up, down ..., for a triple up, down,
-            s ...), `rule`, and any option of DEFAULTS.
+            s ...), `rule`, and any option of `check.DEFAULTS`.
 
     Raises:
         ValueError: an unknown rule or option, a value out of range, or a parameter in two groups.
@@ -54,7 +42,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def __init__(self, groups: Iterable[dict[str, Any]]):
         groups = list(groups)
         for group in groups:
-            _check(group)
+            check_group(group)
         super().__init__(groups, dict(DEFAULTS))
         self._buckets: dict[int, list[Bucket]] = {}
         for index, group in enumerate(self.param_groups):
@@ -245,59 +233,3 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 self.state[p].update({key: value[i] for key, value in stacked.items()})
             states.append(stacked)
         return Bucket(sides, states)
-
-
-def _check(group: dict[str, Any]) -> None:
-    if group.get("rule") not in RULES:
-        raise ValueError(f"rule must be one of {', '.join(RULES)}, got {group.get('rule')!r}")
-    unknown = set(group) - set(DEFAULTS) - {"params", "rule", "name"}
-    if unknown:
-        raise ValueError(f"unknown optimizer option {sorted(unknown)[0]!r}; known are {', '.join(DEFAULTS)}")
-    options = {**DEFAULTS, **group}
-    for name in sorted(set(DEFAULTS) - COMMON - RULES[options["rule"]].options):
-        if options[name] != DEFAULTS[name]:
-            raise ValueError(f"{name} {options[name]} has no meaning for the update rule {options['rule']}")
-    if options["lr"] < 0 or options["weight_decay"] < 0 or options["eps"] <= 0:
-        got = ", ".join(f"{k} {options[k]}" for k in ("lr", "weight_decay", "eps"))
-        raise ValueError(f"lr and weight_decay must be >= 0 and eps > 0, got {got}")
-    if not all(0 <= x < 1 for x in (*options["betas"], options["momentum"])):
-        raise ValueError(f"betas and momentum must lie in [0, 1), got {options['betas']}, {options['momentum']}")
-    if options["state_dtype"] not in ("fp32", "bf16"):
-        raise ValueError(f"state_dtype must be fp32 or bf16, got {options['state_dtype']!r}")
-    if options["power_iterations"] < 1:
-        raise ValueError(f"power_iterations must be at least 1, got {options['power_iterations']}")
-    if options["rule"] != "adamw":  # unknown names and counts below 1 are errors now, not at the first step
-        if options["orthogonalizer"] != NONE:
-            coefficients(options["orthogonalizer"], options["orthogonalizer_steps"])
-        shape_scale(options["shape_scale"], 1, 1)
-    if options["step"] not in ("paper", "root"):
-        raise ValueError(f"step must be paper or root, got {options['step']!r}")
-    if options["retraction"] not in WAYS or (options["rule"] == "tsvd" and options["retraction"] not in TRIANGULAR):
-        known = TRIANGULAR if options["rule"] == "tsvd" else WAYS
-        raise ValueError(f"retraction must be one of {', '.join(known)}, got {options['retraction']!r}")
-    if options["retraction"] == "cayley" and (options["preserve"] or options["rule"] == "frame-spectron"):
-        raise ValueError("retraction cayley has no R to be absorbed; with preserve or frames: one take another")
-    if options["retract_every"] > 1 and (options["riemannian"] or options["retraction"] == "cayley"):
-        raise ValueError("riemannian and cayley need frames at every step; with them retract_every is 1")
-    if options["certified"] and options["preserve"]:
-        raise ValueError("certified measures a plain retraction; drop preserve")
-    if options["retract_every"] < 1 or (options["s_lr"] is not None and options["s_lr"] < 0):
-        raise ValueError(f"s_lr must be >= 0 and retract_every >= 1, got {options['s_lr']}, {options['retract_every']}")
-    if options["norm"] not in ("power", "exact"):
-        raise ValueError(f"norm must be power or exact, got {options['norm']!r}")
-    if options["certified"] and not options["renormalize"]:
-        raise ValueError("certified chooses rho from measured norms; renormalize: false leaves it no say")
-    if (options["rule"] == "adamw-capped" or options["update_cap"] is not None) and not (
-        options["update_cap"] or 0
-    ) > 0:
-        raise ValueError(f"update_cap must be a positive number, got {options['update_cap']}")
-    bounded = (
-        options["rule"] in ("spectron", "stiefel-spectron", "frame-spectron")
-        and options["renormalize"]
-        and options["orthogonalizer"] != NONE
-    )
-    if bounded and options["step"] == "paper" and options["lr"] > 1 and not options["certified"]:
-        raise ValueError(
-            f"{options['rule']}'s lr is a bound on ||dW|| and must be at most 1 (its proof needs rho <= 1), "
-            f"got {options['lr']}; with step root or certified it may be larger"
-        )

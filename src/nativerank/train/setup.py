@@ -19,7 +19,8 @@ from nativerank.hub.load import load, tokenizer_fingerprint
 from nativerank.layers import FactorizeReport
 from nativerank.methods import build_optimizer, factorize, find_method
 from nativerank.models import allocate, find_preset, hf_config, materialize, read_hf_config, skeleton
-from nativerank.optim.optimizer import RULE_OPTIONS, LowRankOptimizer
+from nativerank.optim.check import RULE_OPTIONS
+from nativerank.optim.optimizer import LowRankOptimizer
 from nativerank.version import __version__
 
 

@@ -141,8 +141,14 @@ def test_without_matplotlib_one_line_says_how(tmp_path, cli, flags, in_process, 
         (["--study", "ablaton"], "unknown study 'ablaton'; did you mean ablation? (studies: ablation, lr-robustness,"),
         (["--study", "ablation", "--methods", "spectron"], "--study ablation has its own arms and rates, so --methods"),
         (["--study", "equal-flops", "--budget", "flops"], "--study equal-flops has its own budget, so --budget"),
-        (["--methods", "spectron[optim.lr=2]"], "spectron[optim.lr=2]: spectron's lr is a bound on ||dW|| and must be"),
-        (["--methods", "spectron", "--lrs", "0.1,2"], "spectron at lr 2: spectron's lr is a bound on ||dW|| and must"),
+        (
+            ["--methods", "spectron[optim.lr=2]"],
+            "spectron[optim.lr=2]: spectron's optim.lr is a bound on ||dW|| and must be",
+        ),
+        (
+            ["--methods", "spectron", "--lrs", "0.1,2"],
+            "spectron at lr 2: spectron's optim.lr is a bound on ||dW|| and must",
+        ),
         (["--methods", "spectron", "--json", "/nowhere/x.json"], "--json /nowhere/x.json: there is no folder /nowhere"),
     ],
 )

@@ -26,7 +26,7 @@ from nativerank.optim.stacks import Bucket, members_per_stack, side_by_side, ste
 
 
 class LowRankOptimizer(torch.optim.Optimizer):
-    """Drives AdamW, Muon and Spectron groups together.
+    """Drives groups of all update rules together.
 
     Args:
         groups: dicts with `params` (named parameters; for a pair rule up, down, up, down ..., for a triple up, down,

@@ -116,7 +116,7 @@ def test_unknown_names_are_errors():
         find_method("spectro")
     with pytest.raises(ValueError, match="unknown optimizer option 'nestrov'"):
         build_optimizer(make(), "spectron", nestrov=True)
-    with pytest.raises(ValueError, match="spectron's lr"):
+    with pytest.raises(ValueError, match=r"spectron's optim\.lr is a bound"):
         build_optimizer(make(), "spectron", lr=1.01)
 
 

@@ -14,7 +14,7 @@ KEYS = ("optim.lr", "optim.aux_lr", "model.init_scale")
 
 
 def committed(preset):
-    """What the sweeps of a preset found: one file, one more for each method that came later, and the study of frames."""
+    """What the sweeps of a preset found: one file, one more of each method that came later, and the study of frames."""
     files = [RESULTS / f"sweep-{preset}.json", *sorted(RESULTS.glob(f"sweep-{preset}-*.json"))]
     records = [json.loads(file.read_text()) for file in files]
     best = {method: point for record in records for method, point in record["best"].items()}

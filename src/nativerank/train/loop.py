@@ -19,9 +19,8 @@ from typing import Any, Protocol
 
 import torch
 
-from nativerank.accounting.flops import flops_per_token
 from nativerank.config import RunConfig
-from nativerank.data.loader import Loader, document_positions
+from nativerank.data.loader import document_positions
 from nativerank.data.shards import Dataset
 from nativerank.evaluate.loss import Loss, check_document_mask, validation_loss
 from nativerank.evaluate.probes import Probe, fixed_batch, probed_names
@@ -31,23 +30,22 @@ from nativerank.layers import init_seed, linear_modules
 from nativerank.models import count_parameters
 from nativerank.optim.roles import factor_modules
 from nativerank.optim.schedule import multiplier
-from nativerank.rank.controller import RankController
 from nativerank.train import checkpoint
 from nativerank.train.closing import peak_memory_bytes, sample_text, xz_of_validation
 from nativerank.train.folder import claim, write_config
-from nativerank.train.guard import Diverged, Guard
+from nativerank.train.guard import Diverged
 from nativerank.train.metrics import JsonLines, TensorBoard, Tracker, require_tensorboard
 from nativerank.train.profile import Profiler
-from nativerank.train.resolve import resolve, tokens_per_step
+from nativerank.train.resolve import resolve
 from nativerank.train.setup import (
     Built,
     build,
     compile_blocks,
-    data_fingerprint,
     open_data,
     versions,
 )
 from nativerank.train.signals import Interrupted, catch_signals
+from nativerank.train.state import RunState, described
 from nativerank.train.step import Batch, StepResult, layerwise_step, train_step
 
 
@@ -94,29 +92,19 @@ def train(config: RunConfig, listener: Listener) -> dict[str, Any]:
         return run.to_the_end(stopping)
 
 
-class Run:
-    """The moving parts of one run: what a checkpoint holds, and the means to go on from there."""
+class Run(RunState):
+    """One run on its way: its state, and the means to go on from there."""
 
     def __init__(self, config: RunConfig, out: Path, dataset: Dataset, built: Built, listener: Listener):
-        self.config, self.out, self.dataset, self.listener = config, out, dataset, listener
-        self.model, self.optimizer, self.report = built.model, built.optimizer, built.report
+        super().__init__(config, out, dataset, built, self._complain)
+        self.listener = listener
         self.device = next(self.model.parameters()).device
         t = config.train
-        assert t.steps and t.context and t.batch_size and t.accumulation
-        self.steps, self.accumulation, self.tokens_per_step = t.steps, t.accumulation, tokens_per_step(t)
-        self.loader = Loader(dataset.split("train"), t.context, t.batch_size, t.seed)
-        self.guard = Guard(config.guard)
-        self.step, self.best_loss = 0, float("inf")
-        self.best_step: int | None = None
-        self.rollbacks = 0
-        self.ranks = RankController(self.model, self.optimizer, config.rank.adapt, t.steps, t.seed)
-        self.train_flops = 0.0
-        self._count_flops()
-        self.fingerprint = checkpoint.fingerprint(data_fingerprint(dataset))
+        assert t.accumulation and t.context
+        self.accumulation = t.accumulation
         names = probed_names(self.model, t.probe)
         self.probe = Probe(self.model, names, fixed_batch(dataset.split("val"), t.context))
         self.started = time.perf_counter()
-        self.saved_at: int | None = None
         self.trackers: list[Tracker] = []
         self.profiler: Profiler | None = None
 
@@ -129,7 +117,7 @@ class Run:
         """
         config, out = self.config, self.out
         if origin:
-            self._resume(origin, newest)
+            self.resume(origin, newest)
         if config.data.document_mask:
             check_document_mask(self.model)
         write_config(config, out)
@@ -155,7 +143,8 @@ class Run:
 
         while self.step < self.steps:
             row = self._one_step()
-            changed = self._adapt_ranks(row)
+            # Not after a rollback: the step it went back to has had its look.
+            changed = None if "rolled_back_to" in row else self.adapt_ranks()
             if due(t.eval_every, row) and self.step < self.steps:
                 row["val_loss"] = self._validate(t.eval_tokens).nats
             self._record(row)
@@ -163,7 +152,7 @@ class Run:
                 self._record(changed)
             if due(t.checkpoint_every, row) or self.step >= self.steps or stopping() is not None:
                 if self.saved_at != self.step:
-                    self._save(row.get("val_loss"))
+                    self.save(row.get("val_loss"))
             self._heed(stopping)
         if self.profiler:
             self.profiler.close()
@@ -184,10 +173,10 @@ class Run:
         self.optimizer.set_rate(rate)
         measured = self.device.type != "cuda" or before is not None
         guides = self.optimizer.guides
-        alpha = self._alpha()
+        alpha = self.alpha()
         result, verdict = self._update(measured)
         self.step += 1
-        self.train_flops += self.tokens_per_step * self._flops_of_step(alpha)
+        self.train_flops += self.tokens_per_step * self.flops_of_step(alpha)
         if not result.updated:
             self.guard.refused += 1
             if guides is not None:
@@ -252,77 +241,27 @@ class Run:
                 positions = torch.from_numpy(document_positions(inputs, self.dataset.eot_id)).to(self.device)
             yield torch.from_numpy(inputs).to(self.device), torch.from_numpy(targets).to(self.device), positions
 
-    # -- ranks and what they cost -----------------------------------------------------------------------------
-
-    def _adapt_ranks(self, row: dict[str, Any]) -> dict[str, Any] | None:
-        """Looks at the ranks if it is time; the row of what changed. Not after a rollback, which has had its look."""
-        if "rolled_back_to" in row or not self.ranks.due(self.step):
-            return None
-        try:
-            change = self.ranks.look(self.step)
-        except ValueError as error:
-            raise Diverged(f"step {self.step}: {error}; lower --optim.lr") from None
-        if change is None:
-            return None
-        # A norm may jump where the factors were balanced: the guard compares with what it sees next.
-        self.guard.sigmas = {k: v for k, v in self.guard.sigmas.items() if k.rpartition(".")[0] not in change.ranks}
-        self._count_flops()
-        return {
-            "event": "ranks",
-            "step": self.step,
-            "ranks": {name: list(pair) for name, pair in change.ranks.items()},
-            "energy": change.energy,
-            "parameters": count_parameters(self.model),
-            "train_flops_per_token": self._flops_of_step(self._alpha()),
-        }
-
-    def _alpha(self) -> float | None:
-        """The weight of the guides, None without any."""
-        return None if self.optimizer.guides is None else self.optimizer.guides.alpha
-
-    def _count_flops(self) -> None:
-        """Training FLOPs per token of the model as it is, without its guides and with all of them."""
-        context = self.config.train.context
-        assert context
-        self.flops_bounds = tuple(flops_per_token(self.model, context, guided).training for guided in (0.0, 1.0))
-
-    def _flops_of_step(self, alpha: float | None) -> float:
-        """Training FLOPs per token of a step whose guides have this weight; a stochastic one is computed as often."""
-        low, high = self.flops_bounds
-        return low + (high - low) * (1.0 if alpha and not self.config.guide.stochastic else alpha or 0.0)
-
     # -- the guard --------------------------------------------------------------------------------------------
 
     def _respond(self, event: str, row: dict[str, Any]) -> str:
         """Acts on an event: notes it in the row, and sets the run back if that is the answer, which it returns."""
-        last = self._last_good() if self.guard.may_go_back(event) else None
+        last = self.last_good() if self.guard.may_go_back(event) else None
         try:
             answer = self.guard.response(event, last is not None)
             if answer == "rollback" and self.rollbacks >= self.config.guard.max_events:
                 raise Diverged(f"{self.rollbacks} rollbacks to step {last.step if last else 0}; lower --optim.lr")
         except Diverged as error:
-            last = last or self._last_good()
+            last = last or self.last_good()
             row.update(event=event, action="stop")
             self._record(row)
-            good = f"the last good checkpoint is {last.path}" if last else "there is no checkpoint yet"
-            raise Diverged(f"step {self.step}: {error}; {good}") from None
+            raise Diverged(f"step {self.step}: {error}; {described(last)}") from None
         row.update(event=event, action=answer)
         kept = f", but {row['kept']} parameters had moved" if row.get("kept") and answer != "rollback" else ""
         self.listener.warn(f"step {self.step}: {event.replace('_', ' ')} (loss {row['loss']:.3f}): {answer}{kept}")
         if answer == "rollback" and last is not None:
-            cursor, in_a_row, refused = self.loader.state(), self.guard.in_a_row, self.guard.refused
-            self._load(last.path)
-            # The data go on from where the spike was: replaying the same batches would replay the spike.
-            self.loader.load_state(cursor)
-            self.guard.in_a_row, self.guard.refused, self.rollbacks = in_a_row, refused, self.rollbacks + 1
-            self.saved_at = row["rolled_back_to"] = self.step
+            self.go_back(last.path)
+            row["rolled_back_to"] = self.step
         return answer
-
-    def _last_good(self) -> checkpoint.Checkpoint | None:
-        try:
-            return checkpoint.newest_usable(self.out, self._complain)
-        except ValueError:  # none of them is usable
-            return None
 
     def _complain(self, message: str) -> None:
         self.listener.warn(message)
@@ -335,7 +274,7 @@ class Run:
         if event and self._respond(event, row) == "none":
             self.guard.sigmas = sigmas  # nothing to go back to: from here on these are the norms to compare with
 
-    # -- validation, records, checkpoints ---------------------------------------------------------------------
+    # -- validation and records -------------------------------------------------------------------------------
 
     def _validate(self, max_tokens: int | None, between: Callable[[], None] = lambda: None) -> Loss:
         t = self.config.train
@@ -354,55 +293,6 @@ class Run:
         for tracker in self.trackers:
             tracker.row(row)
         self.listener.row(row)
-
-    def _state(self) -> dict[str, Any]:
-        return {
-            "step": self.step,
-            "tokens": self.step * self.tokens_per_step,
-            "loader": self.loader.state(),
-            "guard": self.guard.state(),
-            "ranks": self.ranks.state(),
-            "train_flops": self.train_flops,
-            "best": {"loss": None if self.best_step is None else self.best_loss, "step": self.best_step},
-            "data": self.fingerprint,
-        }
-
-    def _save(self, val_loss: float | None = None) -> None:
-        """Saves, keeps the newest few and the best of those that were validated."""
-        if not all(bool(torch.isfinite(p).all()) for p in self.model.parameters()):
-            last = self._last_good()
-            good = f"the last good checkpoint is {last.path}" if last else "there is no checkpoint yet"
-            raise Diverged(f"step {self.step}: the weights are not finite any more; lower --optim.lr; {good}")
-        if val_loss is not None and val_loss < self.best_loss:
-            self.best_loss, self.best_step = val_loss, self.step
-        checkpoint.save(self.out, self.step, self.model, self.optimizer, self._state())
-        checkpoint.prune(self.out, self.step, self.config.train.keep, self.best_step)
-        self.rollbacks, self.saved_at = 0, self.step
-
-    def _load(self, path: Path) -> None:
-        stored = checkpoint.read_state(path)
-        if self.optimizer.guides is not None:
-            self.optimizer.guides.set(stored["step"])
-        if "ranks" in stored:  # a checkpoint of version 0.1 has none, and no changed ones
-            self.ranks.restore(stored["ranks"], str(path))
-        state = checkpoint.load(path, self.model, self.optimizer)
-        self.train_flops = state.get("train_flops", 0.0)
-        self._count_flops()
-        if state["data"] != self.fingerprint:
-            raise ValueError(f"{path} was trained on other data than {self.dataset.path} holds")
-        self.step = state["step"]
-        self.loader.load_state(state["loader"])
-        self.guard.load_state(state["guard"])
-        best = state["best"]
-        self.best_step, self.best_loss = best["step"], float("inf") if best["loss"] is None else best["loss"]
-
-    def _resume(self, path: Path, newest: checkpoint.Checkpoint | None) -> None:
-        self._load(path)
-        if self.step > self.steps:
-            raise ValueError(f"{path} is at step {self.step}, beyond --train.steps {self.steps}")
-        if newest and newest.step > self.step:
-            raise ValueError(f"{self.out} goes on to {newest.path.name} after {path}; branch off into another --out")
-        self.saved_at = self.step if newest and newest.step == self.step else None
 
     # -- begin and end ----------------------------------------------------------------------------------------
 
@@ -438,7 +328,7 @@ class Run:
         The loss on the whole split is not compared with those on a part of it, so it says nothing about the best.
         """
         if self.saved_at != self.step:  # this run took up the last step of another one
-            self._save()
+            self.save()
         loss = self._validate(None, lambda: self._heed(stopping))
         remove_partial(self.out / "model")
         save_model(self.model, self.out / "model", tokenizer=self.dataset.tokenizer(), replace=True)

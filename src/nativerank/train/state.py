@@ -1,0 +1,176 @@
+"""The state of a run: everything that a checkpoint holds, taken up and put down, and the ranks that change in it.
+
+Model, optimizer, data cursor, guard, ranks, the best validation so far and the FLOPs spent. `load` on a freshly built
+state gives the bits that `save` saw; `go_back` is `load` with the data going on from where they are.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nativerank.accounting.flops import flops_per_token
+from nativerank.config import RunConfig
+from nativerank.data.loader import Loader
+from nativerank.data.shards import Dataset
+from nativerank.models import count_parameters
+from nativerank.rank.controller import RankController
+from nativerank.train import checkpoint
+from nativerank.train.guard import Diverged, Guard
+from nativerank.train.resolve import tokens_per_step
+from nativerank.train.setup import Built, data_fingerprint
+
+
+class RunState:
+    """What the steps of a run change.
+
+    Args:
+        complain: is told of checkpoints that are damaged.
+    """
+
+    def __init__(
+        self, config: RunConfig, out: Path, dataset: Dataset, built: Built, complain: Callable[[str], None]
+    ) -> None:
+        self.config, self.out, self.dataset, self.complain = config, out, dataset, complain
+        self.model, self.optimizer, self.report = built.model, built.optimizer, built.report
+        t = config.train
+        assert t.steps and t.context and t.batch_size
+        self.steps, self.tokens_per_step = t.steps, tokens_per_step(t)
+        self.loader = Loader(dataset.split("train"), t.context, t.batch_size, t.seed)
+        self.guard = Guard(config.guard)
+        self.step, self.best_loss = 0, float("inf")
+        self.best_step: int | None = None
+        self.saved_at: int | None = None
+        self.rollbacks = 0
+        self.ranks = RankController(self.model, self.optimizer, config.rank.adapt, t.steps, t.seed)
+        self.train_flops = 0.0
+        self.count_flops()
+        self.fingerprint = checkpoint.fingerprint(data_fingerprint(dataset))
+
+    # -- ranks and what they cost -----------------------------------------------------------------------------
+
+    def adapt_ranks(self) -> dict[str, Any] | None:
+        """Looks at the ranks if it is time; the row of what changed.
+
+        Raises:
+            Diverged: a factor that is not finite.
+        """
+        if not self.ranks.due(self.step):
+            return None
+        try:
+            change = self.ranks.look(self.step)
+        except ValueError as error:
+            raise Diverged(f"step {self.step}: {error}; lower --optim.lr") from None
+        if change is None:
+            return None
+        # A norm may jump where the factors were balanced: the guard compares with what it sees next.
+        self.guard.sigmas = {k: v for k, v in self.guard.sigmas.items() if k.rpartition(".")[0] not in change.ranks}
+        self.count_flops()
+        return {
+            "event": "ranks",
+            "step": self.step,
+            "ranks": {name: list(pair) for name, pair in change.ranks.items()},
+            "energy": change.energy,
+            "parameters": count_parameters(self.model),
+            "train_flops_per_token": self.flops_of_step(self.alpha()),
+        }
+
+    def alpha(self) -> float | None:
+        """The weight of the guides, None without any."""
+        return None if self.optimizer.guides is None else self.optimizer.guides.alpha
+
+    def count_flops(self) -> None:
+        """Training FLOPs per token of the model as it is, without its guides and with all of them."""
+        context = self.config.train.context
+        assert context
+        self.flops_bounds = tuple(flops_per_token(self.model, context, guided).training for guided in (0.0, 1.0))
+
+    def flops_of_step(self, alpha: float | None) -> float:
+        """Training FLOPs per token of a step whose guides have this weight; a stochastic one is computed as often."""
+        low, high = self.flops_bounds
+        return low + (high - low) * (1.0 if alpha and not self.config.guide.stochastic else alpha or 0.0)
+
+    # -- checkpoints ------------------------------------------------------------------------------------------
+
+    def save(self, val_loss: float | None = None) -> None:
+        """Saves, keeps the newest few and the best of those that were validated.
+
+        Raises:
+            Diverged: a weight that is not finite; nothing is saved then.
+        """
+        if not all(bool(torch.isfinite(p).all()) for p in self.model.parameters()):
+            raise Diverged(
+                f"step {self.step}: the weights are not finite any more; lower --optim.lr; "
+                f"{described(self.last_good())}"
+            )
+        if val_loss is not None and val_loss < self.best_loss:
+            self.best_loss, self.best_step = val_loss, self.step
+        checkpoint.save(self.out, self.step, self.model, self.optimizer, self._plain())
+        checkpoint.prune(self.out, self.step, self.config.train.keep, self.best_step)
+        self.rollbacks, self.saved_at = 0, self.step
+
+    def _plain(self) -> dict[str, Any]:
+        """What a checkpoint keeps besides tensors."""
+        return {
+            "step": self.step,
+            "tokens": self.step * self.tokens_per_step,
+            "loader": self.loader.state(),
+            "guard": self.guard.state(),
+            "ranks": self.ranks.state(),
+            "train_flops": self.train_flops,
+            "best": {"loss": None if self.best_step is None else self.best_loss, "step": self.best_step},
+            "data": self.fingerprint,
+        }
+
+    def load(self, path: Path) -> None:
+        """Takes up a checkpoint.
+
+        Raises:
+            ValueError: one of another model or of other data.
+        """
+        stored = checkpoint.read_state(path)
+        if self.optimizer.guides is not None:
+            self.optimizer.guides.set(stored["step"])
+        if "ranks" in stored:  # a checkpoint of version 0.1 has none, and no changed ones
+            self.ranks.restore(stored["ranks"], str(path))
+        state = checkpoint.load(path, self.model, self.optimizer)
+        self.train_flops = state.get("train_flops", 0.0)
+        self.count_flops()
+        if state["data"] != self.fingerprint:
+            raise ValueError(f"{path} was trained on other data than {self.dataset.path} holds")
+        self.step = state["step"]
+        self.loader.load_state(state["loader"])
+        self.guard.load_state(state["guard"])
+        best = state["best"]
+        self.best_step, self.best_loss = best["step"], float("inf") if best["loss"] is None else best["loss"]
+
+    def resume(self, path: Path, newest: checkpoint.Checkpoint | None) -> None:
+        """Takes up a checkpoint from which this run folder, whose newest is given, can go on."""
+        self.load(path)
+        if self.step > self.steps:
+            raise ValueError(f"{path} is at step {self.step}, beyond --train.steps {self.steps}")
+        if newest and newest.step > self.step:
+            raise ValueError(f"{self.out} goes on to {newest.path.name} after {path}; branch off into another --out")
+        self.saved_at = self.step if newest and newest.step == self.step else None
+
+    def go_back(self, path: Path) -> None:
+        """Sets the run back to a checkpoint of its own; what the guard has seen in a row stays counted."""
+        cursor, in_a_row, refused = self.loader.state(), self.guard.in_a_row, self.guard.refused
+        self.load(path)
+        # The data go on from where the spike was: replaying the same batches would replay the spike.
+        self.loader.load_state(cursor)
+        self.guard.in_a_row, self.guard.refused, self.rollbacks = in_a_row, refused, self.rollbacks + 1
+        self.saved_at = self.step
+
+    def last_good(self) -> checkpoint.Checkpoint | None:
+        """The newest checkpoint that is usable, None if none is."""
+        try:
+            return checkpoint.newest_usable(self.out, self.complain)
+        except ValueError:
+            return None
+
+
+def described(last: checkpoint.Checkpoint | None) -> str:
+    """Where to go on from after a run that stopped, in words."""
+    return f"the last good checkpoint is {last.path}" if last else "there is no checkpoint yet"

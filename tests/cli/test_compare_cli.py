@@ -69,12 +69,12 @@ def test_two_arms_from_the_command_line_to_the_figures(tmp_path, cli, flags, in_
 
 def test_divergence_is_a_result(tmp_path, cli, flags, in_process, monkeypatch):
     """A run that the guard stops ends by its own exit code, and the comparison goes on."""
-    from nativerank.train import loop
+    from nativerank.train.guard import Guard
 
-    def judge(self, loss, grad_norm, judge_step=loop.Guard.judge_step):
+    def judge(self, loss, grad_norm, judge_step=Guard.judge_step):
         return judge_step(self, float("nan"), grad_norm)
 
-    monkeypatch.setattr(loop.Guard, "judge_step", judge)
+    monkeypatch.setattr(Guard, "judge_step", judge)
     alone = cli("train", *flags(), "--out", tmp_path / "run")
     assert alone.code == 3 and "the loss is not finite" in alone.err and alone.err.count("nativerank: error") == 1
     result = cli("compare", *flags(), "--methods", "spectron", "--seeds", "2", "--quiet", "--out", tmp_path / "cmp")

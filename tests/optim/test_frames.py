@@ -86,7 +86,7 @@ def test_tsvd_is_autograd_through_qr(monkeypatch):
     counted = []
     real = frames.frame_factor
     monkeypatch.setattr(frames, "frame_factor", lambda X, way: counted.append(len(X)) or real(X, way))
-    optimizer = build_optimizer(ours, "tsvd", lr=0.02, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = build_optimizer(ours, "tsvd", lr=0.02, s_lr=0.02, betas=(0.9, 0.95), weight_decay=0.1)
 
     def through_qr(rows):
         h = theirs.x[rows]
@@ -130,7 +130,7 @@ def test_preserve_keeps_the_product_of_the_step(method, way, monkeypatch):
     seen = []
     real = frames.retracted
     monkeypatch.setattr(frames, "retracted", lambda *a: seen.append([x.clone() for x in a[2:5]]) or real(*a))
-    optimizer = build_optimizer(model, method, lr=0.02, preserve=True, retraction=way)
+    optimizer = build_optimizer(model, method, lr=0.02, s_lr=0.02, preserve=True, retraction=way)
     for _ in range(5):
         seen.clear()
         before = [m.up.weight.detach().clone() for m in layers(model)]

@@ -20,6 +20,7 @@ STORIES = {
     "lr-robustness": ("robustness",),
     "update-norm": ("norms",),
     "equal-flops": ("curves",),
+    "frames": ("robustness",),
 }
 
 

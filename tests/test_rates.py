@@ -27,7 +27,7 @@ def committed(preset):
             {**cell, "method": method}
             for method, label in searched.items()
             for cell in study["cells"]
-            if cell["label"] == label
+            if cell["method"] == label
         ]
     return {"best": best, "cells": cells}
 

@@ -20,7 +20,8 @@ STORIES = {
     "lr-robustness": ("robustness",),
     "update-norm": ("norms",),
     "equal-flops": ("curves",),
-    "frames": ("robustness",),
+    "frames": (),  # its table says it better
+    "adaptive-rank": (),
 }
 
 

@@ -63,7 +63,7 @@ class AdaptConfig:
     mode: Literal["off", "schedule", "once"] | None = None
     threshold: float | None = None
     start: float = 0.1
-    every: float = 0.05
+    every: float = 0.2
     until: float = 0.8
     min: int = 8
     multiple: int = 4

@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 from nativerank.config import AdaptConfig
 from nativerank.linalg.energy import check_threshold
 
-DEFAULT_THRESHOLD = 0.99
+DEFAULT_THRESHOLD = 0.97
 # Smallest and largest value.
 BOUNDS: dict[str, tuple[float, float]] = {
     **{name: (0, 1) for name in ("start", "every", "until", "hysteresis", "grow")},

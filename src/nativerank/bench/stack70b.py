@@ -175,6 +175,7 @@ class Session:
             "stiefel-spectron" if momentum else "sct",
             lr=1e-3 if momentum else 1e-4,
             aux_lr=1e-4,
+            s_lr=1e-4,
             betas=(0.9, 0.999),
             state_dtype="fp32" if variant.state == "fp32" else "bf16",
             layerwise=variant.layerwise,

@@ -52,7 +52,8 @@ def test_the_literal_form_makes_the_same_step():
 
 
 def test_a_race_has_medians_and_ratios():
-    found = race_literal(Variant(**SMALL), repeats=3)
+    found, *_ = race_literal(Variant(**SMALL), repeats=3)
+    assert found["threads"] == 1
     assert set(found["ratio"]) == {*PHASES, "step"} and all(r > 0 for r in found["ratio"].values())
     assert found["ours"]["step"] > found["ours"]["retraction"] > 0
 
@@ -62,7 +63,7 @@ def test_a_fresh_process_measures_itself(small):
     (variant,) = result["variants"]
     assert variant["base_rss_bytes"] > 5e7
     assert variant["peak_rss_bytes"] > variant["base_rss_bytes"] + 12 * variant["factor_parameters"]
-    assert result["literal"] is None
+    assert result["literal"] == []
     assert json.loads(json.dumps(result))["arithmetic"]["matrices"][-1]["model"] == "LLaMA-70B"
 
 

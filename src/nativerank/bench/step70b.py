@@ -69,7 +69,7 @@ def bench_step70b(
     return {
         "benchmark": "step70b",
         "variants": [in_a_fresh_process(variant) for variant in chosen],
-        "literal": race_literal(Variant(layers=layers), repeats) if literal or everything else None,
+        "literal": race_literal(Variant(layers=layers), repeats) if literal or everything else [],
         "arithmetic": {
             "matrices": sct_table(),
             "stack": state_of(shapes_of(preset, layers, preset.d_model), SCT_RANK),
@@ -100,9 +100,23 @@ def in_a_fresh_process(variant: Variant) -> dict[str, Any]:
     return found
 
 
-def race_literal(variant: Variant, repeats: int) -> dict[str, Any]:
-    """Plain steps in both forms by turns, on one stack and one optimizer state, so that memory suffices for both."""
-    session = Session(dataclasses.replace(variant, layerwise=False))
+def race_literal(variant: Variant, repeats: int) -> list[dict[str, Any]]:
+    """Plain steps in both forms by turns, with one thread and with PyTorch's own number of them.
+
+    On one stack and one optimizer state, so that memory suffices for both.
+    """
+    session, before = Session(dataclasses.replace(variant, layerwise=False)), torch.get_num_threads()
+    races = []
+    try:
+        for threads in sorted({1, before}):
+            torch.set_num_threads(threads)
+            races.append({"threads": threads, **_race(session, repeats)})
+    finally:
+        torch.set_num_threads(before)
+    return races
+
+
+def _race(session: Session, repeats: int) -> dict[str, Any]:
     steps: dict[str, Callable[[], Any]] = {"ours": session.step, "literal": lambda: literal_step(session)}
     seconds: dict[str, list[dict[str, float]]] = {name: [] for name in steps}
     for order, counts in rounds(list(steps), repeats, warmup=1):

@@ -51,11 +51,10 @@ def show_step70b(result: dict[str, Any]) -> None:
 
     console = Console(highlight=False)
     console.print(_variants(result["variants"]))
-    if result["literal"]:
-        ratio = result["literal"]["ratio"]
+    for race in result["literal"]:
         console.print(
-            f"plain step over its literal form (foreach AdamW, one QR after the other), one process: "
-            f"{ratio['step']:.2f} of the time, retraction {ratio['retraction']:.2f}"
+            f"plain step over its literal form (foreach AdamW, one QR after the other), threads: {race['threads']}: "
+            f"{race['ratio']['step']:.2f} of the time, retraction {race['ratio']['retraction']:.2f}"
         )
     console.print(_matrices(result["arithmetic"]["matrices"]))
     for name, key in (("the paper's stack", "stack"), ("with grouped keys and values", "stack_gqa")):

@@ -123,7 +123,7 @@ def test_the_losses_are_those_of_both_models(dense, prepared, tmp_path, form):
 def test_training_goes_on_from_the_converted_loss(dense, prepared, tmp_path, cli, kind, method):
     done = convert(dense, tmp_path / "m", RankConfig(energy=0.8), kind=kind, data=prepared, eval_tokens=None)
     words = f"--train.steps 1 --train.context 64 --train.batch_size 2 --method {method}"
-    words += " --optim.lr 1e-12 --optim.aux_lr 1e-12"
+    words += " --optim.lr 1e-12 --optim.aux_lr 1e-12" + " --optim.s_lr 1e-12" * (kind == "spectral")
     run = cli("train", "--init", tmp_path / "m", "--data.path", prepared, "--out", tmp_path / "run", *words.split())
     assert run.code == 0, run.err
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]

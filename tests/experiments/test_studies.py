@@ -193,7 +193,7 @@ def test_a_multiple_without_a_loss_says_why(study, stand_in, monkeypatch):
     assert numbers["loss_increase"]["lowrank-adamw"] == {"2x": pytest.approx(0.1), "4x": None, "8x": None, "16x": 1.5}
     assert numbers["without_loss"]["spectron"] == {"16x": "refused"}
     assert any("lowrank-adamw: 2x +0.100, 4x diverged 2 of 3, 8x failed 1 of 3, 16x +1.500" in line for line in lines)
-    assert any(line.startswith("spectron at 16x was refused: spectron's lr is a bound") for line in lines)
+    assert any(line.startswith("spectron at 16x was refused: spectron's optim.lr is a bound") for line in lines)
     assert not any(c["method"] == "spectron" and c["optim.lr"] > 1 for c in stand_in.ran)
 
 

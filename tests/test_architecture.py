@@ -10,8 +10,8 @@ import nativerank
 SOURCE = Path(nativerank.__file__).parent
 LEVELS = {
     0: ("schema", "version", "files"),
-    1: ("config", "linalg"),
-    2: ("layers", "optim", "data", "distributed"),
+    1: ("config", "linalg", "distributed"),
+    2: ("layers", "optim", "data"),
     3: ("methods", "models", "rank"),
     4: ("accounting", "evaluate", "hub"),
     5: ("train", "convert", "integrations"),

@@ -1,0 +1,70 @@
+"""The processes of a run as a grid: rows are replicas, columns are shards.
+
+    world rank = replica * shards + shard
+
+A parameter is cut into `shards` pieces along one dimension, and every replica holds all of them. `ddp` is a grid of one
+column, `fsdp` a grid of one row, `hsdp` any other. One process is the grid of one cell, which has no process groups.
+"""
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+Group = dist.ProcessGroup | None
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where this process stands, and the groups it belongs to.
+
+    Attributes:
+        rank, world: of all processes of the grid.
+        replica, replicas, shard, shards: row and column of this process, and how many of each there are.
+        mesh: (replicate, shard) of PyTorch; None for one process.
+        everyone: group of the whole grid. along_shards: of this replica's shards. along_replicas: of the processes that
+            hold the same shard. None for one process.
+    """
+
+    replica: int = 0
+    replicas: int = 1
+    shard: int = 0
+    shards: int = 1
+    mesh: DeviceMesh | None = None
+    everyone: Group = None
+    along_shards: Group = None
+    along_replicas: Group = None
+
+    @property
+    def rank(self) -> int:
+        """This process among all."""
+        return self.replica * self.shards + self.shard
+
+    @property
+    def world(self) -> int:
+        """How many processes there are."""
+        return self.replicas * self.shards
+
+
+SINGLE = Grid()
+
+
+def make_grid(replicas: int, shards: int, device_type: str) -> Grid:
+    """The grid of all processes of an initialised process group.
+
+    Raises:
+        ValueError: replicas * shards is not their number.
+    """
+    if replicas * shards != dist.get_world_size():
+        raise ValueError(f"a grid of {replicas} x {shards} does not match the {dist.get_world_size()} processes")
+    mesh = init_device_mesh(device_type, (replicas, shards), mesh_dim_names=("replicate", "shard"))
+    return Grid(
+        mesh.get_local_rank("replicate"),
+        replicas,
+        mesh.get_local_rank("shard"),
+        shards,
+        mesh,
+        dist.group.WORLD,
+        mesh.get_group("shard"),
+        mesh.get_group("replicate"),
+    )

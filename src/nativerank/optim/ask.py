@@ -1,0 +1,55 @@
+"""What an update rule on row shards asks the other processes for.
+
+A gram rule is a generator. It computes partial sums over this process's rows, yields them as an Ask, is sent the answer
+and returns what an ordinary rule returns, for its rows:
+
+    answer = yield Ask({"G": symmetric(gram(rows(M)))}, solve)      M (n, d_local, r), rows(M) (n, <= d_local, r)
+
+The engine adds the parts of all rules up over the processes, each unit's in one place, calls `solve` there and hands
+every process the results of all units: one reduce-scatter and one all-gather for all rules together. Without `solve`
+the sums themselves are the answer: one all-reduce.
+"""
+
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+Form = Literal["whole", "symmetric", "upper"]
+Answer = dict[str, Tensor]
+Solve = Callable[[Mapping[str, Tensor], list[dict[str, Tensor]], Mapping[str, Any]], Mapping[str, "Part"]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stack (n, ...) on its way; of square (n, ..., r, r) the triangle alone where the rest is known."""
+
+    tensor: Tensor
+    form: Form = "whole"
+
+
+def symmetric(G: Tensor) -> Part:
+    """A stack of symmetric matrices (n, ..., r, r)."""
+    return Part(G, "symmetric")
+
+
+def upper(R: Tensor) -> Part:
+    """A stack of upper triangular matrices (n, ..., r, r)."""
+    return Part(R, "upper")
+
+
+def whole(x: Tensor) -> Part:
+    """Any stack (n, ...)."""
+    return Part(x)
+
+
+@dataclass(frozen=True)
+class Ask:
+    """Partial sums by name, and what is made of their totals: solve(totals, small states per side, options)."""
+
+    parts: Mapping[str, Part]
+    solve: Solve | None = None
+
+
+Asking = Generator[Ask, Answer, Any]

@@ -57,14 +57,15 @@ def make_grid(replicas: int, shards: int, device_type: str) -> Grid:
     """
     if replicas * shards != dist.get_world_size():
         raise ValueError(f"a grid of {replicas} x {shards} does not match the {dist.get_world_size()} processes")
-    mesh = init_device_mesh(device_type, (replicas, shards), mesh_dim_names=("replicate", "shard"))
-    return Grid(
-        mesh.get_local_rank("replicate"),
-        replicas,
-        mesh.get_local_rank("shard"),
-        shards,
-        mesh,
-        dist.group.WORLD,
-        mesh.get_group("shard"),
-        mesh.get_group("replicate"),
-    )
+    return grid_of(init_device_mesh(device_type, (replicas, shards), mesh_dim_names=("replicate", "shard")))
+
+
+def grid_of(mesh: DeviceMesh) -> Grid:
+    """The grid of a mesh that parameters are sharded over: (shard), or (replicate, shard), all processes in order."""
+    if mesh.ndim == 1:
+        group = mesh.get_group()
+        return Grid(0, 1, mesh.get_local_rank(), mesh.size(), mesh, group, group, None)
+    if mesh.ndim != 2 or mesh.size() != dist.get_world_size():
+        raise ValueError(f"a grid is (shard) or (replicate, shard) over all processes, got a mesh of {mesh.shape}")
+    (replica, shard), (replicas, shards) = (mesh.get_local_rank(0), mesh.get_local_rank(1)), mesh.shape
+    return Grid(replica, replicas, shard, shards, mesh, dist.group.WORLD, mesh.get_group(1), mesh.get_group(0))

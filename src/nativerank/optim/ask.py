@@ -10,10 +10,13 @@ every process the results of all units: one reduce-scatter and one all-gather fo
 the sums themselves are the answer: one all-reduce.
 """
 
+import math
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 Form = Literal["whole", "symmetric", "upper"]
@@ -53,3 +56,28 @@ class Ask:
 
 
 Asking = Generator[Ask, Answer, Any]
+
+
+@lru_cache(maxsize=64)
+def _triangle(r: int, device: torch.device) -> Tensor:
+    rows, columns = torch.triu_indices(r, r, device=device)
+    return rows * r + columns
+
+
+def packed(part: Part) -> Tensor:
+    """The numbers that travel: all of them (n, ...), or the upper triangles (n, ..., r (r + 1) / 2)."""
+    if part.form == "whole":
+        return part.tensor
+    r = part.tensor.shape[-1]
+    return part.tensor.reshape(*part.tensor.shape[:-2], r * r)[..., _triangle(r, part.tensor.device)]
+
+
+def unpacked(flat: Tensor, form: Form) -> Tensor:
+    """The inverse of `packed`."""
+    if form == "whole":
+        return flat
+    r = (math.isqrt(8 * flat.shape[-1] + 1) - 1) // 2
+    out = flat.new_zeros(*flat.shape[:-1], r * r)
+    out[..., _triangle(r, flat.device)] = flat
+    out = out.view(*flat.shape[:-1], r, r)
+    return out if form == "upper" else out + out.triu(1).mT

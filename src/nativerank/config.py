@@ -226,6 +226,7 @@ class TrainConfig:
         keep: newest checkpoints that stay, besides the best one.
         probe_every: steps between records of the factors' norms and of what a step changes, 0 for never.
         probe: glob patterns of the matrices recorded; empty takes the first, the middle and the last one.
+        checkpoint_async: go on training while a checkpoint is written; it counts once it is complete.
         seed: of initialisation and data order.
     """
 
@@ -241,6 +242,7 @@ class TrainConfig:
     keep: int = 2
     probe_every: int = 20
     probe: list[str] = field(default_factory=list)
+    checkpoint_async: bool = False
     seed: int = 0
 
 
@@ -262,6 +264,58 @@ class GuardConfig:
     sigma_factor: float = 4.0
     window: int = 50
     max_events: int = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class DilocoConfig:
+    """Replicas that train on their own and meet now and then (DiLoCo, Douillard et al. 2023).
+
+    Args:
+        every: steps between two meetings; 0 exchanges gradients at every step.
+        lr: rate of the outer Nesterov step along the mean change of the replicas.
+        momentum: decay rate of the outer momentum.
+        nesterov: look ahead along the outer momentum.
+        cap: longest outer change of a matrix, ||dW||_2 as a multiple of every * optim.lr; None sets no limit.
+    """
+
+    every: int = 0
+    lr: float = 0.7
+    momentum: float = 0.9
+    nesterov: bool = True
+    cap: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the processes that torchrun started share a run; one process needs none of it.
+
+    Processes form a grid of `replicas` x `shards`. A matrix is cut into `shards` pieces along its long side, and every
+    replica holds all of them. The batch of a step, and with it what is learned, does not depend on the grid.
+
+    Args:
+        mode: "ddp" is one column (every process holds the model), "fsdp" one row (each holds a shard), "hsdp" any other
+            grid; "none" is one process. "auto" takes none for one process, fsdp on CUDA and ddp on CPU.
+        replicas: rows of the grid; None follows from the mode: 1 for fsdp, for hsdp the nodes (2 on a single node).
+        shards: columns of the grid; None are the processes that the rows leave.
+        algebra: how update rules see a matrix that is cut: "gram" adds up the shards' small Gram matrices, "owner"
+            sends the shards to one process per matrix and back; "auto" takes what moves fewer bytes, per shape.
+        reshard_after_forward: free the gathered weights of a block after its forward pass and gather them again for the
+            backward pass; false keeps them: less traffic, more memory.
+        precision: what gathered weights are computed in, fsdp and hsdp only; None as in one process.
+        reduce: what gradients are added up in over processes; None is their own precision.
+        timeout: seconds that a process waits for the others before it gives up.
+        diloco: gradients that stay within a replica.
+    """
+
+    mode: Literal["auto", "none", "ddp", "fsdp", "hsdp"] = "auto"
+    replicas: int | None = None
+    shards: int | None = None
+    algebra: Literal["auto", "gram", "owner"] = "auto"
+    reshard_after_forward: bool = True
+    precision: Literal["fp32", "bf16"] | None = None
+    reduce: Literal["fp32", "bf16"] | None = None
+    timeout: float = 600.0
+    diloco: DilocoConfig = field(default_factory=DilocoConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,6 +348,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
 
 def check_keys(values: Any, prefix: str = "") -> None:

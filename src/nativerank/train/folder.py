@@ -25,8 +25,8 @@ PARTIAL_CONFIG = f".{CONFIG}.partial"
 LOCK = ".lock"
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # a file system without locks
 # What may differ between a run and its continuation. Most of it leaves the next step's numbers alone. A device or
-# torch.compile changes their last digits, the guard which steps count, the number of steps the rates that follow:
-# whoever moves a run to another machine, saves it from spikes or extends it wants just that.
+# torch.compile or another grid changes their last digits, the guard which steps count, the number of steps the rates
+# that follow: whoever moves a run to another machine, saves it from spikes or extends it wants just that.
 FREE: tuple[str, ...] = (
     "out",
     "resume",
@@ -40,7 +40,12 @@ FREE: tuple[str, ...] = (
     "train.tokens",
 )
 FREE += tuple(
-    f"train.{key}" for key in ("eval_every", "eval_tokens", "checkpoint_every", "keep", "probe_every", "probe")
+    f"train.{key}"
+    for key in ("eval_every", "eval_tokens", "checkpoint_every", "checkpoint_async", "keep", "probe_every", "probe")
+)
+FREE += tuple(
+    f"parallel.{key}"
+    for key in ("mode", "replicas", "shards", "algebra", "reshard_after_forward", "precision", "reduce", "timeout")
 )
 
 

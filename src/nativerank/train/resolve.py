@@ -1,5 +1,6 @@
 """Every default of a configuration filled in, every conflict named before work starts."""
 
+import functools
 import math
 from collections.abc import Collection
 from dataclasses import replace
@@ -37,6 +38,11 @@ BOUNDS: dict[str, tuple[float, float]] = {
     **{f"guard.{name}": (1, math.inf) for name in ("window", "max_events", "sigma_factor")},
     "guard.loss_jump": (0, math.inf),
     "guide.share": (0, 1),
+    **{f"parallel.{name}": (1, math.inf) for name in ("replicas", "shards", "timeout")},
+    "parallel.diloco.every": (0, math.inf),
+    "parallel.diloco.lr": (0, math.inf),
+    "parallel.diloco.momentum": (0, 1),
+    "parallel.diloco.cap": (0, math.inf),
     "train.seed": (0, 2**63 - 1),
 }
 
@@ -225,8 +231,7 @@ def check_guide(config: RunConfig, method: str) -> None:
 def check_bounds(config: RunConfig) -> None:
     """Raises a ValueError naming the first key whose number is out of range."""
     for key, (low, high) in BOUNDS.items():
-        group, name = key.split(".")
-        value = getattr(getattr(config, group), name)
+        value = functools.reduce(getattr, key.split("."), config)
         if value is not None and not low <= value <= high:
             wanted = f"at least {low}" if high == math.inf else f"in [{low}, {high}]"
             raise ValueError(f"{key} must be {wanted}, got {value}")

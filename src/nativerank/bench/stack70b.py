@@ -11,8 +11,6 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +23,7 @@ from nativerank.layers import SpectralLinear
 from nativerank.linalg.retract import retract
 from nativerank.methods import build_optimizer, factorize
 from nativerank.models import allocate, find_preset, hf_config, skeleton
-from nativerank.optim import frames
+from nativerank.optim.frames import marked
 from nativerank.optim.roles import factor_modules
 from nativerank.train.closing import peak_memory_bytes
 
@@ -205,29 +203,11 @@ class Session:
 
     def step(self) -> float:
         """One step of ours, whose loss is returned."""
-        with timed_retraction(self):
+        with marked(self.mark):  # what comes before a retraction belongs to the optimizer
             loss = self.forward_backward()
             self.optimizer.step()
             self.mark("optimizer")
         return loss
-
-
-@contextmanager
-def timed_retraction(session: Session) -> Iterator[None]:
-    """Books the update rules' retractions as a phase of their own; what comes before one belongs to the optimizer."""
-    original = frames.retract
-
-    def timed(*arguments: Any, **named: Any) -> Tensor:
-        session.mark("optimizer")
-        Q = original(*arguments, **named)
-        session.mark("retraction")
-        return Q
-
-    frames.retract = timed
-    try:
-        yield
-    finally:
-        frames.retract = original
 
 
 def frame_error(model: nn.Module) -> float:

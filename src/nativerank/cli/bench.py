@@ -26,96 +26,98 @@ def add_parser(subparsers: Any) -> None:
     raw = argparse.RawDescriptionHelpFormatter
     bench = subparsers.add_parser("bench", description="Measure speed.", epilog=EXAMPLE, formatter_class=raw)
     names = bench.add_subparsers(dest="benchmark", metavar="NAME", required=True)
-    train = names.add_parser(
+
+    def add(name: str, show: Callable[[dict[str, Any]], None], help: str, description: str) -> argparse.ArgumentParser:
+        parser: argparse.ArgumentParser = names.add_parser(
+            name, help=help, description=description, epilog=EXAMPLE, formatter_class=raw
+        )
+        add_json(parser)
+        parser.set_defaults(run=runner(name, show))
+        return parser
+
+    train = add(
         "train",
-        help="a training step in its parts, beside the dense twin's",
-        description="Time a training step in its parts, low rank beside dense, steps interleaved.",
-        epilog=EXAMPLE,
-        formatter_class=raw,
+        show,
+        "a training step in its parts, beside the dense twin's",
+        "Time a training step in its parts, low rank beside dense, steps interleaved.",
     )
-    train.add_argument("--model.preset", dest="preset_name", default="demo", metavar="PRESET")
+    add_model(train, "demo")
     train.add_argument("--method", default="spectron", help="low-rank method")
     train.add_argument("--dense_method", default="dense-adamw")
-    train.add_argument("--d_model", type=int, help="another width, with the preset's proportions")
-    train.add_argument("--layers", type=int, help="another depth")
-    train.add_argument("--batch_size", type=int, help="sequences per step (default: the preset's)")
-    train.add_argument("--repeats", type=int, default=7, help="recorded steps of each side")
-    train.add_argument("--device", default="cpu", choices=["cpu", "cuda", "mps"])
-    add_json(train)
-    train.set_defaults(run=runner("train", show))
-    bound = names.add_parser(
+    add_size(train, "sequences per step")
+    add_rounds(train, 7, "recorded steps of each side")
+    bound = add(
         "bound",
-        help="the largest ||dW|| / eta of Spectron's forms, on adversarial steps and in training",
-        description="How near ||dW|| comes to eta: on steps made to break the bound, and in two training runs.",
-        epilog=EXAMPLE,
-        formatter_class=raw,
+        show_bound,
+        "the largest ||dW|| / eta of Spectron's forms, on adversarial steps and in training",
+        "How near ||dW|| comes to eta: on steps made to break the bound, and in two training runs.",
     )
-    bound.add_argument("--model.preset", dest="preset_name", default="pocket", metavar="PRESET")
+    add_model(bound, "pocket")
     bound.add_argument("--steps", type=int, help="length of the training runs (default: the preset's)")
     bound.add_argument("--probe_every", type=int, default=3, help="steps between measurements of every matrix")
     bound.add_argument("--seed", type=int, default=0)
     bound.add_argument("--no_train", dest="train_too", action="store_false", help="the adversarial set alone")
-    add_json(bound)
-    bound.set_defaults(run=runner("bound", show_bound))
-    optimizer = names.add_parser(
+    optimizer = add(
         "optimizer",
-        help="what Spectron's algebra costs: seconds, share of a layer's work, FLOPs",
-        description="Orthogonalization in r x r and plain: for one matrix, beside one layer, over a preset's factors.",
-        epilog=EXAMPLE,
-        formatter_class=raw,
+        show_optimizer,
+        "what Spectron's algebra costs: seconds, share of a layer's work, FLOPs",
+        "Orthogonalization in r x r and plain: for one matrix, beside one layer, over a preset's factors.",
     )
-    optimizer.add_argument("--model.preset", dest="preset_name", default="spectron-s", metavar="PRESET")
+    add_model(optimizer, "spectron-s")
     optimizer.add_argument("--layers", type=int, help="another depth of the preset")
     optimizer.add_argument("--d_model", type=int, default=1024, help="width of the single layer, ranks a quarter of it")
     optimizer.add_argument("--tokens_per_step", type=int, default=8192, help="tokens through the single layer")
-    optimizer.add_argument("--repeats", type=int, default=5, help="recorded calls of everything")
-    optimizer.add_argument("--threads", type=int, nargs="+", help="numbers of threads (default: 1 and PyTorch's own)")
-    optimizer.add_argument("--device", default="cpu", choices=["cpu", "cuda", "mps"])
-    add_json(optimizer)
-    optimizer.set_defaults(run=runner("optimizer", show_optimizer))
-    frames = names.add_parser(
+    add_rounds(optimizer, 5, "recorded calls of everything", threads=True)
+    frames = add(
         "frames",
-        help="what orthonormal factors cost, and TSVD's cache against a QR in every forward pass",
-        description="Steps of several micro-batches with sct, tsvd, stiefel-spectron, and factors left alone.",
-        epilog=EXAMPLE,
-        formatter_class=raw,
+        show_frames,
+        "what orthonormal factors cost, and TSVD's cache against a QR in every forward pass",
+        "Steps of several micro-batches with sct, tsvd, stiefel-spectron, and factors left alone.",
     )
-    frames.add_argument("--model.preset", dest="preset_name", default="demo", metavar="PRESET")
-    frames.add_argument("--d_model", type=int, help="another width, with the preset's proportions")
-    frames.add_argument("--layers", type=int, help="another depth")
-    frames.add_argument("--batch_size", type=int, help="sequences per pass (default: the preset's)")
+    add_model(frames, "demo")
+    add_size(frames, "sequences per pass")
     frames.add_argument("--micro_batches", type=int, default=8, help="passes per step")
-    frames.add_argument("--repeats", type=int, default=5, help="recorded steps of each side")
-    frames.add_argument("--device", default="cpu", choices=["cpu", "cuda", "mps"])
-    add_json(frames)
-    frames.set_defaults(run=runner("frames", show_frames))
-    retraction = names.add_parser(
+    add_rounds(frames, 5, "recorded steps of each side")
+    retraction = add(
         "retraction",
-        help="bringing factors back to orthonormal columns, each way against looped QR",
-        description="Each way of retraction on stacks of factors, against looped Householder QR with a sign fix.",
-        epilog=EXAMPLE,
-        formatter_class=raw,
+        show_retraction,
+        "bringing factors back to orthonormal columns, each way against looped QR",
+        "Each way of retraction on stacks of factors, against looped Householder QR with a sign fix.",
     )
     retraction.add_argument("--layers", type=int, default=2, help="layers of the 70B shape at rank 32")
-    retraction.add_argument("--repeats", type=int, default=7, help="recorded rounds")
-    retraction.add_argument("--threads", type=int, nargs="+", help="numbers of threads (default: 1 and PyTorch's own)")
-    retraction.add_argument("--device", default="cpu", choices=["cpu", "cuda", "mps"])
-    add_json(retraction)
-    retraction.set_defaults(run=runner("retraction", show_retraction))
-    conditioning = names.add_parser(
+    add_rounds(retraction, 7, "recorded rounds", threads=True)
+    conditioning = add(
         "conditioning",
-        help="norms and condition of the factors of trained models",
-        description="How tightly the factors of trained models bound W, and how evenly their steps move it.",
-        epilog=EXAMPLE,
-        formatter_class=raw,
+        show_conditioning,
+        "norms and condition of the factors of trained models",
+        "How tightly the factors of trained models bound W, and how evenly their steps move it.",
     )
     conditioning.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
-    add_json(conditioning)
-    conditioning.set_defaults(run=runner("conditioning", show_conditioning))
 
     step70b = step70b_flags(names)
     add_json(step70b)
     step70b.set_defaults(run=runner("step70b", show_step70b))
+
+
+def add_model(parser: argparse.ArgumentParser, preset: str) -> None:
+    """Which preset's shapes."""
+    parser.add_argument("--model.preset", dest="preset_name", default=preset, metavar="PRESET")
+
+
+def add_size(parser: argparse.ArgumentParser, batch: str) -> None:
+    """Changes of the preset's size."""
+    parser.add_argument("--d_model", type=int, help="another width, with the preset's proportions")
+    parser.add_argument("--layers", type=int, help="another depth")
+    parser.add_argument("--batch_size", type=int, help=f"{batch} (default: the preset's)")
+
+
+def add_rounds(parser: argparse.ArgumentParser, repeats: int, what: str, threads: bool = False) -> None:
+    """How often, and on what."""
+    parser.add_argument("--repeats", type=int, default=repeats, help=what)
+    if threads:
+        help = "numbers of threads (default: 1 and PyTorch's own)"
+        parser.add_argument("--threads", type=int, nargs="+", help=help)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda", "mps"])
 
 
 def runner(name: str, show: Callable[[dict[str, Any]], None]) -> Callable[[argparse.Namespace], int]:

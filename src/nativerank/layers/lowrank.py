@@ -105,7 +105,8 @@ class LowRankLinear(nn.Module):
 
     def _resized(self, rank: int, generator: torch.Generator | None) -> Sequence[Side]:
         """The factors at another rank, in the order of `factors()`."""
-        return resized_pair(*self.factors(), rank, generator)
+        A, B = self.factors()
+        return resized_pair(A, B, rank, generator)
 
     def _take(self, sides: Sequence[Side]) -> list[Resized]:
         """Puts factors of another rank into the parameters: up, then down."""
@@ -149,7 +150,7 @@ class LowRankLinear(nn.Module):
         h = self.down(x)  # (..., r)
         return self.up(h)  # (..., d_out)
 
-    def factors(self) -> tuple[Tensor, Tensor]:
+    def factors(self) -> tuple[Tensor, ...]:
         """The tall views (A, B) of shapes (d_out, r) and (d_in, r); they share memory with the parameters."""
         return self.up.weight, self.down.weight.mT
 
@@ -163,7 +164,8 @@ class LowRankLinear(nn.Module):
 
     def spectrum(self) -> Tensor:
         """The singular values of W (r,), descending, in float64; W is not formed."""
-        return product_spectrum(*self.factors())
+        A, B = self.factors()
+        return product_spectrum(A, B)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, rank={self.rank}, bias={self.up.bias is not None}"

@@ -54,12 +54,13 @@ class SpectralLinear(LowRankLinear):
         h = self.down(x)  # (..., r)
         return self.up(h * self.s.to(h.dtype))  # (..., d_out)
 
-    def factors(self) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+    def factors(self) -> tuple[Tensor, ...]:
         """(U, s, V) of shapes (d_out, r), (r) and (d_in, r); they share memory with the parameters."""
         return self.up.weight, self.s, self.down.weight.mT
 
     def _resized(self, rank: int, generator: torch.Generator | None) -> Sequence[Side]:
-        return resized_frames(*self.factors(), rank, generator)
+        U, s, V = self.factors()
+        return resized_frames(U, s, V, rank, generator)
 
     def _take(self, sides: Sequence[Side]) -> list[Resized]:
         up, s, down = sides

@@ -28,6 +28,9 @@ also on its raw A, that is on R: W stays, the angular steps grow. s decays at s_
 First moments that change basis go along like gradients: U = X T means G_U = G_X T^-T (docs/math.md).
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 
 import torch
@@ -54,6 +57,26 @@ from nativerank.optim.products import spectron
 Factors = tuple[Tensor, Tensor, Tensor]
 Triple = tuple[New, New, New, State]
 ATTEMPTS = 30  # of a certified step to become short enough; after that it stays where it is
+Mark = Callable[[str], None]
+_mark: ContextVar[Mark] = ContextVar("mark", default=lambda phase: None)
+
+
+@contextmanager
+def marked(mark: Mark) -> Iterator[None]:
+    """Within this, and in this thread, `mark` is told "optimizer" before and "retraction" after each retraction."""
+    token = _mark.set(mark)
+    try:
+        yield
+    finally:
+        _mark.reset(token)
+
+
+def back_on_frame(X: Tensor, way: str, start: Tensor) -> Tensor:
+    """The retraction of a step from the frame `start`, told to whoever times it."""
+    _mark.get()("optimizer")
+    Q = retract(X, way, start)
+    _mark.get()("retraction")
+    return Q
 
 
 def news(factors: Factors, record: State) -> Triple:
@@ -119,7 +142,7 @@ def candidate(
     """The factors after a step shortened to t (...) of its length, in the dtypes of the old ones."""
     U, V, s = old
     step = (t * rho)[..., None, None]
-    frames = (retract(at_least_float32(X) - step * O, options["retraction"], X) for X, O in ((U, O_U), (V, O_V)))
+    frames = (back_on_frame(at_least_float32(X) - step * O, options["retraction"], X) for X, O in ((U, O_U), (V, O_V)))
     moved = (t > 0)[..., None]
     U_new, V_new = (torch.where(moved[..., None], Q.to(X.dtype), X) for X, Q in zip((U, V), frames, strict=True))
     return U_new, V_new, torch.where(moved, s.lerp(s_new, t[..., None].to(s)), s)
@@ -195,7 +218,7 @@ def retracted(U: Stack, V: Stack, X_U: Tensor, X_V: Tensor, s: Tensor, options: 
     """Frames again from X_U and X_V; first and second moments follow where the basis or the tangent space changes."""
     way = options["retraction"]
     if not options["preserve"]:
-        Q_U, Q_V = retract(X_U, way, start=U.weight), retract(X_V, way, start=V.weight)
+        Q_U, Q_V = (back_on_frame(X, way, side.weight) for X, side in ((X_U, U), (X_V, V)))
         transport(U, V, Q_U, Q_V, options)
         return Q_U, Q_V, s
     (Q_U, R_U), (Q_V, R_V) = frame_factor(X_U, way), frame_factor(X_V, way)

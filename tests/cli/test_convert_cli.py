@@ -25,6 +25,12 @@ def dense(tmp_path_factory, prepared, tiny_config):
     return folder
 
 
+def refusal(done):
+    """What the one line says by which a command refused."""
+    assert done.code == 2 and done.out == "" and done.err.count("\n") == 1, done.err
+    return done.err.removeprefix("nativerank: error: ")
+
+
 @pytest.fixture
 def go(cli, dense, tmp_path):
     return lambda *words: cli("convert", dense, "--out", tmp_path / "m", *words)
@@ -99,20 +105,16 @@ def test_json_into_a_file_and_quiet(go, prepared, tmp_path):
 )
 def test_bad_input_is_one_line_and_makes_nothing(go, tmp_path, monkeypatch, words, said):
     monkeypatch.chdir(tmp_path)
-    done = go(*words)
-    assert done.code == 2 and done.out == "" and done.err.count("\n") == 1
-    assert done.err.startswith(f"nativerank: error: {said}")
+    assert refusal(go(*words)).startswith(said)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_folders_that_cannot_be_converted(cli, dense, other_prepared, tmp_path):
     def refused(source, *words):
-        done = cli("convert", source, "--rank.value", "4", "--out", tmp_path / "m", *words)
-        assert done.code == 2 and done.err.count("\n") == 1, done.err
-        return done.err.removeprefix("nativerank: error: ")
+        return refusal(cli("convert", source, "--rank.value", "4", "--out", tmp_path / "m", *words))
 
-    assert cli("convert").err == "nativerank: error: convert needs HF_DIR, the folder of a dense model\n"
-    assert cli("convert", dense, "--rank.value", "4").err.startswith("nativerank: error: convert needs --out DIR")
+    assert refusal(cli("convert")) == "convert needs HF_DIR, the folder of a dense model\n"
+    assert refusal(cli("convert", dense, "--rank.value", "4")).startswith("convert needs --out DIR")
     assert refused(tmp_path / "nowhere").startswith("no such folder")
     assert "is neither a run nor a model folder" in refused(tmp_path)
     assert "was made with another tokenizer" in refused(dense, "--data", other_prepared)
@@ -124,8 +126,7 @@ def test_folders_that_cannot_be_converted(cli, dense, other_prepared, tmp_path):
     assert "cannot read the weights" in refused(bare)
     assert cli("convert", dense, "--rank.value", "4", "--out", tmp_path / "m").code == 0
     assert "m exists and is not empty" in refused(dense)
-    again = cli("convert", tmp_path / "m", "--rank.value", "2", "--out", tmp_path / "n")
-    assert "is in low rank already (lowrank layers)" in again.err
+    assert "is in low rank already (lowrank layers)" in refused(tmp_path / "m", "--out", tmp_path / "n")
 
 
 @pytest.mark.parametrize(
@@ -156,7 +157,7 @@ def test_a_method_that_does_not_fit_the_layers(cli, dense, tmp_path, prepared, k
         assert cli("convert", dense, "--out", tmp_path / "m", "--rank.value", "4", "--kind", kind).code == 0
     start = tmp_path / "m" if kind else dense
     done = cli("train", "--init", start, "--data.path", prepared, "--out", tmp_path / "run", "--method", *words)
-    assert done.code == 2 and said in done.err and done.err.count("\n") == 1 and not (tmp_path / "run").exists()
+    assert said in refusal(done) and not (tmp_path / "run").exists()
 
 
 def test_a_first_run_can_choose_its_ranks_by_energy(cli, flags, tmp_path):
@@ -165,5 +166,5 @@ def test_a_first_run_can_choose_its_ranks_by_energy(cli, flags, tmp_path):
         assert done.code == 0, done.err
     ranks = [json.loads((tmp_path / out / "model/config.json").read_text())["ranks"] for out in "ab"]
     assert {name: min(rank, 9) for name, rank in ranks[0].items()} == ranks[1] and max(ranks[0].values()) > 9
-    refused = cli("train", *flags(out=tmp_path / "c", rank__energy=1.5))
-    assert refused.code == 2 and "rank.energy must lie in (0, 1], got 1.5" in refused.err
+    refused = refusal(cli("train", *flags(out=tmp_path / "c", rank__energy=1.5)))
+    assert "rank.energy must lie in (0, 1], got 1.5" in refused

@@ -8,6 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from nativerank.experiments import grid
+from nativerank.experiments.arms import parse_arms, parse_values
+from nativerank.experiments.request import Request, carry_out
 
 OPTIMUM = {
     **{"spectron": 0.1, "lowrank-adamw": 0.003, "lowrank-muon": 0.03, "dense-adamw": 0.004, "dense-muon": 0.04},
@@ -58,3 +60,15 @@ def common(settings):
         return {"train.checkpoint_every": 0, **settings(**changes)}
 
     return make
+
+
+@pytest.fixture
+def ask(tmp_path, common):
+    """ask(methods, **changes): carries out a request in tmp_path / out and returns its record."""
+
+    def go(methods="spectron,lowrank-adamw", settings=None, **changes):
+        options = {"grid": {"optim.lr": parse_values("--lrs", "0.05,0.1,0.2")}, "seeds": 2, **changes}
+        cells = common(**{"optim__aux_lr": 0.01, **(settings or {})})
+        return carry_out(Request(tmp_path / "out", cells, parse_arms(methods), **options), lambda line: None)
+
+    return go

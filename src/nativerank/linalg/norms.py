@@ -19,7 +19,12 @@ def spectral_norm(X: Tensor, reduce: Reduce | None = None) -> Tensor:
         if reduce:
             raise ValueError("a sharded matrix must be tall: pass its transpose")
         X = X.mT
-    G, finite = split_finite(gram(X, reduce))
+    return gram_norm(gram(X, reduce))
+
+
+def gram_norm(G: Tensor) -> Tensor:
+    """sigma_max (...) of X from G = X^T X (..., r, r); NaN where G is not finite."""
+    G, finite = split_finite(G)
     on_host = G.cpu() if G.device.type == "mps" else G  # MPS has no eigenvalues
     sigma = torch.linalg.eigvalsh(on_host)[..., -1].clamp_min(0).sqrt().to(G.device)
     return sigma.masked_fill(~finite, torch.nan)
@@ -51,6 +56,22 @@ def power_iteration(X: Tensor, u: Tensor, steps: int = 1, reduce: Reduce | None 
             v = _normalised(Xw)
     sigma = (Xw * v).sum((-2, -1))  # u^T X v
     return sigma, w.squeeze(-2).to(u.dtype)
+
+
+def gram_power_iteration(G: Tensor, start: Tensor, steps: int = 1) -> tuple[Tensor, Tensor]:
+    """(sigma, c) of the same iteration for who has only G = X^T X (..., r, r) and start = X^T u (..., r).
+
+    The left vector to start from next time is X c; where c (..., r) is zero, so was X u, and u stays.
+    """
+    w, v, c = start, _normalised(start), torch.zeros_like(start)
+    with full_precision(G.device):
+        for _ in range(steps):
+            Gv = (v.unsqueeze(-2) @ G).squeeze(-2)
+            length = (v * Gv).sum(-1, keepdim=True).clamp_min(0).sqrt()  # ||X v||
+            c = torch.where(length > 0, v / length.clamp_min(_tiny(G)), 0.0)
+            w = torch.where(length > 0, Gv / length.clamp_min(_tiny(G)), w)
+            v = _normalised(w)
+    return (w * v).sum(-1), c
 
 
 def power_iteration_flops(d: int, r: int, steps: int = 1) -> int:

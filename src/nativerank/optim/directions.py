@@ -91,7 +91,11 @@ def pair_factors(M_A: Tensor, M_B: Tensor, options: Options) -> Tensor:
     if options["orthogonalizer"] == NONE:
         r = M_A.shape[-1]
         return torch.eye(r, dtype=M_A.dtype, device=M_A.device).expand(2, *M_A.shape[:-2], r, r)
-    G = torch.stack([gram(M_A), gram(M_B)])
+    return gram_factors(torch.stack([gram(M_A), gram(M_B)]), options)
+
+
+def gram_factors(G: Tensor, options: Options) -> Tensor:
+    """Q (..., r, r) with O = M Q from G = M^T M."""
     return orthogonalizing_factor(G, options["orthogonalizer"], options["orthogonalizer_steps"])
 
 
@@ -125,10 +129,15 @@ def certified_rho(O_A: Tensor, O_B: Tensor, A: Tensor, B: Tensor, eta: float) ->
     decay and the rounding of the stored factors after the step are outside the bound.
     """
     c_A, c_B, a, b = (MARGIN * spectral_norm(to_float64(X)) for X in (O_A, O_B, A, B))
+    return rho_within(eta, c_A, c_B, a, b, O_A.dtype).to(O_A.device)
+
+
+def rho_within(eta: float, c_A: Tensor, c_B: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """The positive root rho (...) of c_A c_B rho^2 + (c_A b + c_B a) rho = eta in the dtype of O; 0 for norms of NaN."""
     linear, quadratic = c_A * b + c_B * a, c_A * c_B
     root = 2 * eta / (linear + (linear.square() + 4 * quadratic * eta).sqrt()).clamp_min(torch.finfo(linear.dtype).tiny)
-    largest = torch.finfo(O_A.dtype).max  # for O so small that rho overflows
-    return torch.where(linear + quadratic > 0, root.clamp_max(largest), 0.0).to(O_A)
+    largest = torch.finfo(dtype).max  # for O so small that rho overflows
+    return torch.where(linear + quadratic > 0, root.clamp_max(largest), 0.0).to(dtype)
 
 
 def adamw_direction(side: Stack, options: Options, nesterov: bool = False) -> Tensor:
@@ -164,7 +173,7 @@ def in_one_pass(grad: Tensor, m: Tensor, v: Tensor, step: Tensor, options: Optio
     flipped = m.dim() > 2 and not m.is_contiguous()  # the tall view of matrices that lie flat
     if flipped:
         grad, m, v = grad.mT, m.mT, v.mT
-    if m.device.type != "cpu" or not (m.is_contiguous() and v.is_contiguous()):
+    if m.device.type != "cpu" or not len(m) or not (m.is_contiguous() and v.is_contiguous()):
         return None
     D, (beta1, beta2) = torch.zeros_like(m), options["betas"]
     torch._fused_adamw_(

@@ -85,8 +85,12 @@ def adam_muon(A: Stack, B: Stack, options: Options) -> tuple[Tensor, Tensor, Sta
 def capped(A: Stack, B: Stack, D_A: Tensor, D_B: Tensor, options: Options) -> tuple[Tensor, Tensor, State]:
     """The changes and a record, scaled by cap_factor (n, ...) <= 1 so that ||dW||_2 <= update_cap.
 
-    The cap follows the schedule as the rate does. A shortened step keeps its direction.
+    A shortened step keeps its direction.
     """
-    cap = options["update_cap"] * (options["lr"] / options["initial_lr"] if options["initial_lr"] else 0.0)
-    rho = certified_rho(D_A, D_B, A.weight, B.weight, cap).clamp_max(1)
+    rho = certified_rho(D_A, D_B, A.weight, B.weight, scheduled_cap(options)).clamp_max(1)
     return D_A * rho[..., None, None], D_B * rho[..., None, None], {"cap_factor": rho}
+
+
+def scheduled_cap(options: Options) -> float:
+    """The cap, which follows the schedule as the rate does."""
+    return options["update_cap"] * (options["lr"] / options["initial_lr"] if options["initial_lr"] else 0.0)

@@ -1,0 +1,191 @@
+"""What the processes of a run settle between them, so that none goes on alone or waits for one that has given up.
+
+    together     a block that succeeds on every process or raises on every process, with one error line
+    equal        the same settings everywhere, or an error that names process and key
+    from_first   what the first process made (a folder's name, a choice of checkpoint), or the error that it met
+    from_each    what every process made (the hashes of its files), or the first error
+    totals       sums of a few numbers, the same bits on every process
+
+One line is enough for a person: an error that all processes raise is `silent` on all but the first. Before there is a
+grid they talk through the launcher's store, afterwards through its process group; one process talks to nobody.
+"""
+
+import functools
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nativerank.distributed.grid import Grid
+
+T = TypeVar("T")
+START_SECONDS = 600.0  # that processes wait for each other before they know the configuration
+LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # environment variables that torchrun sets
+
+
+class Agreed(ValueError):
+    """An error that every process raises; `silent` where another one prints it."""
+
+    def __init__(self, message: str, silent: bool = False, exit_code: int = 2):
+        super().__init__(message)
+        self.silent, self.exit_code = silent, exit_code
+
+
+def launched() -> tuple[int, int]:
+    """(rank, number of processes) as the launcher has it in the environment; (0, 1) without one.
+
+    Raises:
+        ValueError: WORLD_SIZE speaks of many processes that nobody started.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        return 0, 1
+    if missing := [name for name in LAUNCHER if name not in os.environ]:
+        raise ValueError(f"WORLD_SIZE is {world}, but {missing[0]} is not set; start many processes with torchrun")
+    return int(os.environ["RANK"]), world
+
+
+@functools.cache
+def launcher_store() -> dist.Store:
+    """Where processes meet before there is a grid."""
+    store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=START_SECONDS)))
+    return store
+
+
+class _Meetings:
+    """Counts the meetings in the launcher's store, each of which has its own keys."""
+
+    count = 0
+
+
+def settle(mine: Any, judge: Callable[[list[Any]], str | None]) -> str | None:
+    """Every process hands in a JSON value before there is a grid; the verdict of the first one on all of them."""
+    rank, world = launched()
+    if world == 1:
+        return judge([mine])
+    store, _Meetings.count = launcher_store(), _Meetings.count + 1
+    key = f"nativerank/{_Meetings.count}"
+    store.set(f"{key}/{rank}", json.dumps(mine))
+    if rank == 0:
+        values = [json.loads(store.get(f"{key}/{other}")) for other in range(world)]
+        store.set(key, judge(values) or "")
+    return store.get(key).decode() or None
+
+
+def first_error(lines: Sequence[str | None]) -> str | None:
+    """The error of the lowest rank that has one; the first process needs no introduction."""
+    for rank, line in enumerate(lines):
+        if line is not None:
+            return line if rank == 0 else f"rank {rank}: {line}"
+    return None
+
+
+def first_difference(settings: Sequence[Mapping[str, Any]]) -> str | None:
+    """Names the first process whose settings, by dotted key, are not those of the first one."""
+    for rank, other in enumerate(settings):
+        for key, value in settings[0].items():
+            if other.get(key) != value:
+                return f"rank {rank} has {key} {other.get(key)}, rank 0 has {value}; start every process alike"
+    return None
+
+
+def equal(settings: Mapping[str, Any]) -> None:
+    """Makes sure, before there is a grid, that every process has the same settings (JSON values by dotted key).
+
+    Raises:
+        Agreed: on all of them, naming process and key.
+    """
+    if verdict := settle(dict(settings), first_difference):
+        raise Agreed(verdict, silent=launched()[0] != 0)
+
+
+@contextmanager
+def together(grid: Grid | None = None) -> Iterator[None]:
+    """A block, without collectives inside, that raises on every process if it raises on one.
+
+    Args:
+        grid: None before there is one.
+
+    Raises:
+        Exception: what the block raised on the first process; `Agreed` on the others.
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    rank, world = launched() if grid is None else (grid.rank, grid.world)
+    verdict = _first_of(grid, None if failure is None else one_line(failure)) if world > 1 else None
+    if failure is not None and (rank == 0 or not isinstance(failure, (ValueError, OSError))):
+        raise failure
+    if verdict is not None:
+        raise Agreed(verdict, rank != 0, getattr(failure, "exit_code", 2)) from failure
+
+
+def one_line(error: Exception) -> str:
+    """The first line of an error, its type where it has none."""
+    return " ".join(str(error).split("\n")[0].split()) or type(error).__name__
+
+
+def _first_of(grid: Grid | None, line: str | None) -> str | None:
+    if grid is None:
+        return settle(line, first_error)
+    lines: list[str | None] = [None] * grid.world
+    dist.all_gather_object(lines, line, group=grid.everyone)
+    return first_error(lines)
+
+
+def from_first(grid: Grid, make: Callable[[], T]) -> T:
+    """What `make` returns on the first process, on all of them.
+
+    Raises:
+        Exception: what it raised there; `Agreed` on the others.
+    """
+    if grid.world == 1:
+        return make()
+    answer: list[Any] = [None, None, 2]  # what was made, or the error line and its exit code
+    failure: Exception | None = None
+    if grid.rank == 0:
+        try:
+            answer[0] = make()
+        except Exception as error:
+            failure = error
+            answer[1:] = [one_line(error), getattr(error, "exit_code", 2)]
+    dist.broadcast_object_list(answer, src=0, group=grid.everyone)
+    if failure is not None:
+        raise failure
+    if answer[1] is not None:
+        raise Agreed(answer[1], True, answer[2])
+    made: T = answer[0]
+    return made
+
+
+def from_each(grid: Grid, make: Callable[[], T]) -> list[T]:
+    """What `make` returns on every process, by rank; it makes no collective call itself.
+
+    Raises:
+        Exception: as `together`.
+    """
+    with together(grid):
+        made = make()
+    if grid.world == 1:
+        return [made]
+    found: list[Any] = [None] * grid.world
+    dist.all_gather_object(found, made, group=grid.everyone)
+    return found
+
+
+def totals(values: Sequence[float | Tensor], grid: Grid, device: torch.device) -> list[float]:
+    """Sums over all processes, in float64, of a few numbers or scalar tensors: one all-reduce."""
+    parts = [torch.as_tensor(value, dtype=torch.float64, device=device).detach() for value in values]
+    flat = torch.stack(parts)
+    if grid.world > 1:
+        dist.all_reduce(flat, group=grid.everyone)
+    found: list[float] = flat.tolist()
+    return found

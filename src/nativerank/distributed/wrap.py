@@ -1,0 +1,123 @@
+"""PyTorch's engine around a model, by the grid.
+
+    shards > 1              FSDP2 (`fully_shard`), one group of parameters per repeated block and one for the rest:
+                            parameters become DTensors, gathered for the forward and for the backward pass of their
+                            block, gradients averaged and scattered; with replicas > 1 (hsdp) averaged over these too
+    shards = 1, replicas    DistributedDataParallel: whole parameters, averaged gradients
+    one process             nothing
+
+Activation checkpointing has to be on before, compilation of blocks comes after. The module that is returned computes
+the training loss; parameters and names are looked up in the model itself.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
+from torch.nn.parallel import DistributedDataParallel
+
+from nativerank.distributed.grid import Grid
+
+# PyTorch 2.13 gave it a new name.
+SYNC_BUFFERS = [name for name in signature(DistributedDataParallel).parameters if name.endswith("_buffers")][-1]
+DTYPES: dict[str | None, torch.dtype | None] = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def blocks(model: nn.Module) -> Iterator[nn.Module]:
+    """The repeated blocks: members of the outermost ModuleLists."""
+    for child in model.children():
+        if isinstance(child, nn.ModuleList):
+            yield from child
+        else:
+            yield from blocks(child)
+
+
+def wrap(
+    model: nn.Module,
+    grid: Grid,
+    dims: Mapping[int, int],
+    *,
+    reshard_after_forward: bool = True,
+    precision: str | None = None,
+    reduce: str | None = None,
+    unused: bool = False,
+) -> tuple[nn.Module, list[str]]:
+    """Spreads a model over the grid.
+
+    Args:
+        model: whole, with the same weights on every process; on the grid's device, but for FSDP in host memory at will:
+            then one block at a time passes through the device. Its parameters are replaced where it is sharded.
+        grid: of the processes that exchange gradients.
+        dims: {id(parameter): dimension to cut}; 0 for what is not named.
+        reshard_after_forward: see ParallelConfig; so precision and reduce (None, "fp32" or "bf16").
+        unused: some parameters take no part in some steps.
+
+    Returns:
+        The module to call forward on, and the names of parameters that are cut along dimension 0 against the wish in
+        `dims`, since FSDP2 wants equal parts along any other one.
+    """
+    if grid.shards == 1:
+        return (model if grid.replicas == 1 else _ddp(model, grid, reduce, unused)), []
+    assert grid.mesh is not None
+    placed = {id(p): _placement(p, dims, grid.shards) for p in model.parameters()}
+    uneven = [n for n, p in model.named_parameters() if placed[id(p)].dim != dims.get(id(p), 0)]
+    policy = MixedPrecisionPolicy(param_dtype=DTYPES[precision], reduce_dtype=DTYPES[reduce])
+    common: dict[str, Any] = {
+        "mesh": grid.mesh if grid.replicas > 1 else grid.mesh["shard"],
+        "shard_placement_fn": lambda p: placed[id(p)],
+        "mp_policy": policy,
+    }
+    for block in blocks(model):
+        fully_shard(block, reshard_after_forward=reshard_after_forward, **common)
+    fully_shard(model, **common)  # its forward ends where its backward begins, so it stays gathered in between
+    return model, uneven
+
+
+def _placement(p: nn.Parameter, dims: Mapping[int, int], shards: int) -> Shard:
+    dim = dims.get(id(p), 0)
+    return Shard(dim if p.shape[dim] % shards == 0 else 0)
+
+
+def _ddp(model: nn.Module, grid: Grid, reduce: str | None, unused: bool) -> DistributedDataParallel:
+    wrapped = DistributedDataParallel(
+        model,
+        process_group=grid.along_replicas,
+        **{SYNC_BUFFERS: False},  # rotary tables and the like never change
+        find_unused_parameters=unused,
+        gradient_as_bucket_view=True,
+    )
+    if reduce == "bf16":
+        wrapped.register_comm_hook(grid.along_replicas, bf16_compress_hook)
+    return wrapped
+
+
+def gradient_sync(module: nn.Module, last: bool) -> AbstractContextManager[Any]:
+    """For the forward and backward pass of one micro-batch: gradients are exchanged in that of the last one only.
+
+    Args:
+        module: from `wrap`.
+    """
+    if isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(last)
+        module.set_is_last_backward(last)
+    elif isinstance(module, DistributedDataParallel) and not last:
+        return module.no_sync()
+    return nullcontext()
+
+
+def reshard(model: nn.Module) -> None:
+    """Lets go of gathered weights after a forward pass without a backward pass: `parameters()` are shards again."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def original_class(model: nn.Module) -> type:
+    """The class that a model had before it was sharded."""
+    return next(cls for cls in type(model).__mro__ if not issubclass(cls, FSDPModule))

@@ -36,16 +36,21 @@ def new_folder(out: Path, replace: bool = False) -> Iterator[Path]:
         yield temporary
         temporary.chmod(0o777 & ~_umask())  # mkdtemp makes it private
         for path in (*(p for p in temporary.iterdir() if p.is_file()), temporary):
-            _sync(path)
+            sync(path)
         with _aside(out if replace else None):
             _rename(temporary, out)
-        _sync(out.parent)
+        sync(out.parent)
     except OSError as error:
-        if error.errno in NO_SPACE:
-            raise ValueError(f"disk full while writing {out}; nothing was kept: {error.strerror}") from None
-        raise
+        raise named_if_full(error, out) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def named_if_full(error: OSError, out: Path) -> Exception:
+    """The ValueError for a disk that was full while `out` was written; any other error as it is."""
+    if error.errno in NO_SPACE:
+        return ValueError(f"disk full while writing {out}; nothing was kept: {error.strerror}")
+    return error
 
 
 def check_free(out: Path) -> None:
@@ -98,7 +103,7 @@ def _umask() -> int:
     return mask
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Makes sure that a file or folder reached the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

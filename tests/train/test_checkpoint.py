@@ -13,9 +13,10 @@ import sys
 import pytest
 import torch
 
-from nativerank.train import checkpoint
+from nativerank.train import checkpoint, generators
 from nativerank.train.loop import train
 from nativerank.train.metrics import read_rows
+from nativerank.train.piece_files import Stored
 
 
 @pytest.fixture
@@ -198,13 +199,13 @@ def test_no_checkpoint_holds_weights_that_are_not_finite(tmp_path, run_config, l
     assert [c.step for c in checkpoint.list_checkpoints(out)] == [2]
 
 
-@pytest.mark.parametrize("victim", ["write_tensors", "named_tensors"])
+@pytest.mark.parametrize("victim", ["write_pieces", "sync"])
 def test_a_full_disk_leaves_the_earlier_ones(tmp_path, cli, flags, monkeypatch, victim):
     calls, original = [], getattr(checkpoint, victim)
 
     def fails_at_the_second_save(*args):
         calls.append(1)
-        if len(calls) > (2 if victim == "write_tensors" else 1):
+        if len(calls) > 2:
             raise OSError(errno.ENOSPC, "No space left on device")
         return original(*args)
 
@@ -263,10 +264,10 @@ def on_cuda(monkeypatch):
     generator, original = [torch.arange(16, dtype=torch.uint8)], checkpoint.random_state
 
     def set_random_state(model, state):
-        torch.set_rng_state(state[checkpoint.RNG])
-        generator[0] = state.get(checkpoint.CUDA_RNG, generator[0])
+        torch.set_rng_state(state[generators.RNG])
+        generator[0] = state.get(generators.CUDA_RNG, generator[0])
 
-    with_cuda = lambda model: original(model) | {checkpoint.CUDA_RNG: generator[0].clone()}  # noqa: E731
+    with_cuda = lambda model: original(model) | {generators.CUDA_RNG: generator[0].clone()}  # noqa: E731
     monkeypatch.setattr(checkpoint, "random_state", with_cuda)
     monkeypatch.setattr(checkpoint, "set_random_state", set_random_state)
     return generator
@@ -281,21 +282,21 @@ STATE = {"step": 1, "loader": {}, "guard": {}, "best": {}, "data": ""}
 
 
 def test_the_cuda_generator_is_kept(tmp_path, on_cuda):
-    saved = checkpoint.save(tmp_path, 1, *small(), STATE)
+    saved = checkpoint.save(tmp_path, 1, checkpoint.contents(*small()), STATE)
     on_cuda[0] = torch.zeros(16, dtype=torch.uint8)
     checkpoint.load(saved.path, *small())
     assert on_cuda[0].tolist() == list(range(16))
 
 
 def test_a_checkpoint_of_cuda_is_read_on_the_cpu(tmp_path, on_cuda, monkeypatch):
-    saved = checkpoint.save(tmp_path, 1, *small(), STATE)
+    saved = checkpoint.save(tmp_path, 1, checkpoint.contents(*small()), STATE)
     monkeypatch.undo()
     assert checkpoint.load(saved.path, *small()) == STATE
 
 
 def test_a_checkpoint_of_the_cpu_is_read_on_cuda(tmp_path, request):
-    saved = checkpoint.save(tmp_path, 1, *small(), STATE)
-    assert "rng/cuda" not in checkpoint.shapes_of(saved.path / "optimizer.safetensors")
+    saved = checkpoint.save(tmp_path, 1, checkpoint.contents(*small()), STATE)
+    assert "rng/cuda" not in Stored([saved.path / "optimizer.safetensors"]).shapes
     generator = request.getfixturevalue("on_cuda")
     assert checkpoint.load(saved.path, *small()) == STATE
     assert generator[0].tolist() == list(range(16)), "left alone"
@@ -305,6 +306,7 @@ def test_a_checkpoint_of_the_cpu_is_read_on_cuda(tmp_path, request):
 def test_the_cuda_generator_is_that_of_the_models_device(tmp_path):
     model, optimizer = small()
     model.cuda()
-    saved, wanted = checkpoint.save(tmp_path, 1, model, optimizer, STATE), torch.rand(4, device="cuda")
+    saved = checkpoint.save(tmp_path, 1, checkpoint.contents(model, optimizer), STATE)
+    wanted = torch.rand(4, device="cuda")
     checkpoint.load(saved.path, model, optimizer)
     assert torch.equal(torch.rand(4, device="cuda"), wanted)

@@ -21,30 +21,17 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def write_tensors(tensors: dict[str, Tensor], file: Path) -> None:
-    """Writes contiguous CPU copies of the tensors.
+def write_tensors(tensors: dict[str, Tensor], file: Path, header: dict[str, str] | None = None) -> None:
+    """Writes contiguous CPU copies of the tensors, and a few words about them into the file's header.
 
     Raises:
         OSError: the disk is full or the file cannot be written.
     """
     try:
-        save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, file)
+        save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, file, header)
     except SafetensorError as error:  # the writer's name for an operating system error, number and all
         code = re.search(r"os error (\d+)", str(error))
         raise OSError(int(code.group(1)) if code else errno.EIO, str(error), str(file)) from None
-
-
-def shapes_of(file: Path) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor of a file, without reading it.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
-    try:
-        with safe_open(file, framework="pt") as stored:
-            return {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"cannot read {file}: {error}") from None
 
 
 def read_into(tensors: dict[str, Tensor], file: Path) -> None:

@@ -4,31 +4,44 @@
         model.safetensors       weights
         optimizer.safetensors   PARAMETER/STATE for every state tensor, and the random number generators
         state.json              step, tokens, data cursor, guard, best loss, fingerprints
-        manifest.json           sha256 and size of the other files, written last
+        manifest.json           sha256 and size of the other files, how many processes wrote them; written last
 
-A save goes to a temporary name, is fsynced and renamed (`nativerank.files`): kill -9 or a full disk leaves at most a
-hidden folder, which the next save removes, and earlier checkpoints as they were. Reading checks every hash first and
-never unpickles; a folder with a file that could hold code is refused.
+N processes write model-0000k-of-0000N.safetensors and optimizer-...: each the pieces of tensors that it holds
+(`train.piece_files`), which any number of processes can read. A save goes to a temporary name, every file is fsynced
+and its hash told to process 0, which writes the manifest and renames (`nativerank.files`): kill -9 of any process or a
+full disk leaves at most a hidden folder, which the next save removes, and earlier checkpoints as they were. Reading
+checks every hash first, each process a share of them, and never unpickles; a folder with a file that could hold code is
+refused. All functions that take a grid are called by all of its processes, and return or raise on all of them.
 """
 
 import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from nativerank.files import new_folder, remove_partial, sha256_file
-from nativerank.hub.weights import named_tensors, read_into, shapes_of, write_tensors
+from nativerank.distributed.agree import from_each, from_first
+from nativerank.distributed.grid import SINGLE, Grid
+from nativerank.distributed.pieces import Piece, piece_of
+from nativerank.files import named_if_full, new_folder, remove_partial, sha256_file, sync
+from nativerank.hub.weights import named_tensors
+from nativerank.layers import init_seed
+from nativerank.optim.optimizer import LowRankOptimizer
+from nativerank.train.generators import PREFIX as RANDOM
+from nativerank.train.generators import random_state, set_random_state
+from nativerank.train.piece_files import Stored, write_pieces
 
-FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+KINDS = ("model", "optimizer")
+STATE = "state.json"
 MANIFEST = "manifest.json"
 PREFIX = "step-"
-RNG, CUDA_RNG = "rng/torch", "rng/cuda"
+MAX_PROCESSES = 99_999
 
 
 @dataclass(frozen=True)
@@ -39,44 +52,107 @@ class Checkpoint:
     step: int
 
 
+def tensor_files(kind: str, processes: int) -> list[str]:
+    """The names of the files that hold the model or the optimizer, by process."""
+    if processes == 1:
+        return [f"{kind}.safetensors"]
+    return [f"{kind}-{rank:05d}-of-{processes:05d}.safetensors" for rank in range(processes)]
+
+
+# -- writing ------------------------------------------------------------------------------------------------------
+
+Contents = dict[str, list[Piece]]  # by kind
+
+
+def contents(model: nn.Module, optimizer: LowRankOptimizer, grid: Grid = SINGLE) -> Contents:
+    """What this process holds of everything that a checkpoint keeps as tensors."""
+    return {
+        "model": model_pieces(model, grid),
+        "optimizer": optimizer_pieces(model, optimizer) + random_pieces(model, grid),
+    }
+
+
+def model_pieces(model: nn.Module, grid: Grid) -> list[Piece]:
+    """Of the weights and persistent buffers."""
+    return [piece_of(name, tensor, grid) for name, tensor in named_tensors(model).items()]
+
+
+def optimizer_pieces(model: nn.Module, optimizer: LowRankOptimizer) -> list[Piece]:
+    """Of the optimizer's state."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    if hasattr(optimizer, "pieces"):
+        return optimizer.pieces(names)
+    states = {f"{names[id(p)]}/{key}": value for p, state in optimizer.state.items() for key, value in state.items()}
+    return [Piece(name, value, tuple(value.shape)) for name, value in states.items()]
+
+
+def random_pieces(model: nn.Module, grid: Grid) -> list[Piece]:
+    """The states of this process's generators, under names of its own where it is not alone."""
+    own = f"/{grid.rank}" if grid.world > 1 else ""
+    return [Piece(name + own, state, tuple(state.shape)) for name, state in random_state(model).items()]
+
+
 def save(
-    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+    folder: Path,
+    step: int,
+    tensors: Contents,
+    state: dict[str, Any],
+    grid: Grid = SINGLE,
+    then: Callable[[], None] = lambda: None,
 ) -> Checkpoint:
     """Writes checkpoints/step-NNNNNN below the run folder, atomically.
 
+    Args:
+        folder: of the run, on a disk that all processes share.
+        tensors: of `contents`.
+        state: plain values, equal on all processes.
+        then: done by process 0 when the checkpoint is there.
+
     Raises:
-        ValueError: the disk is full; what was there before is untouched.
+        ValueError: the disk is full, for any process; what was there before is untouched.
     """
     target = folder / "checkpoints" / f"{PREFIX}{step:06d}"
-    remove_partial(target.with_name(PREFIX + "*"))
-    with new_folder(target, replace=True) as partial:
-        write_tensors(named_tensors(model), partial / FILES[0])
-        write_tensors(optimizer_tensors(model, optimizer) | random_state(model), partial / FILES[1])
-        (partial / FILES[2]).write_text(json.dumps(state, indent=1), encoding="utf-8")
-        hashes = {n: {"sha256": sha256_file(partial / n), "bytes": (partial / n).stat().st_size} for n in FILES}
-        (partial / MANIFEST).write_text(json.dumps({"step": step, "files": hashes}, indent=1), encoding="utf-8")
+    with ExitStack() as stack:
+
+        def begin() -> str:
+            remove_partial(target.with_name(PREFIX + "*"))
+            return stack.enter_context(new_folder(target, replace=True)).name
+
+        def end() -> None:
+            (partial / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+            files = {name: entry for own in written for name, entry in own.items()} | {STATE: _entry(partial / STATE)}
+            manifest = {"step": step, "processes": grid.world, "files": files}
+            (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+            stack.close()  # it takes its name
+            then()
+
+        partial = target.with_name(from_first(grid, begin))
+        written = from_each(grid, lambda: _write_own(partial, target, tensors, grid))
+        from_first(grid, end)
     return Checkpoint(target, step)
 
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Every state tensor under PARAMETER/STATE."""
-    names = {id(p): name for name, p in model.named_parameters()}
-    return {f"{names[id(p)]}/{key}": value for p, state in optimizer.state.items() for key, value in state.items()}
+def _write_own(partial: Path, target: Path, tensors: Contents, grid: Grid) -> dict[str, Any]:
+    """Writes this process's files; their entries of the manifest."""
+    entries = {}
+    try:
+        for kind, pieces in tensors.items():
+            name = tensor_files(kind, grid.world)[grid.rank]
+            write_pieces(pieces, partial / name)
+            sync(partial / name)
+            entries[name] = _entry(partial / name)
+    except FileNotFoundError:
+        raise ValueError(f"{target.parent} is not on a disk that all processes share") from None
+    except OSError as error:
+        raise named_if_full(error, target) from None
+    return entries
 
 
-def random_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state of the generators that the model's dropout may draw from: the CPU's, and its CUDA device's."""
-    device = next(model.parameters()).device
-    cuda = {CUDA_RNG: torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
-    return {RNG: torch.get_rng_state()} | cuda
+def _entry(file: Path) -> dict[str, Any]:
+    return {"sha256": sha256_file(file), "bytes": file.stat().st_size}
 
 
-def set_random_state(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """The inverse; what the model's device has no generator for is left out."""
-    device = next(model.parameters()).device
-    torch.set_rng_state(state[RNG])
-    if CUDA_RNG in state and device.type == "cuda":
-        torch.cuda.set_rng_state(state[CUDA_RNG], device)
+# -- reading ------------------------------------------------------------------------------------------------------
 
 
 def list_checkpoints(folder: Path) -> list[Checkpoint]:
@@ -88,28 +164,53 @@ def list_checkpoints(folder: Path) -> list[Checkpoint]:
     return sorted(found, key=lambda c: c.step)
 
 
-def check(path: Path) -> None:
-    """Compares a checkpoint with its manifest.
+def check(path: Path, grid: Grid = SINGLE) -> None:
+    """Compares a checkpoint with its manifest; every process reads a share of the files.
 
     Raises:
         ValueError: a missing, truncated, altered or foreign file, named.
     """
+    expected = from_first(grid, lambda: _claims(path))
+    mine = list(expected.items())[grid.rank :: grid.world]
+
+    def compare() -> None:
+        for name, sha256 in mine:
+            if sha256_file(path / name) != sha256:
+                raise ValueError(f"{path} is damaged: the hash of {name} differs from the manifest")
+
+    from_each(grid, compare)
+
+
+def _claims(path: Path) -> dict[str, str]:
+    """File name -> sha256, of a folder that holds exactly the files it should in their sizes."""
     try:
         files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
-        expected = {name: (files[name]["sha256"], files[name]["bytes"]) for name in FILES}
+        wanted = [name for kind in KINDS for name in tensor_files(kind, processes_of(path))] + [STATE]
+        expected = {name: (files[name]["sha256"], files[name]["bytes"]) for name in wanted}
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(f"{path} is not a complete checkpoint: {MANIFEST} is missing or unreadable") from None
-    foreign = sorted(p.name for p in path.iterdir() if p.name not in (*FILES, MANIFEST))
+    foreign = sorted(p.name for p in path.iterdir() if p.name not in (*expected, MANIFEST))
     if foreign:
         raise ValueError(
             f"{path} holds {foreign[0]}; a checkpoint is safetensors and JSON only, anything else is refused"
         )
-    for name, (sha256, size) in expected.items():
+    for name, (_, size) in expected.items():
         file = path / name
         if not file.is_file() or file.stat().st_size != size:
             raise ValueError(f"{path} is damaged: {name} is missing or truncated")
-        if sha256_file(file) != sha256:
-            raise ValueError(f"{path} is damaged: the hash of {name} differs from the manifest")
+    return {name: sha256 for name, (sha256, _) in expected.items()}
+
+
+def processes_of(path: Path) -> int:
+    """How many processes wrote a checkpoint; version 0.1 does not say, and had one.
+
+    Raises:
+        ValueError: no number of processes.
+    """
+    processes = json.loads((path / MANIFEST).read_text(encoding="utf-8")).get("processes", 1)
+    if type(processes) is not int or not 1 <= processes <= MAX_PROCESSES:
+        raise ValueError(f"{path / MANIFEST} was written by {processes!r} processes")
+    return processes
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -119,33 +220,65 @@ def read_state(path: Path) -> dict[str, Any]:
         ValueError: it is not what `Run` writes.
     """
     try:
-        state: dict[str, Any] = json.loads((path / FILES[2]).read_text(encoding="utf-8"))
+        state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
         if missing := sorted({"step", "loader", "guard", "best", "data"} - set(state)):
             raise ValueError(f"it lacks {missing[0]}")
     except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"cannot read {path / FILES[2]}: {error}") from None
+        raise ValueError(f"cannot read {path / STATE}: {error}") from None
     return state
 
 
-def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def load(
+    path: Path, model: nn.Module, optimizer: LowRankOptimizer, grid: Grid = SINGLE, seed: int = 0
+) -> dict[str, Any]:
     """Puts a checkpoint that passed `check` into a model and its optimizer, in place; returns its state.json.
+
+    Args:
+        seed: of the run. Where another number of processes goes on, random numbers start anew from it, the step and
+            the process.
 
     Raises:
         ValueError: the checkpoint belongs to another model, or its hashes hold but not what they vouch for.
     """
-    state = read_state(path)
-    read_into(named_tensors(model), path / FILES[0])
-    rng, stored = random_state(model), shapes_of(path / FILES[1])
-    if CUDA_RNG in stored:
-        rng.setdefault(CUDA_RNG, torch.empty(stored[CUDA_RNG], dtype=torch.uint8))
+    own = {"model": model_pieces(model, grid), "optimizer": optimizer_pieces(model, optimizer)}
+    state, stored = from_each(grid, lambda: (read_state(path), processes_of(path)))[0]
+    for kind, pieces in own.items():
+        _read([path / name for name in tensor_files(kind, stored)], pieces, grid)
+    if hasattr(optimizer, "loaded"):
+        optimizer.loaded()
+    if stored == grid.world:
+        from_each(grid, lambda: _read_random(path, model, grid))
     else:
-        rng.pop(CUDA_RNG, None)
-    read_into(optimizer_tensors(model, optimizer) | rng, path / FILES[1])
-    set_random_state(model, rng)
+        torch.manual_seed(init_seed(seed, f"process {grid.rank} of {grid.world} from step {state['step']}"))
     return state
 
 
-def newest_usable(folder: Path, complain: Callable[[str], None]) -> Checkpoint | None:
+def _read(files: list[Path], pieces: list[Piece], grid: Grid) -> None:
+    """Fills this process's pieces; what is stored must be what all processes hold together."""
+    stored: list[Stored] = []
+
+    def fill() -> list[str]:
+        stored.append(Stored(files))
+        stored[0].fill(pieces)
+        here = {p.name for p in pieces}
+        return [name for name in stored[0].shapes if name not in here and not name.startswith(RANDOM)]
+
+    nowhere = set.intersection(*map(set, from_each(grid, fill)))
+    if nowhere:
+        more = f", and {len(nowhere) - 1} more" if len(nowhere) > 1 else ""
+        raise ValueError(f"{stored[0].where} holds {min(nowhere)}, which the model does not have{more}")
+
+
+def _read_random(path: Path, model: nn.Module, grid: Grid) -> None:
+    """Sets this process's generators; what its device has none for is left out."""
+    stored = Stored([path / tensor_files("optimizer", grid.world)[grid.rank]])
+    own = random_pieces(model, grid)
+    found = {name: piece for name, piece in zip(random_state(model), own, strict=True) if piece.name in stored.shapes}
+    stored.fill([own[0], *found.values()])  # that of the CPU is always there
+    set_random_state(model, {name: piece.tensor for name, piece in found.items()})
+
+
+def newest_usable(folder: Path, complain: Callable[[str], None], grid: Grid = SINGLE) -> Checkpoint | None:
     """The newest checkpoint that passes its check, None if there is none at all.
 
     Each damaged newer one is named through `complain(message)`.
@@ -154,9 +287,9 @@ def newest_usable(folder: Path, complain: Callable[[str], None]) -> Checkpoint |
         ValueError: there are checkpoints and all are damaged.
     """
     problems: list[str] = []
-    for checkpoint in reversed(list_checkpoints(folder)):
+    for checkpoint in reversed(from_first(grid, lambda: list_checkpoints(folder))):
         try:
-            check(checkpoint.path)
+            check(checkpoint.path, grid)
         except ValueError as error:
             problems.append(str(error))
         else:
@@ -168,7 +301,9 @@ def newest_usable(folder: Path, complain: Callable[[str], None]) -> Checkpoint |
     return None
 
 
-def find(folder: Path, resume: str, complain: Callable[[str], None]) -> tuple[Path | None, Checkpoint | None]:
+def find(
+    folder: Path, resume: str, complain: Callable[[str], None], grid: Grid = SINGLE
+) -> tuple[Path | None, Checkpoint | None]:
     """(the checkpoint to go on from, if any, and the newest usable one of the run folder), both checked.
 
     Args:
@@ -181,12 +316,12 @@ def find(folder: Path, resume: str, complain: Callable[[str], None]) -> tuple[Pa
     """
     if resume == "never":
         return None, None
-    newest = newest_usable(folder, complain)
+    newest = newest_usable(folder, complain, grid)
     if resume == "auto":
         return (newest.path if newest else None), newest
     path = Path(resume)
     if newest is None or path.resolve() != newest.path.resolve():
-        check(path)
+        check(path, grid)
     return path, newest
 
 

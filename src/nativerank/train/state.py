@@ -5,6 +5,7 @@ state gives the bits that `save` saw; `go_back` is `load` with the data going on
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,15 @@ from nativerank.accounting.flops import flops_per_token
 from nativerank.config import RunConfig
 from nativerank.data.loader import Loader
 from nativerank.data.shards import Dataset
+from nativerank.distributed.agree import from_each, from_first
+from nativerank.distributed.grid import SINGLE, Grid
+from nativerank.distributed.pieces import local
 from nativerank.models import count_parameters
 from nativerank.rank.controller import RankController
 from nativerank.train import checkpoint
 from nativerank.train.guard import Diverged, Guard
 from nativerank.train.resolve import tokens_per_step
+from nativerank.train.saver import Saver
 from nativerank.train.setup import Built, data_fingerprint
 
 
@@ -27,12 +32,19 @@ class RunState:
 
     Args:
         complain: is told of checkpoints that are damaged.
+        grid: of the processes that train; `save`, `load`, `go_back` and `last_good` are called by all of them.
     """
 
     def __init__(
-        self, config: RunConfig, out: Path, dataset: Dataset, built: Built, complain: Callable[[str], None]
+        self,
+        config: RunConfig,
+        out: Path,
+        dataset: Dataset,
+        built: Built,
+        complain: Callable[[str], None],
+        grid: Grid = SINGLE,
     ) -> None:
-        self.config, self.out, self.dataset, self.complain = config, out, dataset, complain
+        self.config, self.out, self.dataset, self.complain, self.grid = config, out, dataset, complain, grid
         self.model, self.optimizer, self.report = built.model, built.optimizer, built.report
         t = config.train
         assert t.steps and t.context and t.batch_size
@@ -47,6 +59,7 @@ class RunState:
         self.train_flops = 0.0
         self.count_flops()
         self.fingerprint = checkpoint.fingerprint(data_fingerprint(dataset))
+        self.saver = Saver(out, grid, t.checkpoint_async)
 
     # -- ranks and what they cost -----------------------------------------------------------------------------
 
@@ -96,19 +109,28 @@ class RunState:
     def save(self, val_loss: float | None = None) -> None:
         """Saves, keeps the newest few and the best of those that were validated.
 
+        With `train.checkpoint_async` the checkpoint is there after `saver.wait()` or at the next save.
+
         Raises:
             Diverged: a weight that is not finite; nothing is saved then.
+            ValueError: the disk is full, now or in the save before.
         """
-        if not all(bool(torch.isfinite(p).all()) for p in self.model.parameters()):
+        self.saver.wait()
+        if not all(from_each(self.grid, self._finite)):
             raise Diverged(
                 f"step {self.step}: the weights are not finite any more; lower --optim.lr; "
                 f"{described(self.last_good())}"
             )
         if val_loss is not None and val_loss < self.best_loss:
             self.best_loss, self.best_step = val_loss, self.step
-        checkpoint.save(self.out, self.step, self.model, self.optimizer, self._plain())
-        checkpoint.prune(self.out, self.step, self.config.train.keep, self.best_step)
+        tensors = checkpoint.contents(self.model, self.optimizer, self.grid)
+        prune = partial(checkpoint.prune, self.out, self.step, self.config.train.keep, self.best_step)
+        self.saver.save(self.step, tensors, self._plain(), prune)
         self.rollbacks, self.saved_at = 0, self.step
+
+    def _finite(self) -> bool:
+        """Whether what this process holds of the weights is."""
+        return all(bool(torch.isfinite(local(p)).all()) for p in self.model.parameters())
 
     def _plain(self) -> dict[str, Any]:
         """What a checkpoint keeps besides tensors."""
@@ -129,12 +151,12 @@ class RunState:
         Raises:
             ValueError: one of another model or of other data.
         """
-        stored = checkpoint.read_state(path)
+        stored = from_first(self.grid, lambda: checkpoint.read_state(path))
         if self.optimizer.guides is not None:
             self.optimizer.guides.set(stored["step"])
         if "ranks" in stored:  # a checkpoint of version 0.1 has none, and no changed ones
             self.ranks.restore(stored["ranks"], str(path))
-        state = checkpoint.load(path, self.model, self.optimizer)
+        state = checkpoint.load(path, self.model, self.optimizer, self.grid, self.config.train.seed)
         self.train_flops = state.get("train_flops", 0.0)
         self.count_flops()
         if state["data"] != self.fingerprint:
@@ -164,9 +186,10 @@ class RunState:
         self.saved_at = self.step
 
     def last_good(self) -> checkpoint.Checkpoint | None:
-        """The newest checkpoint that is usable, None if none is."""
+        """The newest checkpoint that is usable, None if none is; the one in flight, if any, comes to its end first."""
+        self.saver.wait()
         try:
-            return checkpoint.newest_usable(self.out, self.complain)
+            return checkpoint.newest_usable(self.out, self.complain, self.grid)
         except ValueError:
             return None
 

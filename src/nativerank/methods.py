@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from nativerank.config import nearest
+from nativerank.distributed.grid import Grid
 from nativerank.layers import FactorizeReport, Guides, factorize_modules, matrix_parameters
 from nativerank.optim.check import AUXILIARY
 from nativerank.optim.optimizer import LowRankOptimizer
@@ -216,6 +217,8 @@ def build_optimizer(
     frames: str | None = None,
     layerwise: bool = False,
     seed: int = 0,
+    grid: Grid | None = None,
+    algebra: str = "auto",
     **options: Any,
 ) -> LowRankOptimizer:
     """The optimizer of a method for a model: hidden matrices by the method's rule, everything else by AdamW.
@@ -234,6 +237,10 @@ def build_optimizer(
         layerwise: update inside the backward pass and free each gradient at once (`optim.layerwise`). The loop must not
             clip, scale or accumulate gradients then, and sets the rate before the backward pass.
         seed: of the draws of a stochastic guide.
+        grid: the processes that train this model together, all of which build its optimizer; None asks parameters that
+            FSDP2 has sharded, and else is this process alone.
+        algebra: how r x r problems are shared between them: "gram" moves Gram matrices, "owner" whole matrices to one
+            process each, "auto" fewer bytes.
         options: rule options by keyword (optim.check.DEFAULTS), e.g. nesterov=True.
 
     Raises:
@@ -279,7 +286,7 @@ def build_optimizer(
             **({"state_dtype": chosen["state_dtype"]} if "state_dtype" in chosen else {}),
         },
     ]
-    optimizer = LowRankOptimizer([g for g in groups if g["params"]])
+    optimizer = LowRankOptimizer([g for g in groups if g["params"]], grid, algebra)
     if guided_steps is not None:
         optimizer.guides = Guides(model, optimizer, guided_steps, seed, stochastic_guide)
     if layerwise:

@@ -58,7 +58,8 @@ def exchange(sends: Sequence[Sequence[Tensor]], expected: Sequence[Sequence[Kind
     outgoing = torch.cat(flat) if flat else torch.empty(0, dtype=torch.uint8, device=device)
     incoming = torch.empty(sum(in_sizes), dtype=torch.uint8, device=device)
     dist.all_to_all_single(incoming, outgoing, in_sizes, out_sizes, group=group)
-    found, start = [], 0
+    found: list[list[Tensor]] = []
+    start = 0
     for kinds in expected:
         found.append([])
         for shape, dtype in kinds:

@@ -133,7 +133,7 @@ def certified_rho(O_A: Tensor, O_B: Tensor, A: Tensor, B: Tensor, eta: float) ->
 
 
 def rho_within(eta: float, c_A: Tensor, c_B: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """The positive root rho (...) of c_A c_B rho^2 + (c_A b + c_B a) rho = eta in the dtype of O; 0 for norms of NaN."""
+    """The positive root rho (...) of c_A c_B rho^2 + (c_A b + c_B a) rho = eta, in the dtype of O; 0 for NaN."""
     linear, quadratic = c_A * b + c_B * a, c_A * c_B
     root = 2 * eta / (linear + (linear.square() + 4 * quadratic * eta).sqrt()).clamp_min(torch.finfo(linear.dtype).tiny)
     largest = torch.finfo(dtype).max  # for O so small that rho overflows
@@ -194,12 +194,11 @@ def in_one_pass(grad: Tensor, m: Tensor, v: Tensor, step: Tensor, options: Optio
     return D.mT if flipped else D
 
 
-def step_narrow(parameter: Tensor, state: State, options: Options) -> None:
+def step_narrow(parameter: Tensor, gradient: Tensor, state: State, options: Options) -> None:
     """AdamW on a parameter whose moments are kept narrower than itself, a few rows at a time."""
-    assert parameter.grad is not None
     parameter.mul_(1 - options["lr"] * options["weight_decay"])
-    rows = max(1, WIDE_AT_ONCE * len(parameter) // parameter.numel())
-    tensors = parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"]
+    rows = max(1, WIDE_AT_ONCE * len(parameter) // max(1, parameter.numel()))
+    tensors = parameter, gradient, state["exp_avg"], state["exp_avg_sq"]
     for weight, grad, m, v in zip(*(x.split(rows) for x in tensors), strict=True):
         moments = {"exp_avg": m[None], "exp_avg_sq": v[None], "step": state["step"][None].clone()}
         weight.sub_(adamw_direction(Stack(grad[None], moments, ()), options)[0])

@@ -170,7 +170,7 @@ def frame_spectron(A: Stack, V: Stack, options: Options) -> tuple[New, New, Stat
     A_new = kept * at_least_float32(A.weight) - formed(D_A)
     X = at_least_float32(V.weight) - formed(D_V)
     Q, R = frame_factor(X, options["retraction"])
-    in_new_basis(V, R.mT)
+    in_new_basis(V.state, R.mT)
     M = A.state["momentum"]
     M.copy_(times_inverse(M.to(R), R))
     return New(A_new @ R.mT), New(Q), record
@@ -223,8 +223,8 @@ def retracted(U: Stack, V: Stack, X_U: Tensor, X_V: Tensor, s: Tensor, options: 
         return Q_U, Q_V, s
     (Q_U, R_U), (Q_V, R_V) = frame_factor(X_U, way), frame_factor(X_V, way)
     P, s_new, Z = aligned_svd((R_U * s[..., None, :]) @ R_V.mT, s)
-    in_new_basis(U, R_U.mT @ P)
-    in_new_basis(V, R_V.mT @ Z)
+    in_new_basis(U.state, R_U.mT @ P)
+    in_new_basis(V.state, R_V.mT @ Z)
     U_new, V_new = Q_U @ P, Q_V @ Z
     transport(U, V, U_new, V_new, options)
     return U_new, V_new, s_new
@@ -245,13 +245,13 @@ def aligned_svd(core: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return P * sign_P[..., None, :], values.gather(-1, place) * sign_P * sign_Z, Z * sign_Z[..., None, :]
 
 
-def in_new_basis(side: Stack, T: Tensor) -> None:
+def in_new_basis(state: State, T: Tensor) -> None:
     """Moments of X for those of Y = X T^-T: gradients become G T, and squares of uncorrelated ones v (T * T)."""
     for name in ("momentum", "exp_avg"):
-        if name in side.state:
-            side.state[name].copy_(side.state[name].to(T) @ T)
-    if "exp_avg_sq" in side.state:
-        side.state["exp_avg_sq"].copy_(side.state["exp_avg_sq"].to(T) @ T.square())
+        if name in state:
+            state[name].copy_(state[name].to(T) @ T)
+    if "exp_avg_sq" in state:
+        state["exp_avg_sq"].copy_(state["exp_avg_sq"].to(T) @ T.square())
 
 
 def transport(U: Stack, V: Stack, U_new: Tensor, V_new: Tensor, options: Options) -> None:

@@ -5,6 +5,10 @@ stored side by side for good and each parameter's state is a view of it, so that
 optimizer's (`optim.stacks`). On a CPU stacks of large matrices are updated at once, one per core. Gradients are never
 written and state exists from construction on. No value is read back to the host but where a result must be looked at:
 certified steps on frames, and retractions (once, whether any matrix needs more care).
+
+Parameters may be spread over processes (DTensors of FSDP2 or HSDP) or the same on all of them (DDP). What AdamW updates
+is updated where it lies. Every matrix, with its partner, has one owner that solves its r x r problems (`optim.units`,
+`optim.sharded`); state is where it is used, so no process has all of it: `pieces` says what is here (`optim.layout`).
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -12,17 +16,20 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
 from torch.optim.adamw import adamw
 
+from nativerank.distributed.grid import SINGLE, Grid
+from nativerank.distributed.pieces import Piece, local
 from nativerank.linalg.resize import Resized
 from nativerank.optim.check import DEFAULTS, check_group
-from nativerank.optim.directions import State, step_narrow
+from nativerank.optim.directions import step_narrow
 from nativerank.optim.layerwise import Layerwise, Unit
+from nativerank.optim.layout import Layout, grid_of_parameters
 from nativerank.optim.parallel import at_once, run_all
 from nativerank.optim.resize import resized_state
 from nativerank.optim.rules import RULES, initial_state, step_device
-from nativerank.optim.stacks import Bucket, members_per_stack, side_by_side, step_bucket
+from nativerank.optim.stacks import Bucket, step_bucket
 
 
 class LowRankOptimizer(torch.optim.Optimizer):
@@ -31,26 +38,27 @@ class LowRankOptimizer(torch.optim.Optimizer):
     Args:
         groups: dicts with `params` (named parameters; for a pair rule up, down, up, down ..., for a triple up, down,
             s ...), `rule`, and any option of `check.DEFAULTS`.
+        grid: the processes that train these parameters together; None asks the DTensors among them, and is one process
+            where there are none.
+        algebra: of matrices on several processes: "gram", "owner", or per shape what moves fewer bytes.
 
     Raises:
-        ValueError: an unknown rule or option, a value out of range, or a parameter in two groups.
+        ValueError: an unknown rule or option, a value out of range, a parameter in two groups, or "gram" where it
+            cannot be.
     """
 
     guides: Any = None  # layers.Guides of self-guided training, which fade as the optimizer steps
     layerwise: Layerwise | None = None  # updates inside the backward pass, if wanted
 
-    def __init__(self, groups: Iterable[dict[str, Any]]):
+    def __init__(self, groups: Iterable[dict[str, Any]], grid: Grid | None = None, algebra: str = "auto"):
         groups = list(groups)
         for group in groups:
             check_group(group)
         super().__init__(groups, dict(DEFAULTS))
-        self._buckets: dict[int, list[Bucket]] = {}
-        for index, group in enumerate(self.param_groups):
+        for group in self.param_groups:
             group["initial_lr"] = group["lr"]
-            if RULES[group["rule"]].kind == "elementwise":
-                self._begin_state(index, range(len(group["params"])))
-            else:
-                self._buckets[index] = list(self._stack_up(index, begin=True))
+        grid = grid or grid_of_parameters(p for group in self.param_groups for p in group["params"])
+        self.layout = Layout(self.param_groups, self.state, grid, algebra, begin=True)
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -62,12 +70,13 @@ class LowRankOptimizer(torch.optim.Optimizer):
         if self.layerwise is not None:
             self.layerwise.finish()
         else:
-            for index, group in enumerate(self.param_groups):
+            for group in self.param_groups:
                 if RULES[group["rule"]].kind == "elementwise":
                     self._step_adamw(group, group["params"])
-                else:
-                    _, pieces, cores = self._pieces(index)
-                    run_all(pieces, cores)
+            if self.layout.sharded is None:
+                self._step_matrices()
+            else:
+                self.layout.sharded.step(self.layout.rows(), self.param_groups, self._step_matrices)
         if self.guides is not None:
             self.guides.set(self.guides.step + 1)
         if self.layerwise is not None:
@@ -102,21 +111,42 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def records(self) -> dict[str, dict[str, float]]:
         """What the last step recorded per pair (sigma_A, sigma_B, rho; or cap_factor), by the factorized module's name.
 
-        Reads from the device: for logging, not for the hot path. Stacked experts report their largest value.
+        Reads from the device: for logging, not for the hot path. Stacked experts report their largest value. Of several
+        processes all call this, and all get everything.
         """
+        names = {
+            id(p): name
+            for g in self.param_groups
+            for p, name in zip(g["params"], g.get("param_names", []), strict=False)
+        }
         found: dict[str, dict[str, float]] = {}
-        for index, group in enumerate(self.param_groups):
-            names = dict(zip(map(id, group["params"]), group.get("param_names", []), strict=False))
-            for bucket in self._buckets.get(index, []):
-                values = {
-                    k: v.flatten(1).amax(-1).tolist() if v.dim() > 1 else v.tolist() for k, v in bucket.record.items()
-                }
-                for row, i in enumerate(bucket.active):
-                    name = names.get(id(bucket.sides[0][i]))
-                    if values and name is not None:
-                        module = name.removesuffix(".weight").removesuffix(".up")
-                        found[module] = {k: v[row] for k, v in values.items()}
-        return found
+        for bucket, units in self.layout.stepped():
+            values = {
+                k: v.flatten(1).amax(-1).tolist() if v.dim() > 1 else v.tolist() for k, v in bucket.record.items()
+            }
+            for row, i in enumerate(bucket.active):
+                name = names.get(id(units[i].members[0]))
+                if values and name is not None:
+                    module = name.removesuffix(".weight").removesuffix(".up")
+                    found[module] = {k: v[row] for k, v in values.items()}
+        if self.layout.sharded is None:
+            return found
+        everyone: list[Any] = [None] * self.layout.grid.world
+        dist.all_gather_object(everyone, found, self.layout.grid.everyone)
+        return {name: values for part in everyone for name, values in part.items()}
+
+    def pieces(self, names: dict[int, str]) -> list[Piece]:
+        """Every state tensor that this process holds, or its part of it, sharing memory.
+
+        Args:
+            names: of the parameters, by id.
+        """
+        return list(self.layout.pieces(names))
+
+    def loaded(self) -> None:
+        """Tells that weights or state were written from outside; every process says so."""
+        if self.layout.sharded is not None:
+            self.layout.sharded.stale = True
 
     def release(self, group: str) -> None:
         """Lets go of the parameters of a named group, of their gradients and their state."""
@@ -133,13 +163,13 @@ class LowRankOptimizer(torch.optim.Optimizer):
             found["param_names"] = [name for name, _ in parameters]
             for p in found["params"]:
                 kept, names = found["state_dtype"], RULES[found["rule"]].state
-                self.state[p] = {k: initial_state(k, p, p.shape[-1], 0, kept) for k in names}
+                self.state[p] = {k: initial_state(k, local(p.detach()), p.shape[-1], 0, kept) for k in names}
 
     def resize(self, changes: Iterable[Resized]) -> None:
         """Lets the state follow parameters of this optimizer whose columns became others (`layer.resize`)."""
         for change in changes:
             self.state[change.parameter] = resized_state(self.state[change.parameter], change)
-        self._buckets = {}  # other shapes stand side by side now
+        self.layout.forget_stacks()  # other shapes stand side by side now
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         kept = {p: {key: value.dtype for key, value in state.items()} for p, state in self.state.items()}
@@ -150,29 +180,43 @@ class LowRankOptimizer(torch.optim.Optimizer):
             for key, value in state_dict["state"].get(i, {}).items():
                 device = step_device(p) if key == "step" else p.device
                 self.state[p][key] = value.detach().to(device, kept.get(p, {}).get(key, value.dtype), copy=True)
-        self._buckets = {}  # the loaded tensors are not views of our stacks any more: stack them again when needed
+        self.layout.forget_stacks()  # the loaded tensors are not views of our stacks any more
+        self.loaded()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "guides": self.guides, "layerwise": self.layerwise}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._buckets = {}
+        self.relayout()
         if self.layerwise is not None:
             self.layerwise.arm()
 
+    def relayout(self) -> None:
+        """Finds units, owners and seats again, after parameters were replaced; state is taken as it is."""
+        before = getattr(self, "layout", None)  # a copy made by pickle has none
+        grid, algebra = (before.grid, before.algebra) if before else (SINGLE, "auto")
+        self.layout = Layout(self.param_groups, self.state, grid, algebra)
+
+    def _step_matrices(self) -> None:
+        """The ordinary rules, on the matrices that are updated whole here."""
+        for index, group in enumerate(self.param_groups):
+            if RULES[group["rule"]].kind != "elementwise":
+                _, pieces, cores = self._pieces(index)
+                run_all(pieces, cores)
+
     def _step_adamw(self, group: dict[str, Any], params: list[Any]) -> None:
-        params = [p for p in params if p.grad is not None]
-        for p in params:
+        held = {p: (local(p.detach()), local(p.grad)) for p in params if p.grad is not None}
+        for p, (weight, grad) in held.items():
             if self.state[p]["exp_avg"].dtype != p.dtype:
-                step_narrow(p, self.state[p], group)
-        params = [p for p in params if self.state[p]["exp_avg"].dtype == p.dtype]
+                step_narrow(weight, grad, self.state[p], group)
+        params = [p for p in held if self.state[p]["exp_avg"].dtype == p.dtype]
         if not params:
             return
         states = [self.state[p] for p in params]
         adamw(
-            params,
-            [p.grad for p in params],
+            [held[p][0] for p in params],
+            [held[p][1] for p in params],
             [s["exp_avg"] for s in states],
             [s["exp_avg_sq"] for s in states],
             [],
@@ -189,47 +233,6 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def _pieces(self, index: int) -> tuple[list[Bucket], list[Callable[[], None]], int]:
         """The stacks of a group, the call that updates each, and how many of these run side by side."""
-        group, buckets = self.param_groups[index], self._group_buckets(index)
+        group, buckets = self.param_groups[index], self.layout.buckets(index)
         pieces: list[Callable[[], None]] = [partial(step_bucket, b, RULES[group["rule"]], group) for b in buckets]
         return buckets, pieces, at_once(group["params"]) if len(pieces) > 1 else 1
-
-    def _begin_state(self, index: int, places: Iterable[int]) -> None:
-        """The state at step 0 of the parameters at these places of a group."""
-        group = self.param_groups[index]
-        rule = RULES[group["rule"]]
-        for i in places:
-            p, position = group["params"][i], i % rule.width
-            tall = p.shape[-1] if position == 1 or p.dim() < 2 else p.shape[-2]
-            kept = "fp32" if position == 2 else group["state_dtype"]  # s is as small as it is delicate
-            names, seed = rule.state_of(position), index * 1_000_003 + i
-            self.state[p] = {name: initial_state(name, p, tall, seed, kept) for name in names}
-
-    def _group_buckets(self, index: int) -> list[Bucket]:
-        if index not in self._buckets:
-            self._buckets[index] = list(self._stack_up(index))
-        return self._buckets[index]
-
-    def _stack_up(self, index: int, begin: bool = False) -> Iterator[Bucket]:
-        """The stacks of a group; to begin with their state too, one after the other, which leaves no holes."""
-        params, width = self.param_groups[index]["params"], RULES[self.param_groups[index]["rule"]].width
-        alike: dict[Any, list[int]] = {}  # where units of equal shapes start
-        for start in range(0, len(params), width):
-            key = tuple((p.shape, p.dtype, p.device) for p in params[start : start + width])
-            alike.setdefault(key, []).append(start)
-        for starts in alike.values():
-            size = members_per_stack(params[starts[0] : starts[0] + width])
-            for i in range(0, len(starts), size):
-                members = starts[i : i + size]
-                if begin:
-                    self._begin_state(index, (start + j for start in members for j in range(width)))
-                yield self._bucket([[params[start + j] for start in members] for j in range(width)])
-
-    def _bucket(self, sides: list[list[Tensor]]) -> Bucket:
-        """Moves the members' state into stacks and makes each member's state a view of its row."""
-        states: list[State] = []
-        for side in sides:
-            stacked = {key: side_by_side([self.state[p][key] for p in side]) for key in self.state[side[0]]}
-            for i, p in enumerate(side):
-                self.state[p].update({key: value[i] for key, value in stacked.items()})
-            states.append(stacked)
-        return Bucket(sides, states)

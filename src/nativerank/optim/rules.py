@@ -19,6 +19,8 @@ from nativerank.optim.frames import frame_spectron, sct, stiefel_spectron, tsvd
 from nativerank.optim.precision import state_dtype
 from nativerank.optim.products import adam_muon, adamw_capped, muon, spectron
 
+Rows = tuple[int, int] | None
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -46,6 +48,7 @@ class Rule:
 
 MOMENT_STATES = ("exp_avg", "exp_avg_sq", "step")
 WEIGHT_SHAPED = frozenset({"momentum", "exp_avg", "exp_avg_sq"})  # state that is seen tall where the weight is
+SMALL = frozenset({"R"})  # state of r x r size
 COMMON = frozenset({"lr", "weight_decay", "state_dtype"})
 MOMENTS = frozenset({"betas", "eps"})
 ORTHOGONAL = frozenset({"momentum", "nesterov", "shape_scale", "orthogonalizer", "orthogonalizer_steps"})
@@ -72,16 +75,24 @@ def step_device(parameter: Tensor) -> torch.device:
     return parameter.device if parameter.device.type == "cuda" else torch.device("cpu")
 
 
-def initial_state(name: str, parameter: Tensor, shape_tall: int, seed: int, kept: str = "fp32") -> Tensor:
-    """One state tensor at step 0: zeros (of the option `state_dtype`), or a random unit vector over the tall side."""
+def initial_state(name: str, held: Tensor, shape_tall: int, seed: int, kept: str = "fp32", part: Rows = None) -> Tensor:
+    """One state tensor at step 0: zeros (of the option `state_dtype`), or a random unit vector over the tall side.
+
+    Args:
+        name: of the state.
+        held: what this process holds of the parameter. part: (start, length) of the tall side, None for all of it.
+        shape_tall: of the whole parameter. seed: of the vector.
+        kept: option `state_dtype`.
+    """
     if name == "step":
-        return torch.zeros((), dtype=torch.float32, device=step_device(parameter))
+        return torch.zeros((), dtype=torch.float32, device=step_device(held))
     if name == "R":
-        eye = torch.eye(min(parameter.shape[-2:]), device=parameter.device)
-        return eye.to(torch.promote_types(parameter.dtype, torch.float32))
+        eye = torch.eye(min(held.shape[-2:]), device=held.device)
+        return eye.to(torch.promote_types(held.dtype, torch.float32))
     if name != "power_vector":
-        dtype = state_dtype(parameter, kept)
-        return torch.zeros_like(parameter, dtype=dtype, memory_format=torch.contiguous_format)
+        dtype = state_dtype(held, kept)
+        return torch.zeros_like(held, dtype=dtype, memory_format=torch.contiguous_format)
     generator = torch.Generator().manual_seed(seed)
-    u = torch.randn(*parameter.shape[:-2], shape_tall, generator=generator)
-    return torch.nn.functional.normalize(u, dim=-1).to(parameter)
+    u = torch.randn(*held.shape[:-2], shape_tall, generator=generator)
+    u = torch.nn.functional.normalize(u, dim=-1).to(held)
+    return u if part is None else u.narrow(-1, *part).clone()

@@ -1,0 +1,245 @@
+"""DiLoCo: replicas train on their own for a round of inner steps, then agree on weights by one outer step.
+
+Every parameter's weights come to an owner, which does the arithmetic of `optim.outer_rules` and sends the new ones
+back: an all-to-all there and one back, however many parameters there are. A process sends its local shards twice, as in
+one all-reduce of them, and once per round where synchronous training does so per step. A factor pair has one owner,
+which holds it whole; a large tensor that is not factorized is dealt out in rows. theta_0 and the outer momentum exist
+on owners only: two copies of the weights over all processes together.
+
+The inner optimizers' states stay where they are and differ between replicas, as in DiLoCo. Where an outer step turns
+the basis of a frame, moments go along (`frames.in_new_basis`). tsvd holds raw factors A = Q R, of which W depends on Q
+alone and R says in which coordinates AdamW moves it: Q is averaged as every frame is; R, triangular with a positive
+diagonal, which means keep, becomes the replicas' mean (one all-reduce of r x r) and U' R' is the raw factor again. Raw
+moments follow by way of those of Q: M -> M R_i^T T R'^-T, as where ranks change.
+
+The bound of certified inner steps adds up over a round to H eta for each replica and for their mean, but the outer step
+goes further than the mean; what it does to each W is measured, and with `cap` kept within cap * H eta.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nativerank.distributed.collectives import Kind, exchange, summed
+from nativerank.distributed.grid import Grid
+from nativerank.distributed.pieces import Piece
+from nativerank.linalg.resize import Resized
+from nativerank.optim.frames import in_new_basis
+from nativerank.optim.outer_rules import PLAIN, Agreed, Sgd, agree, changed
+from nativerank.optim.outer_units import Layout, OuterUnit, assigned, dealt_along, seen, wide
+from nativerank.optim.rules import WEIGHT_SHAPED
+
+STATE = "outer_momentum"
+Norms = tuple[float, float, float]
+
+
+@dataclass
+class Held:
+    """What an owner keeps of a unit, as the parameters are stored: theta_0, and v."""
+
+    start: list[Tensor]
+    velocity: list[Tensor]
+
+
+@dataclass(frozen=True)
+class Report:
+    """One outer step.
+
+    pairs: factorized module -> (||mean W - W of the mean factors||, ||dW||, share of the step that was kept), spectral
+    norms, the largest of stacked experts. budget: the sum of the inner rates, H eta.
+    """
+
+    pairs: dict[str, Norms]
+    budget: float
+
+    def row(self, names: Iterable[str] = ()) -> dict[str, Any]:
+        """Plain numbers: extremes over all pairs, and what the named ones have."""
+        found: dict[str, Any] = {"budget": self.budget}
+        if self.pairs:
+            gaps, changes, kept = zip(*self.pairs.values(), strict=True)
+            found |= {"factor_gap": max(gaps), "update_norm": max(changes), "shortened": sum(k < 1 for k in kept)}
+            keys = "factor_gap", "update_norm", "kept"
+            found["pairs"] = {n: dict(zip(keys, self.pairs[n], strict=True)) for n in names if n in self.pairs}
+        return found
+
+
+class Outer:
+    """The outer optimizer over the replicas of a grid. Collective, but for `due`, `pieces` and `resize`.
+
+    Args:
+        model: its trainable parameters are agreed on; shards of the grid hold them as DTensors, replicas alike.
+        optimizer: the inner one, of this replica.
+        grid: of all processes.
+        every: inner steps of a round.
+        lr, momentum, nesterov: of the outer SGD.
+        cap: largest ||dW||_2 of an outer step, in units of the sum of the round's inner rates; None for any.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        grid: Grid,
+        every: int,
+        lr: float = 0.7,
+        momentum: float = 0.9,
+        nesterov: bool = True,
+        cap: float | None = None,
+    ):
+        if every < 1 or lr <= 0 or not 0 <= momentum < 1 or (cap is not None and cap <= 0):
+            raise ValueError(f"invalid hyperparameters of the outer step: {every=}, {lr=}, {momentum=}, {cap=}")
+        self.model, self.optimizer, self.grid = model, optimizer, grid
+        self.every, self.sgd, self.cap = every, Sgd(lr, momentum, nesterov), cap
+        self.budget = 0.0  # sum of the rates of the round so far
+        self.units = list(assigned(model, optimizer, grid))
+        self.held: dict[OuterUnit, Held] = {}
+        self.begin()
+
+    def due(self, step: int, last: int) -> bool:
+        """Whether an outer step comes after this many inner ones; the last is always followed by one."""
+        return step % self.every == 0 or step == last
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Starts a round from the weights as they are, which all replicas share: at the start and after a load."""
+        self.budget = 0.0
+        for unit, (whole,) in self._gathered(self.layout(), replicas=1):
+            kept = self.held.get(unit)
+            velocity = kept.velocity if kept else [torch.zeros_like(x, dtype=wide(x)) for x in whole]
+            self.held[unit] = Held(whole, velocity)
+
+    @torch.no_grad()
+    def step(self) -> Report:
+        """Ends a round: new weights in every replica, moments in their bases."""
+        limit = None if self.cap is None else self.cap * self.budget
+        layout = self.layout()
+        found = {unit: self._agree(unit, ends, limit) for unit, ends in self._gathered(layout, self.grid.replicas)}
+        report = Report(self._spread(layout, found), self.budget)
+        self.budget = 0.0
+        return report
+
+    def layout(self) -> Layout:
+        """Units and parameters that are there now."""
+        layout = Layout(self.grid, dict(self.model.named_parameters()), [[] for _ in range(self.grid.world)])
+        for unit in self.units:
+            if all(name in layout.parameters for name in unit.members):
+                layout.units[unit.owner].append(unit)
+            else:
+                self.held.pop(unit, None)
+        return layout
+
+    def pieces(self) -> list[Piece]:
+        """The outer momentum held here, for a checkpoint; a loaded one is followed by `begin`."""
+        parameters, found = dict(self.model.named_parameters()), []
+        for unit, held in self.held.items():
+            for name, v in zip(unit.members, held.velocity, strict=True):
+                along = None if unit.length is None else dealt_along(parameters[name])
+                found.append(Piece(f"{name}/{STATE}", v, tuple(parameters[name].shape), along, unit.start))
+        return found
+
+    @torch.no_grad()
+    def resize(self, changes: Iterable[Resized]) -> None:
+        """The inner optimizer's and the outer momentum of factors whose columns became others; `begin` comes next.
+
+        A' = A T_A has displacements v T_A, and T_A is what the gradients of B go through (`linalg.resize`).
+        """
+        changes = list(changes)
+        self.optimizer.resize(changes)
+        parameters, by_id = dict(self.model.named_parameters()), {id(c.parameter): c.T for c in changes}
+        for unit, held in self.held.items():
+            Ts = [by_id[id(parameters[name])] for name in unit.members if id(parameters.get(name)) in by_id]
+            if unit.form != PLAIN and Ts:
+                Ts[:2] = Ts[1], Ts[0]
+                moved = [(v.to(T) @ T).to(v) for v, T in zip(seen(held.velocity), Ts, strict=True)]
+                held.velocity = [v.contiguous() for v in seen(moved)]
+
+    # -- there and back -------------------------------------------------------------------------------------------
+
+    def _gathered(self, layout: Layout, replicas: int) -> Iterator[tuple[OuterUnit, list[list[Tensor]]]]:
+        """The units owned here, with what each of the first so many replicas has of every member."""
+        grid, mine = self.grid, layout.units[self.grid.rank]
+        sends: list[list[Tensor]] = [[] for _ in range(grid.world)]
+        if grid.replica < replicas:
+            sends = [[layout.part(unit, name) for unit in units for name in unit.members] for units in layout.units]
+        kinds = [[layout.kind(u, name, shard) for u in mine for name in u.members] for shard in range(grid.shards)]
+        arrived = self._swap(sends, kinds * replicas + [[]] * (grid.world - replicas * grid.shards))
+        queues = [iter(tensors) for tensors in arrived[: replicas * grid.shards]]
+        for unit in mine:
+            parts = [[next(queue) for _ in unit.members] for queue in queues]
+            by_replica = [parts[i : i + grid.shards] for i in range(0, len(parts), grid.shards)]
+            yield unit, [[layout.joined(unit, j, shards) for j in range(len(unit.members))] for shards in by_replica]
+
+    def _agree(self, unit: OuterUnit, ends: Sequence[list[Tensor]], limit: float | None) -> Agreed:
+        """The outer step of a unit that is owned here."""
+        held, tall = self.held[unit], tuple if unit.form == PLAIN else seen
+        start, velocity, *at_end = (tall(tensors) for tensors in (held.start, held.velocity, *ends))
+        found = agree(unit.form, start, at_end, velocity, self.sgd._replace(limit=limit))
+        held.start, held.velocity = ([x.contiguous() for x in tall(xs)] for xs in found[:2])
+        return found
+
+    def _spread(self, layout: Layout, found: dict[OuterUnit, Agreed]) -> dict[str, Norms]:
+        """New weights and moments everywhere; the norms of every pair."""
+        sends = [
+            [t for unit, agreed in found.items() for t in self._outgoing(layout, unit, agreed, shard)]
+            for shard in range(self.grid.shards)
+        ]
+        expected = [[kind for unit in units for kind in self._returned(layout, unit)] for units in layout.units]
+        arrived = self._swap(sends * self.grid.replicas, expected)
+        triangles, norms = self._mean_triangles(layout), dict[str, Norms]()
+        for units, tensors in zip(layout.units, arrived, strict=True):
+            queue = iter(tensors)
+            for unit in units:
+                for name in unit.members:
+                    layout.part(unit, name).copy_(next(queue))
+                for i in changed(unit.form):
+                    name = unit.members[i]
+                    self._turn(layout.parameters[name], i, next(queue), triangles.get(name))
+                if unit.form != PLAIN:
+                    gap, change, kept = next(queue).tolist()
+                    norms[unit.name] = gap, change, kept
+        return norms
+
+    def _outgoing(self, layout: Layout, unit: OuterUnit, agreed: Agreed, shard: int) -> Iterator[Tensor]:
+        """What processes with this shard get of a unit that is owned here."""
+        for name, whole in zip(unit.members, self.held[unit].start, strict=True):
+            yield layout.part_of(unit, name, whole, shard)
+        yield from (T.to(wide(agreed.weights[0])) for T in agreed.bases)
+        if agreed.gap is not None and agreed.change is not None and agreed.kept is not None:
+            yield torch.stack([agreed.gap.max(), agreed.change.max(), agreed.kept.min()])
+
+    def _returned(self, layout: Layout, unit: OuterUnit) -> Iterator[Kind]:
+        """What this process gets of a unit."""
+        yield from (layout.kind(unit, name, self.grid.shard) for name in unit.members)
+        p = layout.parameters[unit.members[0]]
+        yield from (((*p.shape[:-2], p.shape[-1], p.shape[-1]), wide(p)) for _ in changed(unit.form))
+        if unit.form != PLAIN:
+            yield (3,), torch.float64
+
+    def _swap(self, sends: Sequence[list[Tensor]], expected: Sequence[list[Kind]]) -> list[list[Tensor]]:
+        return exchange(sends, expected, self.grid.everyone) if self.grid.world > 1 else [list(sends[0])]
+
+    # -- the inner optimizer's state ------------------------------------------------------------------------------
+
+    def _turn(self, p: nn.Parameter, position: int, T: Tensor, triangle: tuple[Tensor, Tensor] | None) -> None:
+        """Moments of a factor that are held here, in its new basis."""
+        state = self.optimizer.state.get(p, {})
+        if triangle is not None:
+            old, new = (R.to(T) for R in triangle)
+            T = torch.linalg.solve_triangular(new.mT, old.mT @ T, upper=False, left=False)
+        in_new_basis({k: v.mT if position == 1 and k in WEIGHT_SHAPED else v for k, v in state.items()}, T)
+
+    def _mean_triangles(self, layout: Layout) -> dict[str, tuple[Tensor, Tensor]]:
+        """Every R of tsvd held here, before and after it became the mean of the replicas'."""
+        states = {name: self.optimizer.state.get(p, {}) for name, p in layout.parameters.items()}
+        held = {name: state["R"] for name, state in states.items() if "R" in state}
+        before = [R.clone() for R in held.values()]
+        if held and self.grid.replicas > 1:
+            for R, total in zip(held.values(), summed(before, self.grid.along_replicas), strict=True):
+                R.copy_(total / self.grid.replicas)
+        return {name: (old, R) for (name, R), old in zip(held.items(), before, strict=True)}

@@ -1,0 +1,247 @@
+"""One step of units that are spread over processes: everybody's parts to the owners, results back.
+
+    in     gram: partial sums of this process's rows           owner: gradient shards, of this replica's units
+    there  totals -> `solve`, once per unit                    whole gradient -> the ordinary rule on a whole copy
+    out    what `solve` returned, to everybody                 shards of the new weights, to whoever holds them
+
+All units travel together, so a step takes two exchanges however many units, shapes and algebras there are, and one
+all-reduce more where a gram rule asks for sums first (tsvd, and `riemannian`). Sums are taken in the order of ranks, so
+all bits are functions of the grid.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nativerank.distributed.collectives import Kind, exchange, summed
+from nativerank.distributed.grid import Grid
+from nativerank.distributed.pieces import bounds, cut_along, local
+from nativerank.optim.ask import Answer, Part, packed, unpacked, upper
+from nativerank.optim.rows import Rows, Running, added, start
+from nativerank.optim.units import GRAM, OWNER, Unit
+
+Sends = list[list[Tensor]]
+Expected = list[list[Kind]]
+Arrived = list[Iterator[Tensor]]
+
+
+class Sharded:
+    """The exchanges of an optimizer's steps.
+
+    Args:
+        grid: of at least two processes.
+        units: of the matrix groups, with algebra and owner.
+    """
+
+    def __init__(self, grid: Grid, units: Sequence[Unit]):
+        self.grid, self.units = grid, list(units)
+        self.kept: dict[int, Tensor] = {}  # by the parameter's id: whole copies of own units, and s of gram units
+        for unit in self.units:
+            for position, p in enumerate(unit.members):
+                copied = unit.algebra == OWNER and self.owns(unit) and is_cut(p)
+                if copied or (unit.algebra == GRAM and position == 2):
+                    self.kept[id(p)] = torch.zeros(p.shape, dtype=p.dtype, device=p.device)
+        self.stale = True  # the copies are not the weights yet
+
+    def owns(self, unit: Unit) -> bool:
+        """Whether this process solves the unit."""
+        return unit.owner == self.grid.rank
+
+    def seat(self, unit: Unit, position: int) -> Tensor:
+        """The plain tensor that is updated here for a member: its rows, a whole copy, or the parameter itself."""
+        p = unit.members[position]
+        return local(p.detach()) if unit.algebra == GRAM and position < 2 else self.kept.get(id(p), p)
+
+    @torch.no_grad()
+    def step(self, rows: Sequence[Rows], groups: Sequence[dict[str, Any]], update: Callable[[], None]) -> None:
+        """Updates every unit whose members all have gradients.
+
+        Args:
+            rows: the gram units. groups: of the optimizer. update: runs the ordinary rules on the owned units.
+        """
+        if self.stale:
+            self.refresh(rows)
+        active = [u for u in self.units if u.algebra == OWNER and all(p.grad is not None for p in u.members)]
+        started = [self._start(r, groups[r.units[0].group]) for r in rows]
+        running = [run for run in started if run is not None]
+        self._sum_up(running)
+        answers = self._in(running, active)
+        update()
+        self._out(running, answers, active)
+        for kept in self.kept.values():
+            kept.grad = None
+
+    @torch.no_grad()
+    def refresh(self, rows: Sequence[Rows]) -> None:
+        """Takes up weights and state that others have written: whole copies, and inverses that only owners can know."""
+        owned = [u for u in self.units if u.algebra == OWNER]
+        sends, expected = self._nothing(), self._nothing()
+        self._shards_in(sends, expected, owned, lambda p: p.detach())
+        arrived = [iter(found) for found in exchange(sends, expected, self.grid.everyone)]
+        for p, weight in self._assembled(arrived, owned, lambda p: p.detach()):
+            self.kept[id(p)].copy_(weight)
+        for r in rows:
+            for small, state in zip(r.small, r.bucket.states, strict=True):
+                if "R_inverse" in state:
+                    self._tell_inverse(r, small["R"], state["R_inverse"])
+        self.stale = False
+
+    # -- rows -----------------------------------------------------------------------------------------------------
+
+    def _start(self, rows: Rows, options: dict[str, Any]) -> Running | None:
+        for j, side in enumerate(rows.bucket.sides):
+            for i, unit in enumerate(rows.units):
+                side[i] = self._seated(unit, j)
+        if is_cut(rows.units[0].members[0]):
+            return start(rows, options, self.grid.replica, self.grid.replicas)
+        return start(rows, options, self.grid.rank, self.grid.world)
+
+    def _seated(self, unit: Unit, position: int) -> Tensor:
+        """A member's seat with its gradient: rows, or of s what this process contributes to sums."""
+        p, seat = unit.members[position], self.seat(unit, position)
+        grad = None if p.grad is None else local(p.grad)
+        if position == 2:
+            seat.copy_(self._contribution(p, local(p.detach())))
+            grad = None if grad is None else self._contribution(p, grad)
+        seat.grad = grad
+        return seat
+
+    def _contribution(self, p: Tensor, held: Tensor) -> Tensor:
+        """A vector that is zero but where this process is the one to say what it is."""
+        out = torch.zeros(p.shape, dtype=held.dtype, device=held.device)
+        if not is_cut(p):
+            return out.copy_(held) if self.grid.rank == 0 else out
+        if self.grid.replica == 0:
+            out.narrow(0, *bounds(p.shape[0], self.grid.shards, self.grid.shard)).copy_(held)
+        return out
+
+    def _sum_up(self, running: list[Running]) -> None:
+        """Answers what asks for sums alone, all of it in one all-reduce."""
+        while asking := [run for run in running if run.ask.solve is None]:
+            parts = [part for run in asking for part in run.ask.parts.values()]
+            totals = iter(summed([packed(part) for part in parts], self.grid.everyone))
+            for run in asking:
+                run.go_on({name: unpacked(next(totals), part.form) for name, part in run.ask.parts.items()})
+
+    def _tell_inverse(self, rows: Rows, R: Tensor, R_inverse: Tensor) -> None:
+        """Fills R^-1 (n, r, r) on every process from the owners' R (m, r, r)."""
+        eye = torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)
+        mine = packed(upper(torch.linalg.solve_triangular(R, eye, upper=True)))
+        owners = [[i for i, unit in enumerate(rows.units) if unit.owner == rank] for rank in range(self.grid.world)]
+        expected = [[((len(places), *mine.shape[1:]), mine.dtype)] for places in owners]
+        found = exchange([[mine]] * self.grid.world, expected, self.grid.everyone)
+        for places, (inverse,) in zip(owners, found, strict=True):
+            R_inverse[places] = unpacked(inverse, "upper")
+
+    # -- to the owners and back -----------------------------------------------------------------------------------
+
+    def _in(self, running: list[Running], active: list[Unit]) -> list[Mapping[str, Part]]:
+        """Sends parts and gradients to the owners; solves here what is to be solved here."""
+        sends, expected = self._nothing(), self._nothing()
+        for run in running:
+            flat = [packed(part) for part in run.ask.parts.values()]
+            here = len(run.places(self.grid.rank))
+            for rank in range(self.grid.world):
+                sends[rank] += [x[run.places(rank)] for x in flat]
+                expected[rank] += [((here, *x.shape[1:]), x.dtype) for x in flat]
+        self._shards_in(sends, expected, active, lambda p: p.grad)
+        arrived = [iter(found) for found in exchange(sends, expected, self.grid.everyone)]
+        answers = []
+        for run in running:
+            totals = {k: unpacked(added([next(a) for a in arrived]), part.form) for k, part in run.ask.parts.items()}
+            answers.append(run.solve(totals, self.grid.rank))
+        for p, grad in self._assembled(arrived, active, lambda p: p.grad):
+            self.kept[id(p)].grad = grad
+        return answers
+
+    def _out(self, running: list[Running], answers: list[Mapping[str, Part]], active: list[Unit]) -> None:
+        """Sends answers and new weights to whoever needs them; ends the step of the gram rules."""
+        flat = [{name: packed(part) for name, part in answer.items()} for answer in answers]
+        sends, expected = self._nothing(), self._nothing()
+        for run, named in zip(running, flat, strict=True):
+            for rank in range(self.grid.world):
+                sends[rank] += named.values()
+                expected[rank] += [((len(run.places(rank)), *x.shape[1:]), x.dtype) for x in named.values()]
+        self._shards_out(sends, expected, active)
+        arrived = [iter(found) for found in exchange(sends, expected, self.grid.everyone)]
+        for run, answer, named in zip(running, answers, flat, strict=True):
+            told: Answer = {}
+            for name, x in named.items():
+                everything = x.new_empty(len(run.rows.bucket.active), *x.shape[1:])
+                for rank, found in enumerate(arrived):
+                    everything[run.places(rank)] = next(found)
+                told[name] = unpacked(everything, answer[name].form)
+            run.end(told)
+            for i in run.rows.bucket.active if len(run.rows.bucket.sides) > 2 else ():
+                self._take(run.rows.units[i].members[2], run.rows.bucket.sides[2][i])
+        for unit in active:
+            for position, p in enumerate(unit.members):
+                if not self.owns(unit):
+                    local(p.detach()).copy_(next(arrived[unit.owner]))
+                elif is_cut(p):
+                    self._take(p, self.seat(unit, position))
+
+    def _shards_in(self, sends: Sends, expected: Expected, units: list[Unit], what: Callable[[Tensor], Any]) -> None:
+        """Adds the shards of units (`what` of each member) that travel to their owners, each inside its replica."""
+        for unit in units:
+            for p in filter(is_cut, unit.members):
+                if self.owns(unit):
+                    for rank in self._row(unit.owner):
+                        if rank != unit.owner:
+                            expected[rank].append((self._shape(p, rank), p.dtype))
+                elif self.grid.rank in self._row(unit.owner):
+                    sends[unit.owner].append(local(what(p)))
+
+    def _assembled(
+        self, arrived: Arrived, units: list[Unit], what: Callable[[Tensor], Any]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """(member, the whole of it) of own units that are cut."""
+        for unit in filter(self.owns, units):
+            for p in filter(is_cut, unit.members):
+                own = local(what(p))
+                parts = [own if rank == unit.owner else next(arrived[rank]) for rank in self._row(unit.owner)]
+                yield p, torch.cat(parts, cut_along(p) or 0)
+
+    def _shards_out(self, sends: Sends, expected: Expected, units: list[Unit]) -> None:
+        """Adds what every other process holds of the owned units, as the owner has it now."""
+        for unit in units:
+            for position, p in enumerate(unit.members):
+                if not self.owns(unit):
+                    expected[unit.owner].append((self._shape(p, self.grid.rank), p.dtype))
+                    continue
+                for rank in range(self.grid.world):
+                    if rank != unit.owner:
+                        sends[rank].append(self._part(p, self.seat(unit, position), rank))
+
+    def _take(self, p: Tensor, weight: Tensor) -> None:
+        """Keeps this process's part of a whole new weight."""
+        local(p.detach()).copy_(self._part(p, weight, self.grid.rank))
+
+    def _part(self, p: Tensor, weight: Tensor, rank: int) -> Tensor:
+        """What a process holds of a whole weight of the member."""
+        along = cut_along(p)
+        if along is None:
+            return weight
+        return weight.narrow(along, *bounds(p.shape[along], self.grid.shards, rank % self.grid.shards))
+
+    def _shape(self, p: Tensor, rank: int) -> tuple[int, ...]:
+        """The shape of `_part`."""
+        along, shape = cut_along(p), list(p.shape)
+        if along is not None:
+            shape[along] = bounds(shape[along], self.grid.shards, rank % self.grid.shards)[1]
+        return tuple(shape)
+
+    def _row(self, rank: int) -> range:
+        """The processes of a process's replica."""
+        first = rank - rank % self.grid.shards
+        return range(first, first + self.grid.shards)
+
+    def _nothing(self) -> list[list[Any]]:
+        return [[] for _ in range(self.grid.world)]
+
+
+def is_cut(p: Tensor) -> bool:
+    """Whether processes hold different parts of a parameter."""
+    return cut_along(p) is not None

@@ -1,0 +1,119 @@
+"""Bytes that the step of a unit moves between processes, and the choice of algebra by them.
+
+Sent by all processes together, in one step, of a unit with W bytes of weights on N = R x S processes (R replicas):
+
+    owner   (S - 1) / S W of gradients to the owner in its replica, nothing where everybody has them (ddp);
+            (N - 1) / S W of new weights back, (N - 1) W in ddp
+    gram    (N - 1) (P + Q) for P bytes of parts and Q of answers, and 2 (N - 1) T where T bytes are summed first
+
+What one process sends is a share 1 / N of it, since owners are spread evenly. P, Q and T are read off the rule itself,
+asked about no matrices at all, so they are what travels.
+"""
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+
+from nativerank.distributed.grid import Grid
+from nativerank.distributed.pieces import cut_along
+from nativerank.optim.ask import Ask, Part, packed
+from nativerank.optim.directions import Stack
+from nativerank.optim.gram_rules import GRAM_RULES, refusal
+from nativerank.optim.rules import RULES, WEIGHT_SHAPED, initial_state
+from nativerank.optim.units import ALGEBRAS, GRAM, OWNER, Unit, in_rows
+
+
+class GramBytes(NamedTuple):
+    """Per unit: parts to the owner, answers to everybody, and what is summed before."""
+
+    parts: int
+    answers: int
+    sums: int
+
+
+def owner_bytes(weights: int, grid: Grid, cut: bool = True) -> int:
+    """What all processes together send for one unit of this many bytes in `owner`."""
+    if not cut:
+        return (grid.world - 1) * weights
+    return (grid.shards - 1 + grid.world - 1) * weights // grid.shards
+
+
+def gram_bytes(unit: Unit, options: Mapping[str, Any], grid: Grid) -> int:
+    """What all processes together send for one unit in `gram`."""
+    known = tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in sorted(options.items()) if k not in APART)
+    shapes = tuple(tuple(p.shape) for p in unit.members)
+    found = per_unit(options["rule"], shapes, unit.members[0].dtype, known)
+    return (grid.world - 1) * (found.parts + found.answers + 2 * found.sums)
+
+
+APART = ("params", "param_names", "name")
+
+
+@lru_cache(maxsize=256)
+def per_unit(rule: str, shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype, known: Any) -> GramBytes:
+    """What the gram form of a rule sends of a unit with parameters of these shapes and dtype."""
+    options = dict(known)
+    running = GRAM_RULES[rule](*nobody(rule, shapes, dtype, options), options, lambda X: X)
+    ask: Ask = next(running)
+    sums = 0
+    while ask.solve is None:
+        sums += sum(map(size, ask.parts.values()))
+        ask = running.send({name: part.tensor for name, part in ask.parts.items()})
+    small = [
+        {k: v for k, v in state_of_nobody(rule, j, shape, dtype, options).items()} for j, shape in enumerate(shapes)
+    ]
+    answer = ask.solve({name: part.tensor for name, part in ask.parts.items()}, small, options)
+    return GramBytes(sum(map(size, ask.parts.values())), sum(map(size, answer.values())), sums)
+
+
+def size(part: Part) -> int:
+    """Bytes per unit of a part."""
+    flat = packed(part)
+    return flat.new_empty(1, *flat.shape[1:]).nbytes
+
+
+def nobody(rule: str, shapes: Any, dtype: torch.dtype, options: Mapping[str, Any]) -> list[Stack]:
+    """The stacks of a rule with no units and no rows in them."""
+    stacks = []
+    for j, shape in enumerate(shapes):
+        held = torch.empty(0, *((0, min(shape)) if j < 2 else shape), dtype=dtype)
+        state = state_of_nobody(rule, j, shape, dtype, options)
+        for name in WEIGHT_SHAPED & set(state):
+            state[name] = state[name].new_empty(held.shape)
+        if "power_vector" in state:
+            state["power_vector"] = state["power_vector"].new_empty(0, 0)
+        if "R" in state:
+            state["R_inverse"] = state["R"]
+        stacks.append(Stack(held, state, shape[-2:], held))
+    return stacks
+
+
+def state_of_nobody(rule: str, position: int, shape: Any, dtype: torch.dtype, options: Mapping[str, Any]) -> Any:
+    """The state of a side, with no units in it."""
+    like = torch.zeros((), dtype=dtype).expand(1, min(shape)) if position < 2 else torch.zeros(shape, dtype=dtype)
+    names = RULES[rule].state_of(position)
+    kept = "fp32" if position == 2 else options["state_dtype"]
+    square = like.expand(min(shape), min(shape)) if position < 2 else like
+    return {name: initial_state(name, square if name == "R" else like, 1, 0, kept)[None][:0] for name in names}
+
+
+def choose(unit: Unit, options: Mapping[str, Any], grid: Grid, algebra: str) -> str:
+    """The algebra of a unit: as wished, or what moves fewer bytes; where rows are not to be had, its owner.
+
+    Raises:
+        ValueError: an unknown algebra, or "gram" for a rule or option that has no such form.
+    """
+    if algebra not in ALGEBRAS:
+        raise ValueError(f"parallel.algebra must be one of {', '.join(ALGEBRAS)}, got {algebra!r}")
+    refused = refusal(options["rule"], options)
+    if algebra == GRAM and refused:
+        raise ValueError(f"parallel.algebra gram: {refused}; take owner or auto")
+    if algebra == OWNER or refused or not in_rows(unit, options["rule"]):
+        return OWNER
+    if algebra == GRAM:
+        return GRAM
+    weights = sum(p.numel() * p.element_size() for p in unit.members)
+    owner = owner_bytes(weights, grid, cut_along(unit.members[0]) is not None)
+    return GRAM if gram_bytes(unit, options, grid) < owner else OWNER

@@ -17,30 +17,14 @@ much. Where it would pass `LIMIT`, that matrix alone is done again in float64, a
 a GPU. MPS has no float64: there the careful part runs on the CPU.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from nativerank.linalg.gram import (
-    PANEL,
-    Reduce,
-    at_least_float32,
-    full_precision,
-    gram,
-    split_finite,
-    symmetric_product,
-    to_float64,
-)
-
-Pair = tuple[Tensor, Tensor]
+from nativerank.linalg.gram import PANEL, Reduce, at_least_float32, full_precision, gram, to_float64
+from nativerank.linalg.roots import LIMIT, Pair, gram_root_and_inverse, identity
 
 TRIANGULAR = ("qr", "cholesky")  # ways whose R is upper triangular
 WAYS = (*TRIANGULAR, "polar", "cayley")
-
-LIMIT = {torch.float32: 4e-6, torch.float64: 1e-13}  # of the error expected in Q^T Q
-ROUNDING = 8.0  # error of Q^T Q in units of eps times the growth of rounding; measured up to d = 28672, r = 512
-NEWTON_STEPS = 8  # enough where one pass in float32 is; else the eigenvalues do it
 
 
 def frame_factor(X: Tensor, way: str = "cholesky", reduce: Reduce | None = None) -> Pair:
@@ -101,16 +85,12 @@ def qr_vjp(Q: Tensor, R: Tensor, dQ: Tensor, reduce: Reduce | None = None) -> Te
     with full_precision(Q.device):
         T = _summed(Q.mT @ dQ, reduce).triu()
         S = T + T.triu(1).mT
-        inverse = torch.linalg.solve_triangular(R.mT, _identity(R), upper=False)  # R^-T
+        inverse = torch.linalg.solve_triangular(R.mT, identity(R), upper=False)  # R^-T
         return dQ @ inverse - Q @ (S @ inverse)
 
 
 def _summed(x: Tensor, reduce: Reduce | None) -> Tensor:
     return reduce(x) if reduce else x
-
-
-def _identity(R: Tensor) -> Tensor:
-    return torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)
 
 
 def _householder(X: Tensor) -> Pair:
@@ -148,21 +128,14 @@ def _by_gram(X: Tensor, way: str, reduce: Reduce | None, limit: float) -> Pair:
     """(X R^-1, R); again with more digits for the matrices of the stack that need them."""
     G = gram(X, reduce)
     G = G.cpu() if G.device.type == "mps" else G
-    R, inverse = _roots(way, X.dtype)(G)
-    growth = _growth(G, inverse)
-    poor = ~(growth * (ROUNDING * torch.finfo(X.dtype).eps) <= limit).to(X.device)  # NaN is poor too
+    R, inverse, good = gram_root_and_inverse(G, way, limit)
+    poor = ~good.to(X.device)
     R, inverse = R.to(X.device), inverse.to(X.device)
     with full_precision(X.device):
         Q = _triangular_product(X, inverse) if way == "cholesky" else X @ inverse
     if poor.any():
         Q[poor], R[poor] = _careful(X[poor], way, reduce, limit)
     return Q, R
-
-
-def _roots(way: str, dtype: torch.dtype) -> Callable[[Tensor], Pair]:
-    if way == "cholesky":
-        return _triangular_root
-    return _newton_root if dtype == torch.float32 else _eigen_root
 
 
 def _careful(X: Tensor, way: str, reduce: Reduce | None, limit: float) -> Pair:
@@ -177,38 +150,6 @@ def _careful(X: Tensor, way: str, reduce: Reduce | None, limit: float) -> Pair:
     return X * torch.nan, gram(X, reduce) * torch.nan
 
 
-def _growth(G: Tensor, inverse: Tensor) -> Tensor:
-    """How much X R^-1 magnifies rounding in X^T X, (...); infinite where R^-1 was not found, or squares underflowed.
-
-    The error of Q^T Q is R^-T E R^-1 with |E_ij| of the order of eps |x_i| |x_j|. Roundings of either sign add up to
-    eps max_j sum_i |x_i|^2 (R^-1_ij)^2; scaling a column of X by itself changes nothing.
-    """
-    info, squares = torch.finfo(G.dtype), G.diagonal(dim1=-2, dim2=-1)
-    growth = (squares.unsqueeze(-2) @ inverse.square()).amax((-2, -1))
-    return growth.masked_fill(squares.amin(-1) < info.tiny / info.eps, torch.inf)
-
-
-def _triangular_root(G: Tensor) -> Pair:
-    """(R, R^-1) with R^T R = G, R upper triangular; R^-1 infinite where G is not positive definite."""
-    L, info = torch.linalg.cholesky_ex(G)
-    R = L.mT
-    return R, _triangular_inverse(R).masked_fill((info != 0)[..., None, None], torch.inf)
-
-
-def _triangular_inverse(R: Tensor) -> Tensor:
-    """R^-1 of upper triangular R, by halves: products, which are faster than one large solve."""
-    half = R.shape[-1] // 2
-    if half < PANEL // 2:
-        return torch.linalg.solve_triangular(R, _identity(R), upper=True)
-    first, second = slice(None, half), slice(half, None)
-    inverse = torch.zeros_like(R)
-    inverse[..., first, first] = _triangular_inverse(R[..., first, first])
-    inverse[..., second, second] = _triangular_inverse(R[..., second, second])
-    corner = R[..., first, second] @ inverse[..., second, second]
-    inverse[..., first, second] = -(inverse[..., first, first] @ corner)
-    return inverse
-
-
 def _triangular_product(X: Tensor, T: Tensor) -> Tensor:
     """X T with T upper triangular; on a CPU, where narrow products are fast, without most of the zeros."""
     r = X.shape[-1]
@@ -219,40 +160,6 @@ def _triangular_product(X: Tensor, T: Tensor) -> Tensor:
         for i in range(0, r, PANEL):
             torch.mm(x[:, : i + PANEL], t[: i + PANEL, i : i + PANEL], out=q[:, i : i + PANEL])
     return out
-
-
-def _newton_root(G: Tensor) -> Pair:
-    """(H, H^-1) with H = G^(1/2), by the coupled Newton-Schulz iteration; H^-1 infinite where that is slow.
-
-    Y -> Y T, Z -> T Z, T = (3 I - Z Y) / 2 from Y = G / c, Z = I has limits (G / c)^(1/2) and its inverse where the
-    eigenvalues of G / c lie in (0, 3). The last step takes Z G / c for Y, which sheds the rounding of the others. All
-    are polynomials of G, so products are symmetric.
-    """
-    I = _identity(G)
-    mean = G.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-    near = torch.linalg.matrix_norm(G / mean - I, keepdim=True) < 1
-    c = torch.where(near, mean, G.abs().sum(-1).amax(-1)[..., None, None])  # row sums bound the largest eigenvalue
-    Y, Z = G / c, I.expand_as(G)
-    with full_precision(G.device):
-        for step in range(NEWTON_STEPS):
-            T = 1.5 * I - 0.5 * (symmetric_product(Z, Y) if step else Y)
-            Z = symmetric_product(T, Z) if step else T
-            done = torch.linalg.matrix_norm(T - I) < 1e-2  # squared by the step just made, and again by the last
-            if G.device.type == "cpu" and bool(done.all()):
-                break
-            Y = symmetric_product(Y, T)
-        T = 1.5 * I - 0.5 * symmetric_product(Z, symmetric_product(G / c, Z))
-        inverse = symmetric_product(T, Z) * c.rsqrt()
-        return symmetric_product(G, inverse), inverse.masked_fill(~done[..., None, None], torch.inf)
-
-
-def _eigen_root(G: Tensor) -> Pair:
-    """(H, H^-1) with H = G^(1/2), by eigenvalues; H^-1 infinite where one is not positive."""
-    G, finite = split_finite(G)
-    values, V = torch.linalg.eigh(G)
-    bad = ~finite | (values[..., 0] <= 0)
-    root = values.clamp_min(torch.finfo(G.dtype).tiny).sqrt().unsqueeze(-2)
-    return (V * root) @ V.mT, ((V / root) @ V.mT).masked_fill(bad[..., None, None], torch.inf)
 
 
 def _cayley(U: Tensor, X: Tensor, reduce: Reduce | None) -> Tensor:
@@ -270,7 +177,7 @@ def _cayley(U: Tensor, X: Tensor, reduce: Reduce | None) -> Tensor:
         H = (M - M.mT) / 4 + gram(N, reduce) / 4
         on_host = H.cpu() if H.device.type == "mps" else H
         # No LU: batched LU of PyTorch 2.13 with MKL fails in a process that has gone from one thread to two.
-        P, T = torch.linalg.qr(_identity(on_host) + on_host)
+        P, T = torch.linalg.qr(identity(on_host) + on_host)
         inverse = torch.linalg.solve_triangular(T, P.mT, upper=True).to(H.device)
         Q = (2 * U - N) @ inverse - U
     lost = ~inverse.isfinite().all(-1).all(-1)

@@ -4,7 +4,7 @@ Formulas and options are those of `optim.products`; here every r x r problem is 
 
     G = M^T M     of what is orthogonalized: Q with O = M Q
     W = X^T X     of each factor: its norm, and with X^T u the whole power iteration, after which u = X c
-    ||M Q||       from Q^T G Q, where a step is measured before it exists (`product_norm`)
+    ||M Q||       from Q^T G Q, where a step is measured before it exists (`proven_norm`)
 
 M is this process's rows (n, d_local, r). What a bound is proven for goes through float64: sums, and the product M Q.
 """
@@ -172,14 +172,14 @@ def change(M: Tensor, Q: Tensor | None, rho: Tensor, wide: bool) -> Difference:
 def measured_rho(totals: Totals, Q: Tensor | None, pair: Pair, eta: float) -> Tensor:
     """rho (m) for which ||dW||_2 <= eta is proven, as in `certified_rho`, from norms of products not yet formed."""
     c = [
-        MARGIN * scale * product_norm(totals[f"G_{i}"], None if Q is None else Q[i], height)
+        MARGIN * scale * proven_norm(totals[f"G_{i}"], None if Q is None else Q[i], height)
         for i, (scale, height) in enumerate(zip(pair.scales, pair.heights, strict=True))
     ]
     a, b = (MARGIN * gram_norm(totals[f"W_{i}"]) for i in range(2))
     return rho_within(eta, c[0], c[1], a, b, pair.dtype)
 
 
-def product_norm(G: Tensor, Q: Tensor | None, height: int) -> Tensor:
+def proven_norm(G: Tensor, Q: Tensor | None, height: int) -> Tensor:
     """A bound (...) on ||M Q||_2 up to MARGIN, and on what float64 makes of M Q, from float64 sums G of M^T M.
 
     Proof. u = EPS / 2, gamma_k = k u / (1 - k u), f = ||Q||_F ||M||_F, M of d rows, H = Q^T G Q as computed.

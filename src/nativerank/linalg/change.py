@@ -26,9 +26,13 @@ def update_norm(A: Tensor, B: Tensor, A_new: Tensor, B_new: Tensor) -> Tensor:
         B, B_new: (..., n, r), before and after.
     """
     A, B, A_new, B_new = map(to_float64, (A, B, A_new, B_new))
-    left, right = torch.cat([A_new - A, A], -1), torch.cat([B_new, B_new - B], -1)
+    return product_norm(torch.cat([A_new - A, A], -1), torch.cat([B_new, B_new - B], -1))
+
+
+def product_norm(left: Tensor, right: Tensor) -> Tensor:
+    """||left right^T||_2 (...) of left (..., m, k) and right (..., n, k) in float64; NaN where one is not finite."""
     finite = left.isfinite().all(-1).all(-1) & right.isfinite().all(-1).all(-1)
     R_left, R_right = (
         torch.linalg.qr(X.masked_fill(~finite[..., None, None], 0.0), mode="r").R for X in (left, right)
-    )  # (..., min(m, 2 r), 2 r), (..., min(n, 2 r), 2 r)
+    )  # (..., min(m, k), k), (..., min(n, k), k)
     return spectral_norm(R_left @ R_right.mT).masked_fill(~finite, torch.nan)

@@ -42,10 +42,14 @@ def owner_bytes(weights: int, grid: Grid, cut: bool = True) -> int:
 
 def gram_bytes(unit: Unit, options: Mapping[str, Any], grid: Grid) -> int:
     """What all processes together send for one unit in `gram`."""
-    known = tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in sorted(options.items()) if k not in APART)
-    shapes = tuple(tuple(p.shape) for p in unit.members)
-    found = per_unit(options["rule"], shapes, unit.members[0].dtype, known)
+    found = gram_parts(unit, options)
     return (grid.world - 1) * (found.parts + found.answers + 2 * found.sums)
+
+
+def gram_parts(unit: Unit, options: Mapping[str, Any]) -> GramBytes:
+    """What the gram form of the unit's rule sends, to or from one process."""
+    known = tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in sorted(options.items()) if k not in APART)
+    return per_unit(options["rule"], tuple(tuple(p.shape) for p in unit.members), unit.members[0].dtype, known)
 
 
 APART = ("params", "param_names", "name")

@@ -1,8 +1,5 @@
 """The outer step of DiLoCo over forked processes, against what it says of itself, computed densely in float64."""
 
-import copy
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import nn
@@ -191,11 +188,22 @@ def test_an_outer_step_is_two_exchanges_of_the_weights(forked, case):
     assert sum(sent for _, sent, _ in found) <= 2 * 2 * found[0][2] + small  # two processes, two copies each
 
 
+def momenta(outer):
+    names = {id(p): name for name, p in outer.model.named_parameters()}
+    return [piece for piece in outer.pieces(names) if piece.name.endswith("/outer_momentum")]
+
+
 class FakeOptimizer:
     """An inner optimizer whose state is elsewhere."""
 
-    def __init__(self, optimizer):
-        self.param_groups, self.state = optimizer.param_groups, {}
+    def __init__(self, rules, params):
+        self.param_groups, self.state = [{"rule": rule, "params": [params[name]]} for name, rule in rules.items()], {}
+
+    def loaded(self):
+        pass
+
+    def pieces(self, names):
+        return []
 
 
 def placement(p):
@@ -217,8 +225,7 @@ def sharded_rounds(rank, shards, case):
     if shards > 1:
         fully_shard(model, mesh=grid.mesh["shard"], shard_placement_fn=placement)
     params = dict(model.named_parameters())
-    fake = FakeOptimizer(SimpleNamespace(param_groups=[{"rule": r, "params": [params[n]]} for n, r in rules.items()]))
-    outer = Outer(model, fake, grid, every=1)
+    outer = Outer(model, FakeOptimizer(rules, params), grid, every=1)
     reports = []
     for step in range(2):
         with torch.no_grad():
@@ -226,7 +233,7 @@ def sharded_rounds(rank, shards, case):
                 change = noise(name, p, 10 * step + grid.replica)
                 p.add_(distribute_tensor(change, p.device_mesh, p.placements) if shards > 1 else change)
         reports.append(outer.step().pairs)
-    pieces = [(p.name, p.tensor, p.shape, p.along, p.start) for p in outer.pieces()]
+    pieces = [(p.name, p.tensor, p.shape, p.along, p.start) for p in momenta(outer)]
     return {name: full(p.detach()).clone() for name, p in params.items()}, reports, pieces
 
 
@@ -247,30 +254,62 @@ def test_replicas_of_shards_do_what_whole_replicas_do(forked, case):
         assert not any(x.isnan().any() for x in whole.values())
 
 
+def sharded_training(rank, shards, case, algebra):
+    """Whole weights and reports after two rounds of two replicas that read data of their own."""
+    grid = make_grid(2, shards, "cpu")
+    model = make_model(case)
+    if shards > 1:
+        fully_shard(model, mesh=grid.mesh["shard"], shard_placement_fn=placement)
+    asked = METHODS[case]
+    optimizer = build_optimizer(model, lr=LR, aux_lr=0.01, grid=grid.within_replica(), algebra=algebra, **asked)
+    outer, reports = Outer(model, optimizer, grid, every=2), []
+    for turn in range(2):  # shards of a replica read the same here, so that their mean is that of one process
+        inner_steps(model, optimizer, outer, [100 * grid.replica + 2 * turn, 100 * grid.replica + 2 * turn + 1])
+        reports.append(outer.step().pairs)
+    return {name: full(p.detach()).clone() for name, p in model.named_parameters()}, reports
+
+
+@pytest.mark.parametrize(
+    ("case", "algebra"), [*((case, "owner") for case in METHODS), ("spectron", "gram"), ("lowrank-adamw", "gram")]
+)
+def test_replicas_of_shards_train_as_whole_replicas_do(forked, case, algebra):
+    whole, shards = forked(sharded_training, 2, 1, case, "auto"), forked(sharded_training, 4, 2, case, algebra)
+    for weights, reports in shards:
+        assert_close(weights, whole[0][0], rtol=0, atol=2e-4)
+        assert_close(reports, whole[0][1], rtol=1e-3, atol=1e-4)
+
+
+def everything(outer):
+    names = {id(p): name for name, p in outer.model.named_parameters()}
+    return {piece.name: piece.tensor for piece in outer.pieces(names)}
+
+
 def interrupted(rank, case, stop):
-    """Weights after four rounds; after `stop` of them everything is made anew from weights, states and pieces."""
+    """Weights after four rounds; after `stop` of them all is made anew, and filled from weights and pieces."""
     grid = make_grid(2, 1, "cpu")
     options = {"every": 2, "lr": 0.7, "momentum": 0.9}
     model, optimizer, outer = make(case, grid, **options)
     for turn in range(4):
         if turn == stop:
-            saved = weights(model), copy.deepcopy(optimizer.state_dict()), outer.pieces()
+            kept, pieces = weights(model), everything(outer)
             model, optimizer, outer = make(case, grid, **options)
-            model.load_state_dict(saved[0])
-            optimizer.load_state_dict(saved[1])
-            for mine, theirs in zip(outer.pieces(), saved[2], strict=True):
-                mine.tensor.copy_(theirs.tensor)
-            outer.begin()
+            model.load_state_dict(kept)
+            for name, tensor in everything(outer).items():
+                tensor.copy_(pieces[name])
+            outer.loaded()
         inner_steps(model, optimizer, outer, [100 * rank + 2 * turn, 100 * rank + 2 * turn + 1])
         outer.step()
-    return weights(model)
+    return weights(model), sorted(everything(outer))
 
 
 @pytest.mark.parametrize("case", METHODS)
 def test_a_resumed_run_has_the_same_bits(forked, case):
     straight, resumed = forked(interrupted, 2, case, -1), forked(interrupted, 2, case, 2)
-    for one, other in zip(straight, resumed, strict=True):
+    for (one, _), (other, _) in zip(straight, resumed, strict=True):
         assert all(torch.equal(x, other[name]) for name, x in one.items())
+    names = [name for _, own in straight for name in own]
+    assert len(names) == len(set(names))  # a checkpoint holds everything, once
+    assert sum(name.endswith("@0") for name in names) == sum(name.endswith("@1") for name in names) > 0
 
 
 def resized_rounds(rank):
@@ -283,7 +322,7 @@ def resized_rounds(rank):
     def displacement():
         """v_A B^T, of the unit's owner."""
         B = model[1].factors()[1].detach()
-        return [p.tensor @ B.mT for p in outer.pieces() if p.name == "1.up.weight/outer_momentum"]
+        return [p.tensor @ B.mT for p in momenta(outer) if p.name == "1.up.weight/outer_momentum"]
 
     before = displacement()
     outer.resize(model[1].resize(6))  # grown columns of A are zero, so that no product changes

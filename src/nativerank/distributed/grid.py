@@ -45,6 +45,12 @@ class Grid:
         """How many processes there are."""
         return self.replicas * self.shards
 
+    def within_replica(self) -> "Grid":
+        """The shards of this replica as a grid of their own."""
+        if self.shards == 1:
+            return SINGLE
+        return Grid(0, 1, self.shard, self.shards, self.mesh, self.along_shards, self.along_shards)
+
 
 SINGLE = Grid()
 

@@ -17,7 +17,7 @@ goes further than the mean; what it does to each W is measured, and with `cap` k
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from nativerank.linalg.resize import Resized
 from nativerank.optim.frames import in_new_basis
 from nativerank.optim.outer_rules import PLAIN, Agreed, Sgd, agree, changed
 from nativerank.optim.outer_units import Layout, OuterUnit, assigned, dealt_along, seen, wide
-from nativerank.optim.rules import WEIGHT_SHAPED
+from nativerank.optim.rules import RULES, WEIGHT_SHAPED
 
 STATE = "outer_momentum"
 Norms = tuple[float, float, float]
@@ -68,6 +68,8 @@ class Report:
 
 class Outer:
     """The outer optimizer over the replicas of a grid. Collective, but for `due`, `pieces` and `resize`.
+
+    To checkpoints and to whoever changes ranks it stands for the inner optimizer and itself.
 
     Args:
         model: its trainable parameters are agreed on; shards of the grid hold them as DTensors, replicas alike.
@@ -134,14 +136,25 @@ class Outer:
                 self.held.pop(unit, None)
         return layout
 
-    def pieces(self) -> list[Piece]:
-        """The outer momentum held here, for a checkpoint; a loaded one is followed by `begin`."""
-        parameters, found = dict(self.model.named_parameters()), []
+    def pieces(self, names: dict[int, str]) -> list[Piece]:
+        """What a checkpoint keeps: the inner state as PARAMETER/STATE@REPLICA, and the outer momentum held here.
+
+        Args:
+            names: of the parameters, by id.
+        """
+        inner = self.optimizer.pieces(names)
+        found = [replace(piece, name=f"{piece.name}@{self.grid.replica}") for piece in inner]
+        parameters = dict(self.model.named_parameters())
         for unit, held in self.held.items():
             for name, v in zip(unit.members, held.velocity, strict=True):
                 along = None if unit.length is None else dealt_along(parameters[name])
                 found.append(Piece(f"{name}/{STATE}", v, tuple(parameters[name].shape), along, unit.start))
         return found
+
+    def loaded(self) -> None:
+        """Tells that weights or state were written from outside, alike in all replicas: a round starts from there."""
+        self.optimizer.loaded()
+        self.begin()
 
     @torch.no_grad()
     def resize(self, changes: Iterable[Resized]) -> None:
@@ -191,18 +204,18 @@ class Outer:
         ]
         expected = [[kind for unit in units for kind in self._returned(layout, unit)] for units in layout.units]
         arrived = self._swap(sends * self.grid.replicas, expected)
-        triangles, norms = self._mean_triangles(layout), dict[str, Norms]()
+        turns, norms = dict[str, Tensor](), dict[str, Norms]()
         for units, tensors in zip(layout.units, arrived, strict=True):
             queue = iter(tensors)
             for unit in units:
                 for name in unit.members:
                     layout.part(unit, name).copy_(next(queue))
-                for i in changed(unit.form):
-                    name = unit.members[i]
-                    self._turn(layout.parameters[name], i, next(queue), triangles.get(name))
+                turns |= {unit.members[i]: next(queue) for i in changed(unit.form)}
                 if unit.form != PLAIN:
                     gap, change, kept = next(queue).tolist()
                     norms[unit.name] = gap, change, kept
+        self._turn(layout, turns)
+        self.optimizer.loaded()
         return norms
 
     def _outgoing(self, layout: Layout, unit: OuterUnit, agreed: Agreed, shard: int) -> Iterator[Tensor]:
@@ -226,20 +239,28 @@ class Outer:
 
     # -- the inner optimizer's state ------------------------------------------------------------------------------
 
-    def _turn(self, p: nn.Parameter, position: int, T: Tensor, triangle: tuple[Tensor, Tensor] | None) -> None:
-        """Moments of a factor that are held here, in its new basis."""
-        state = self.optimizer.state.get(p, {})
-        if triangle is not None:
-            old, new = (R.to(T) for R in triangle)
-            T = torch.linalg.solve_triangular(new.mT, old.mT @ T, upper=False, left=False)
-        in_new_basis({k: v.mT if position == 1 and k in WEIGHT_SHAPED else v for k, v in state.items()}, T)
+    def _turn(self, layout: Layout, turns: dict[str, Tensor]) -> None:
+        """Moments that are held here, in the new bases."""
+        turns = turns | self._raw_turns(layout, turns)
+        for unit in (unit for units in layout.units for unit in units):
+            for i in changed(unit.form):
+                state = self.optimizer.state.get(layout.parameters[unit.members[i]], {})
+                tall = {k: v.mT if i == 1 and k in WEIGHT_SHAPED else v for k, v in state.items()}
+                in_new_basis(tall, turns[unit.members[i]])
 
-    def _mean_triangles(self, layout: Layout) -> dict[str, tuple[Tensor, Tensor]]:
-        """Every R of tsvd held here, before and after it became the mean of the replicas'."""
-        states = {name: self.optimizer.state.get(p, {}) for name, p in layout.parameters.items()}
-        held = {name: state["R"] for name, state in states.items() if "R" in state}
+    def _raw_turns(self, layout: Layout, turns: dict[str, Tensor]) -> dict[str, Tensor]:
+        """R_i^T T R'^-T of every factor of tsvd, whose R becomes the mean of the replicas'."""
+        rules = {id(p): group["rule"] for group in self.optimizer.param_groups for p in group["params"]}
+        raw = {n: T for n, T in turns.items() if "R" in RULES[rules[id(layout.parameters[n])]].state}
+        held = {n: R for n in raw if (R := self.optimizer.state.get(layout.parameters[n], {}).get("R")) is not None}
         before = [R.clone() for R in held.values()]
         if held and self.grid.replicas > 1:
             for R, total in zip(held.values(), summed(before, self.grid.along_replicas), strict=True):
                 R.copy_(total / self.grid.replicas)
-        return {name: (old, R) for (name, R), old in zip(held.items(), before, strict=True)}
+        found = {name: torch.zeros_like(T) for name, T in raw.items()}  # of one process among the shards it is not
+        for (name, new), old in zip(held.items(), before, strict=True):
+            T = raw[name]
+            found[name] = torch.linalg.solve_triangular(new.to(T).mT, old.to(T).mT @ T, upper=False, left=False)
+        if found and self.grid.shards > 1:
+            return dict(zip(found, summed(list(found.values()), self.grid.along_shards), strict=True))
+        return found

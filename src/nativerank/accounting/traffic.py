@@ -12,7 +12,8 @@ for its sender, and what stays in a process is free. For B bytes, all of a tenso
 | optimizer, gathering Muon | B (S - 1) / S: whole momenta on every process, which solves every matrix |
 
 FSDP2 pads shards to equal size, and B is counted with that padding; the optimizer's exchanges pad each tensor to 8
-bytes, which is left out. Owners are spread by cost, so sums of their work are given as the largest of any process.
+bytes, which is left out. Owners are spread by cost, which is never quite even: figures are means over processes, those
+called largest the most of any process.
 
 r x r FLOPs of a factor: (4 k - 3) 2 r^3 for k orthogonalizing steps, 2 r^3 for bringing a frame back to orthonormal
 columns (Cholesky, inverse and what joins them).
@@ -20,6 +21,7 @@ columns (Cholesky, inverse and what joins them).
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -112,39 +114,61 @@ def padded_shard(p: Tensor, shards: int) -> int:
 
 
 def optimizer_scale(groups: Groups, grid: Grid, algebra: str) -> dict[str, Any]:
-    """The optimizer's traffic by phase, its state and its r x r FLOPs; of what is not even, the largest process's."""
+    """The optimizer's traffic by phase, state and r x r FLOPs: of a process on average, and the largest of any."""
     units = units_of(groups)
     assign(units, grid, lambda unit: choose(unit, groups[unit.group], grid, algebra))
-    phases: Counter[str] = Counter()
-    for unit in units:
-        phases.update(sent(unit, groups[unit.group], grid))
-    flops = [0] * grid.world
+    phases = sent_bytes(units, groups, grid)
+    total = sum(phases.values(), torch.zeros(()))
+    state = state_bytes(groups, units, grid)
+    flops = torch.zeros(grid.world, dtype=torch.float64)
     for unit in units:
         flops[unit.owner] += solve_flops(unit.members, groups[unit.group])
-    per_process = {name: total / grid.world for name, total in phases.items()}
     return {
-        "bytes": {**per_process, "total": sum(per_process.values())},
-        "state_bytes": max(state_bytes(groups, units, grid)),
+        "bytes": {**{name: sizes.mean().item() for name, sizes in phases.items()}, "total": total.mean().item()},
+        "largest_bytes": total.max().item(),
+        "state_bytes": state.mean().item(),
+        "largest_state_bytes": state.max().item(),
+        "r_by_r_flops": flops.mean().item(),
+        "largest_r_by_r_flops": flops.max().item(),
         "matrices": dict(Counter(unit.algebra for unit in units)),
-        "r_by_r_flops": max(flops),
     }
 
 
-def sent(unit: Unit, options: Mapping[str, Any], grid: Grid) -> dict[str, float]:
-    """Bytes that all processes together send for a unit, by phase: asked first, to its owner, and back."""
-    others, first, there, back = grid.world - 1, 0.0, 0.0, 0.0
-    if unit.algebra == GRAM:
-        found = gram_parts(unit, options)
-        first, there, back = (float(others * size) for size in (2 * found.sums, found.parts, found.answers))
-    elif unit.algebra == OWNER:
-        for p in unit.members:
-            along, size = cut_along(p), p.numel() * p.element_size()
-            if along is None:
-                back += others * size
-                continue
-            own = size // p.shape[along] * bounds(p.shape[along], grid.shards, unit.owner % grid.shards)[1]
-            there, back = there + size - own, back + grid.replicas * size - own
-    return {"before": first, "to_owners": there, "back": back}
+def sent_bytes(units: Sequence[Unit], groups: Groups, grid: Grid) -> dict[str, Tensor]:
+    """What every process sends in a step of the optimizer, (replicas, shards): asked first, to the owners, and back."""
+    before, there, back = torch.zeros(3, grid.replicas, grid.shards, dtype=torch.float64)
+    others = grid.world - 1
+    for unit in units:
+        owner = divmod(unit.owner, grid.shards)
+        if unit.algebra == GRAM:
+            found = gram_parts(unit, groups[unit.group])
+            before += 2 * found.sums * others / grid.world
+            there += found.parts
+            there[owner] -= found.parts
+            back[owner] += others * found.answers
+        elif unit.algebra == OWNER:
+            for p in unit.members:
+                if cut_along(p) is None:
+                    back[owner] += others * p.numel() * p.element_size()
+                    continue
+                sizes = shard_bytes(p, grid.shards)
+                there[owner[0]] += sizes
+                there[owner] -= sizes[owner[1]]
+                back[owner] += grid.replicas * sizes.sum() - sizes[owner[1]]
+    return {"before": before, "to_owners": there, "back": back}
+
+
+def shard_bytes(p: Tensor, shards: int) -> Tensor:
+    """Bytes of every shard of a parameter that is cut (shards,)."""
+    along = cut_along(p)
+    assert along is not None
+    return row_counts(p.shape[along], shards) * (p.numel() // p.shape[along] * p.element_size())
+
+
+@lru_cache
+def row_counts(rows: int, shards: int) -> Tensor:
+    """Rows in each shard (shards,)."""
+    return torch.tensor([bounds(rows, shards, shard)[1] for shard in range(shards)], dtype=torch.float64)
 
 
 def gathering_scale(groups: Groups, grid: Grid) -> dict[str, Any]:
@@ -156,9 +180,11 @@ def gathering_scale(groups: Groups, grid: Grid) -> dict[str, Any]:
         for p in unit.members
         if cut_along(p) is not None
     )
+    everything = float(sum(solve_flops(unit.members, groups[unit.group]) for unit in units))
     return {
-        "bytes": {"to_owners": float(gathered), "total": float(gathered)},
-        "r_by_r_flops": sum(solve_flops(unit.members, groups[unit.group]) for unit in units),
+        "bytes": {"before": 0.0, "to_owners": float(gathered), "back": 0.0, "total": float(gathered)},
+        "r_by_r_flops": everything,
+        "largest_r_by_r_flops": everything,
     }
 
 
@@ -175,43 +201,38 @@ def solve_flops(members: Sequence[Tensor], options: Mapping[str, Any]) -> int:
     return total
 
 
-def state_bytes(groups: Groups, units: Iterable[Unit], grid: Grid) -> list[int]:
-    """Bytes of optimizer state on every process, whole copies of owned weights included."""
-    everywhere = 0  # on every process alike
-    by_shard, by_rank = [0] * grid.shards, [0] * grid.world
-    elementwise = [
-        (p, group) for group in groups if RULES[group["rule"]].kind == "elementwise" for p in group["params"]
-    ]
-    cut: Counter[tuple[int, int | None, int]] = Counter()  # (size along the cut, bytes of one row of it)
+def state_bytes(groups: Groups, units: Iterable[Unit], grid: Grid) -> Tensor:
+    """Bytes of optimizer state on every process (N,), whole copies of owned weights included."""
+    everywhere, by_shard = 0, torch.zeros(grid.shards, dtype=torch.float64)
+    by_rank = torch.zeros(grid.world, dtype=torch.float64)
 
-    def spread(p: Tensor, bytes_of_all: int) -> None:
+    def spread(p: Tensor, size: int) -> None:
         along = cut_along(p)
         rows = 1 if along is None else p.shape[along]
-        cut[rows, along, bytes_of_all // rows] += 1
+        by_shard.add_(row_counts(rows, grid.shards) * (size // rows) if along is not None else size)
 
-    for p, group in elementwise:
-        everywhere += kept_bytes("step", p, group)
-        spread(p, 2 * kept_bytes("exp_avg", p, group))
+    for group in groups:
+        if RULES[group["rule"]].kind == "elementwise":
+            for p in group["params"]:
+                everywhere += kept_bytes("step", p, group)
+                spread(p, 2 * kept_bytes("exp_avg", p, group))
     for unit in units:
-        group = groups[unit.group]
+        group, gram = groups[unit.group], unit.algebra == GRAM
         for position, p in enumerate(unit.members):
             for name in RULES[group["rule"]].state_of(position):
                 size = kept_bytes(name, p, group if position < 2 else {**group, "state_dtype": "fp32"})
-                if unit.algebra == OWNER or position == 2 or name in SMALL:
+                if not gram or position == 2 or name in SMALL:
                     by_rank[unit.owner] += size
-                    everywhere += size if name in SMALL and unit.algebra == GRAM else 0  # its inverse
+                    everywhere += size if gram and name in SMALL else 0  # its inverse
                 elif name == "step":
                     everywhere += size
                 else:
                     spread(p, size)
-            if unit.algebra == OWNER and cut_along(p) is not None:
-                by_rank[unit.owner] += p.numel() * p.element_size()
-            elif unit.algebra == GRAM and position == 2:
+            if gram and position == 2:
                 everywhere += p.numel() * p.element_size()
-    for (rows, along, row_bytes), count in cut.items():
-        for shard in range(grid.shards):
-            by_shard[shard] += count * row_bytes * (rows if along is None else bounds(rows, grid.shards, shard)[1])
-    return [everywhere + by_shard[rank % grid.shards] + own for rank, own in enumerate(by_rank)]
+            elif not gram and cut_along(p) is not None:
+                by_rank[unit.owner] += p.numel() * p.element_size()
+    return everywhere + by_shard.repeat(grid.replicas) + by_rank
 
 
 def kept_bytes(name: str, p: Tensor, options: Mapping[str, Any]) -> int:

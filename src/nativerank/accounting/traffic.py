@@ -34,6 +34,7 @@ from nativerank.distributed.pieces import bounds, cut_along, local
 from nativerank.linalg.orthogonalize import orthogonalize_flops
 from nativerank.optim.directions import NONE
 from nativerank.optim.gram_rules import refusal
+from nativerank.optim.optimizer import LowRankOptimizer
 from nativerank.optim.precision import state_dtype
 from nativerank.optim.rules import RULES, SMALL, WEIGHT_SHAPED
 from nativerank.optim.traffic import choose, gram_parts
@@ -244,3 +245,12 @@ def kept_bytes(name: str, p: Tensor, options: Mapping[str, Any]) -> int:
     if name in WEIGHT_SHAPED:
         return p.numel() * state_dtype(p, options["state_dtype"]).itemsize
     return p.numel() // min(p.shape[-2:]) * p.element_size()  # a vector over the tall side
+
+
+def held_state_bytes(optimizer: LowRankOptimizer) -> int:
+    """What of the same this process really holds."""
+    sharded, rows = optimizer.layout.sharded, optimizer.layout.rows()
+    tensors = [value for state in optimizer.state.values() for value in state.values()]
+    tensors += [] if sharded is None else list(sharded.kept.values())
+    tensors += [state["R_inverse"] for one in rows for state in one.bucket.states if "R_inverse" in state]
+    return sum(t.nbytes for t in tensors)

@@ -1,17 +1,14 @@
 """The optimizer on several processes does what it does on one, and moves no more than it says."""
 
-import copy
 
 import pytest
 import torch
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
-from torch.distributed.tensor.debug import CommDebugMode
 
 from nativerank.distributed.grid import make_grid
-from nativerank.distributed.pieces import full, local
-from nativerank.layers import LowRankLinear, SpectralLinear
+from nativerank.distributed.pieces import full
 from nativerank.methods import METHODS, build_optimizer, factorize
 
 D_IN, WIDTH, D_OUT, STEPS = 12, 19, 16, 6  # 19 rows do not divide; d_in 12 and 16 do, 19 does not
@@ -116,7 +113,7 @@ def test_several_processes_do_what_one_does(forked, method, options, grid, algeb
     found = forked(on_processes, grid[0] * grid[1], method, *grid, algebra, options)
     for got, _ in found:
         for name, value in weights(alone).items():
-            torch.testing.assert_close(got[name], value, rtol=0, atol=1e-9, msg=lambda m: f"{name}: {m}")
+            torch.testing.assert_close(got[name], value, rtol=0, atol=1e-9, msg=f"{method} {name}")
     names = {id(p): n for n, p in alone.named_parameters()}
     states = assembled([state for _, state in found])
     for piece in optimizer.pieces(names):

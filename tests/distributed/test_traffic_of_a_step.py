@@ -126,5 +126,5 @@ def test_auto_takes_what_moves_less(forked):
 
 
 def test_a_step_that_fits_neither_form_is_refused(forked):
-    with pytest.raises(AssertionError, match="parallel.algebra gram: .*cayley"):
+    with pytest.raises(AssertionError, match=r"parallel\.algebra gram: .*cayley"):
         forked(step, 2, "sct", 1, 2, "gram", {"retraction": "cayley"})

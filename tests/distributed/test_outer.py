@@ -288,7 +288,7 @@ def interrupted(rank, case, stop):
             model.load_state_dict(kept)
             for name, tensor in everything(outer).items():
                 tensor.copy_(pieces[name])
-            outer.loaded()
+            outer.begin()
         inner_steps(model, optimizer, outer, [100 * rank + 2 * turn, 100 * rank + 2 * turn + 1])
         outer.step()
     return weights(model)
@@ -301,23 +301,24 @@ def test_a_resumed_run_has_the_same_bits(forked, case):
         assert all(torch.equal(x, other[name]) for name, x in one.items())
 
 
-def resized_rounds(rank):
+def resized_rounds(rank, case):
     """The momentum as displacements of W, before and after a change of rank, and weights one round later."""
-    model, optimizer, outer = make("spectron", make_grid(2, 1, "cpu"), momentum=0.9)
+    model, optimizer, outer = make(case, make_grid(2, 1, "cpu"), momentum=0.9)
     for turn in range(2):
         inner_steps(model, optimizer, outer, range(10 * rank + 3 * turn, 10 * rank + 3 * turn + 3))
         outer.step()
 
     def displacement():
-        """v_A B^T, of the unit's owner."""
-        B = model[1].factors()[1].detach()
-        return [p.tensor @ B.mT for p in outer.pieces() if p.name == "1.up.weight/outer_momentum"]
+        """v_A B^T or v_U diag(s) V^T, of the unit's owner."""
+        _, *s, V = (x.detach() for x in model[1].factors())
+        right = V * s[0] if s else V
+        return [p.tensor @ right.mT for p in outer.pieces() if p.name == "1.up.weight/outer_momentum"]
 
     before = displacement()
-    outer.resize(model[1].resize(6))  # grown columns of A are zero, so that no product changes
+    optimizer.resize(model[1].resize(6))  # grown columns of A are zero, so that no product changes
     outer.begin()
     grown = displacement()
-    outer.resize(model[1].resize(4))
+    optimizer.resize(model[1].resize(4))
     outer.begin()
     back = displacement()
     inner_steps(model, optimizer, outer, [7])
@@ -325,8 +326,9 @@ def resized_rounds(rank):
     return before, grown, back, weights(model)
 
 
-def test_the_momentum_follows_other_ranks(forked):
-    found = forked(resized_rounds, 2)
+@pytest.mark.parametrize("case", ["spectron", "stiefel-spectron"])
+def test_the_momentum_follows_other_ranks(forked, case):
+    found = forked(resized_rounds, 2, case)
     assert sum(len(before) for before, *_ in found) == 1
     for before, grown, back, _ in found:
         for one, other, last in zip(before, grown, back, strict=True):

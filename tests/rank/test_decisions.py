@@ -109,6 +109,13 @@ def test_looks_are_a_function_of_the_step():
     assert [step for step in range(0, 5) if due(replace(adapt, start=0.0, every=0.0), step, 4)] == [1, 2, 3]
 
 
+def test_looks_wait_for_the_next_meeting_of_replicas():
+    adapt = replace(ADAPT, start=0.1, every=0.25, until=0.8)
+    assert [step for step in range(1, 101) if due(adapt, step, 100, 20)] == [20, 60]
+    assert [step for step in range(1, 101) if due(replace(adapt, mode="once"), step, 100, 30)] == [30]
+    assert [step for step in range(1, 101) if due(adapt, step, 100, 1)] == [10, 35, 60]
+
+
 def test_a_threshold_alone_is_a_schedule_and_a_mode_alone_the_default_threshold():
     assert resolve_adapt(AdaptConfig(threshold=0.9)).mode == "schedule"
     assert resolve_adapt(AdaptConfig(mode="once")).threshold == DEFAULT_THRESHOLD

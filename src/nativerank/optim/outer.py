@@ -26,9 +26,8 @@ from torch import Tensor, nn
 from nativerank.distributed.collectives import Kind, exchange, summed
 from nativerank.distributed.grid import Grid
 from nativerank.distributed.pieces import Piece
-from nativerank.linalg.resize import Resized
 from nativerank.optim.frames import in_new_basis
-from nativerank.optim.outer_rules import PLAIN, Agreed, Sgd, agree, changed
+from nativerank.optim.outer_rules import PLAIN, Agreed, Sgd, agree, at_other_ranks, changed
 from nativerank.optim.outer_units import Layout, OuterUnit, assigned, dealt_along, seen, wide
 from nativerank.optim.rules import RULES, WEIGHT_SHAPED
 
@@ -67,7 +66,7 @@ class Report:
 
 
 class Outer:
-    """The outer optimizer over the replicas of a grid. Collective, but for `due`, `pieces` and `resize`.
+    """The outer optimizer over the replicas of a grid. Collective, but for `due` and `pieces`.
 
     Args:
         model: its trainable parameters are agreed on; shards of the grid hold them as DTensors, replicas alike.
@@ -106,13 +105,19 @@ class Outer:
         return step % self.every == 0 or step == last
 
     @torch.no_grad()
-    def begin(self) -> None:
-        """Starts a round from the weights as they are, which all replicas share: at the start and after a load."""
+    def begin(self, forget: bool = False) -> None:
+        """Starts a round from the weights as they are, which all replicas share: at the start and where ranks change.
+
+        Args:
+            forget: start without momentum, for one that is loaded next.
+        """
         self.budget = 0.0
         for unit, (whole,) in self._gathered(self.layout(), replicas=1):
-            kept = self.held.get(unit)
-            velocity = kept.velocity if kept else [torch.zeros_like(x, dtype=wide(x)) for x in whole]
-            self.held[unit] = Held(whole, velocity)
+            kept = None if forget else self.held.get(unit)
+            velocity = [torch.zeros_like(x, dtype=wide(x)) for x in whole] if kept is None else kept.velocity
+            if kept is not None and unit.form != PLAIN and velocity[0].shape != whole[0].shape:
+                velocity = list(seen(at_other_ranks(seen(kept.start), seen(whole), seen(velocity))))
+            self.held[unit] = Held(whole, [v.contiguous() for v in velocity])
 
     @torch.no_grad()
     def step(self) -> Report:
@@ -142,27 +147,6 @@ class Outer:
                 along = None if unit.length is None else dealt_along(parameters[name])
                 found.append(Piece(f"{name}/{STATE}", v, tuple(parameters[name].shape), along, unit.start))
         return found
-
-    def loaded(self) -> None:
-        """Tells that weights or state were written from outside, alike in all replicas: a round starts from there."""
-        self.optimizer.loaded()
-        self.begin()
-
-    @torch.no_grad()
-    def resize(self, changes: Iterable[Resized]) -> None:
-        """The inner optimizer's and the outer momentum of factors whose columns became others; `begin` comes next.
-
-        A' = A T_A has displacements v T_A, and T_A is what the gradients of B go through (`linalg.resize`).
-        """
-        changes = list(changes)
-        self.optimizer.resize(changes)
-        parameters, by_id = dict(self.model.named_parameters()), {id(c.parameter): c.T for c in changes}
-        for unit, held in self.held.items():
-            Ts = [by_id[id(parameters[name])] for name in unit.members if id(parameters.get(name)) in by_id]
-            if unit.form != PLAIN and Ts:
-                Ts[:2] = Ts[1], Ts[0]
-                moved = [(v.to(T) @ T).to(v) for v, T in zip(seen(held.velocity), Ts, strict=True)]
-                held.velocity = [v.contiguous() for v in seen(moved)]
 
     # -- there and back -------------------------------------------------------------------------------------------
 

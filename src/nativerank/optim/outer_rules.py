@@ -154,6 +154,18 @@ def velocity_in_new_basis(form: str, v: Weights, new: Candidate) -> Weights:
     return v
 
 
+def at_other_ranks(old: Weights, new: Weights, velocity: Weights) -> Weights:
+    """The outer momentum of factors that were given another rank as A' = A T, which displacements follow: v T.
+
+    T is read off the factors; of s that of U, which selects columns. New columns have no momentum.
+    """
+    Ts = [torch.linalg.pinv(to_float64(X)) @ to_float64(Y) for X, Y in zip(old[:2], new[:2], strict=True)]
+    wide = [to_float64(v) for v in velocity]
+    moved = [v @ T for v, T in zip(wide[:2], Ts, strict=True)]
+    moved += [(v.unsqueeze(-2) @ Ts[0]).squeeze(-2) for v in wide[2:]]
+    return cast(moved, velocity)
+
+
 def product(form: str, weights: Weights) -> tuple[Tensor, Tensor]:
     """(L, R) with W = L R^T, in float64."""
     left, right, *s = map(to_float64, weights)

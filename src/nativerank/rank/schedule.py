@@ -54,10 +54,14 @@ def resolve_adapt(adapt: AdaptConfig, compiled: bool = False) -> AdaptConfig:
     return adapt
 
 
-def due(adapt: AdaptConfig, step: int, steps: int) -> bool:
-    """Whether the ranks are looked at after `step` of `steps` updates; `adapt` resolved."""
-    first = max(1, round(adapt.start * steps))
+def due(adapt: AdaptConfig, step: int, steps: int, multiple: int = 1) -> bool:
+    """Whether the ranks are looked at after `step` of `steps` updates.
+
+    Args:
+        adapt: resolved.
+        multiple: looks come after a multiple of so many steps, the next one.
+    """
+    first, interval = (max(1, -(-round(share * steps) // multiple)) * multiple for share in (adapt.start, adapt.every))
     if adapt.mode != "schedule":
         return adapt.mode == "once" and step == first
-    interval = max(1, round(adapt.every * steps))
     return first <= step <= adapt.until * steps and (step - first) % interval == 0

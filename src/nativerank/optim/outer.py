@@ -17,7 +17,7 @@ goes further than the mean; what it does to each W is measured, and with `cap` k
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -139,9 +139,15 @@ class Outer:
                 self.held.pop(unit, None)
         return layout
 
-    def pieces(self) -> list[Piece]:
-        """The outer momentum held here, for a checkpoint."""
-        parameters, found = dict(self.model.named_parameters()), []
+    def pieces(self, names: dict[int, str]) -> list[Piece]:
+        """What a checkpoint keeps: the inner state as PARAMETER/STATE@REPLICA, and the outer momentum held here.
+
+        Args:
+            names: of the parameters, by id.
+        """
+        inner = self.optimizer.pieces(names)
+        found = [replace(piece, name=f"{piece.name}@{self.grid.replica}") for piece in inner]
+        parameters = dict(self.model.named_parameters())
         for unit, held in self.held.items():
             for name, v in zip(unit.members, held.velocity, strict=True):
                 along = None if unit.length is None else dealt_along(parameters[name])

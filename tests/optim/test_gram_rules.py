@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from nativerank.optim.ask import Part
+from nativerank.optim.ask import Part, packed, unpacked
 from nativerank.optim.check import DEFAULTS
 from nativerank.optim.directions import New, Stack, formed
 from nativerank.optim.gram_rules import GRAM_RULES
@@ -215,10 +215,8 @@ class Cluster:
 
 
 def travelled(part: Part):
-    """What arrives: the upper half alone was sent where the rest is known."""
-    x = part.tensor
-    assert part.form == "whole" or x.shape[-1] == x.shape[-2]
-    return {"whole": x.clone, "upper": x.triu, "symmetric": lambda: x.triu() + x.triu(1).mT}[part.form]()
+    """What arrives."""
+    return unpacked(packed(part), part.form).clone()
 
 
 def run_both(rule, options, grid, steps, spoil=None, **how):
@@ -252,13 +250,24 @@ def variants(*choices):
 
 ORTH = [{}, {"orthogonalizer": "polar-express", "orthogonalizer_steps": 7}, {"orthogonalizer": "none"}]
 MU = [{"nesterov": True, "shape_scale": "original"}, {"nesterov": False, "momentum": 0.0}]
-BOUND = [{}, {"norm": "exact"}, {"certified": True}, {"step": "root", "power_iterations": 3}, {"renormalize": False}]
+BOUND = [{}, {"norm": "exact"}, {"certified": True}, {"step": "root", "power_iterations": 3}]
+BOUND.append({"renormalize": False, "lr": 0.002})
 CAP = [{"update_cap": 0.02}, {"update_cap": 50.0}]
 OPTIONS = {
     "muon": variants(ORTH, [*MU, {"shape_scale": "match_rms_adamw"}], [{}, {"weight_decay": 0.1}]),
     "spectron": variants(ORTH, MU, BOUND, [{"weight_decay": 0.1}]),
     "adamw-capped": variants(CAP, [{}, {"weight_decay": 0.1}]),
     "adam-muon": variants(ORTH, [*CAP, {"update_cap": None}], [{"nesterov": True}, {"shape_scale": "original"}]),
+}
+MOVED = [{}, {"preserve": True}, {"riemannian": True}, {"preserve": True, "riemannian": True}]
+WAYS = [{"retraction": way} for way in ("cholesky", "qr", "polar")]
+STEPS = [{}, {"step": "root"}, {"renormalize": False}, {"state_dtype": "fp32", "s_lr": 0.01, "weight_decay": 0.1}]
+OPTIONS |= {
+    "sct": variants(WAYS, MOVED, [{"lr": 0.02}, {"lr": 0.05, "weight_decay": 0.1, "s_lr": 0.01}])
+    + variants(WAYS[::2], MOVED[:2], [{"retract_every": 3}]),
+    "tsvd": variants(WAYS[:2], [{}, {"weight_decay": 0.1, "s_lr": 0.01}]),
+    "stiefel-spectron": variants(WAYS[::2], MOVED, ORTH[::2], MU, STEPS),
+    "frame-spectron": variants(WAYS[::2], ORTH, MU, BOUND, [{"weight_decay": 0.1}]),
 }
 CASES = [(rule, options) for rule, found in OPTIONS.items() for options in found]
 

@@ -258,8 +258,13 @@ def transport(U: Stack, V: Stack, U_new: Tensor, V_new: Tensor, options: Options
     """With `riemannian`, first moments onto the tangent spaces at the new frames."""
     if options["riemannian"]:
         for side, Q in ((U, U_new), (V, V_new)):
-            name = "momentum" if "momentum" in side.state else "exp_avg"
-            side.state[name].copy_(tangent(Q, side.state[name].to(Q)))
+            m = first_moment(side)
+            m.copy_(tangent(Q, m.to(Q)))
+
+
+def first_moment(side: Stack) -> Tensor:
+    """The mean of gradients that the side keeps."""
+    return side.state["momentum" if "momentum" in side.state else "exp_avg"]
 
 
 def projected(side: Stack, options: Options) -> Stack:

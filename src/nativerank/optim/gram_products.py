@@ -6,7 +6,8 @@ Formulas and options are those of `optim.products`; here every r x r problem is 
     W = X^T X     of each factor: its norm, and with X^T u the whole power iteration, after which u = X c
     ||M Q||       from Q^T G Q, where a step is measured before it exists (`proven_norm`)
 
-M is this process's rows (n, d_local, r). What a bound is proven for goes through float64: sums, and the product M Q.
+M is this process's rows (n, d_local, r); whoever drives the rules keeps TF32 off. What a bound is proven for goes
+through float64: sums, and the product M Q.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nativerank.linalg.gram import at_least_float32, full_precision, gram, to_float64
+from nativerank.linalg.gram import at_least_float32, gram, to_float64
 from nativerank.linalg.norms import gram_norm, gram_power_iteration
 from nativerank.optim.ask import Answer, Ask, Asking, Part, symmetric, whole
 from nativerank.optim.directions import (
@@ -68,10 +69,12 @@ def solve_muon(totals: Totals, small: list[State], options: Options) -> Parts:
 
 def spectron(A: Stack, B: Stack, options: Options, rows: Rows) -> Asking:
     """(D_A, D_B, record) of this process's rows."""
-    M = momenta(A, B, options)
-    ask = Ask(spectron_parts(A, B, M, options, rows), partial(solve_spectron, pair=pair_of(A, B, M, options)))
-    answer = yield ask
-    return spectron_step(A, B, M, answer, options)
+    M, certified = momenta(A, B, options), options["certified"]
+    pair = pair_of(A, B, M, options)
+    parts = spectron_parts(A, B, M, options, rows, wide=(certified, certified))
+    answer = yield Ask(parts, partial(solve_spectron, pair=pair))
+    D_A, D_B = (change(m, answer.get(f"Q_{i}"), answer["rho"] * pair.scales[i], certified) for i, m in enumerate(M))
+    return D_A, D_B, spectron_record(A, B, answer, options)
 
 
 def momenta(A: Stack, B: Stack, options: Options) -> list[Tensor]:
@@ -85,18 +88,17 @@ def pair_of(A: Stack, B: Stack, M: list[Tensor], options: Options) -> Pair:
     return Pair((scale_A, scale_B), (max(A.shape), max(B.shape)), M[0].dtype)
 
 
-def spectron_parts(A: Stack, B: Stack, M: list[Tensor], options: Options, rows: Rows) -> Parts:
-    """Sums for Q and the norms of the factors; in float64 where the step is certified."""
-    wide, parts = options["certified"], {}
+def spectron_parts(A: Stack, B: Stack, M: list[Tensor], options: Options, rows: Rows, wide: tuple[bool, bool]) -> Parts:
+    """Sums for Q and the norms of the factors; of each side in float64 if wanted."""
+    parts = Parts()
     for i, (side, m) in enumerate(zip((A, B), M, strict=True)):
-        if wide or options["orthogonalizer"] != NONE:
-            parts[f"G_{i}"] = symmetric(gram(widest(rows(m), wide)))
-        X = widest(rows(side.weight), wide)
+        if wide[i] or options["orthogonalizer"] != NONE:
+            parts[f"G_{i}"] = symmetric(gram(widest(rows(m), wide[i])))
+        X = widest(rows(side.weight), wide[i])
         parts[f"W_{i}"] = symmetric(gram(X))
         if options["norm"] == "power":
             u = rows(side.state["power_vector"]).to(X)
-            with full_precision(X.device):
-                parts[f"start_{i}"] = whole((u.unsqueeze(-2) @ X).squeeze(-2))
+            parts[f"start_{i}"] = whole((u.unsqueeze(-2) @ X).squeeze(-2))
     return parts
 
 
@@ -124,11 +126,12 @@ def solve_spectron(totals: Totals, small: list[State], options: Options, pair: P
     return parts | {"rho": whole(rho)}
 
 
-def factors_of(totals: Totals, options: Options, pair: Pair) -> Tensor | None:
+def factors_of(totals: Totals, options: Options, pair: Pair, name: str = "G") -> Tensor | None:
     """Q (2, m, r, r) of both sides, exactly symmetric, as all processes will have it; None for the identity."""
     if options["orthogonalizer"] == NONE:
         return None
-    return symmetrized(gram_factors(torch.stack([totals["G_0"], totals["G_1"]]).to(pair.dtype), options))
+    G = torch.stack([totals[f"{name}_{i}"].to(pair.dtype) for i in range(2)])
+    return symmetrized(gram_factors(G, options))
 
 
 def symmetrized(G: Tensor) -> Tensor:
@@ -136,26 +139,18 @@ def symmetrized(G: Tensor) -> Tensor:
     return (G + G.mT) / 2
 
 
-def spectron_step(
-    A: Stack, B: Stack, M: list[Tensor], answer: Answer, options: Options
-) -> tuple[Difference, Difference, State]:
-    """(D_A, D_B, record) from the answer; advances the power vectors."""
+def spectron_record(A: Stack, B: Stack, answer: Answer, options: Options) -> State:
+    """The record of a step; advances the power vectors."""
     if options["norm"] == "power":
         for i, side in enumerate((A, B)):
             advance_vector(side, answer[f"c_{i}"])
-    scales = (shape_scale(options["shape_scale"], *side.shape) for side in (A, B))
-    D_A, D_B = (
-        change(m, answer.get(f"Q_{i}"), answer["rho"] * scale, options["certified"])
-        for i, (m, scale) in enumerate(zip(M, scales, strict=True))
-    )
-    return D_A, D_B, {"sigma_A": answer["sigma_0"], "sigma_B": answer["sigma_1"], "rho": answer["rho"]}
+    return {"sigma_A": answer["sigma_0"], "sigma_B": answer["sigma_1"], "rho": answer["rho"]}
 
 
 def advance_vector(side: Stack, c: Tensor) -> None:
     """u <- X c, where X u was not zero."""
     X, u = at_least_float32(side.weight), side.state["power_vector"]
-    with full_precision(X.device):
-        Xc = (c.unsqueeze(-2) @ X.mT).squeeze(-2)
+    Xc = (c.unsqueeze(-2) @ X.mT).squeeze(-2)
     u.copy_(torch.where((c != 0).any(-1, keepdim=True), Xc, u.to(Xc)))
 
 

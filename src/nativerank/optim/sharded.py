@@ -18,6 +18,8 @@ from torch import Tensor
 from nativerank.distributed.collectives import Kind, exchange, summed
 from nativerank.distributed.grid import Grid
 from nativerank.distributed.pieces import bounds, cut_along, local
+from nativerank.linalg.gram import to_float64
+from nativerank.linalg.roots import triangular_inverse
 from nativerank.optim.ask import Answer, Part, packed, unpacked, upper
 from nativerank.optim.rows import Rows, Running, added, start
 from nativerank.optim.units import GRAM, OWNER, Unit
@@ -37,6 +39,7 @@ class Sharded:
 
     def __init__(self, grid: Grid, units: Sequence[Unit]):
         self.grid, self.units = grid, list(units)
+        self.device = units[0].members[0].device if units else torch.device("cpu")
         self.kept: dict[int, Tensor] = {}  # by the parameter's id: whole copies of own units, and s of gram units
         for unit in self.units:
             for position, p in enumerate(unit.members):
@@ -79,7 +82,7 @@ class Sharded:
         owned = [u for u in self.units if u.algebra == OWNER]
         sends, expected = self._nothing(), self._nothing()
         self._shards_in(sends, expected, owned, lambda p: p.detach())
-        arrived = [iter(found) for found in exchange(sends, expected, self.grid.everyone)]
+        arrived = [iter(found) for found in exchange(sends, expected, self.grid.everyone, self.device)]
         for p, weight in self._assembled(arrived, owned, lambda p: p.detach()):
             self.kept[id(p)].copy_(weight)
         for r in rows:
@@ -127,11 +130,10 @@ class Sharded:
 
     def _tell_inverse(self, rows: Rows, R: Tensor, R_inverse: Tensor) -> None:
         """Fills R^-1 (n, r, r) on every process from the owners' R (m, r, r)."""
-        eye = torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)
-        mine = packed(upper(torch.linalg.solve_triangular(R, eye, upper=True)))
+        mine = packed(upper(triangular_inverse(to_float64(R)).to(R.dtype)))  # to the bit what a step would have told
         owners = [[i for i, unit in enumerate(rows.units) if unit.owner == rank] for rank in range(self.grid.world)]
         expected = [[((len(places), *mine.shape[1:]), mine.dtype)] for places in owners]
-        found = exchange([[mine]] * self.grid.world, expected, self.grid.everyone)
+        found = exchange([[mine]] * self.grid.world, expected, self.grid.everyone, self.device)
         for places, (inverse,) in zip(owners, found, strict=True):
             R_inverse[places] = unpacked(inverse, "upper")
 
@@ -147,7 +149,7 @@ class Sharded:
                 sends[rank] += [x[run.places(rank)] for x in flat]
                 expected[rank] += [((here, *x.shape[1:]), x.dtype) for x in flat]
         self._shards_in(sends, expected, active, lambda p: p.grad)
-        arrived = [iter(found) for found in exchange(sends, expected, self.grid.everyone)]
+        arrived = [iter(found) for found in exchange(sends, expected, self.grid.everyone, self.device)]
         answers = []
         for run in running:
             totals = {k: unpacked(added([next(a) for a in arrived]), part.form) for k, part in run.ask.parts.items()}
@@ -165,7 +167,7 @@ class Sharded:
                 sends[rank] += named.values()
                 expected[rank] += [((len(run.places(rank)), *x.shape[1:]), x.dtype) for x in named.values()]
         self._shards_out(sends, expected, active)
-        arrived = [iter(found) for found in exchange(sends, expected, self.grid.everyone)]
+        arrived = [iter(found) for found in exchange(sends, expected, self.grid.everyone, self.device)]
         for run, answer, named in zip(running, answers, flat, strict=True):
             told: Answer = {}
             for name, x in named.items():

@@ -6,6 +6,8 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
+from nativerank.cli.bench_distributed import add_flags as distributed_flags
+from nativerank.cli.bench_distributed import show_distributed
 from nativerank.cli.bench_step70b import add_flags as step70b_flags
 from nativerank.cli.bench_step70b import show_step70b
 from nativerank.cli.output import add_json, check_json, write_json
@@ -18,6 +20,7 @@ EXAMPLE = """examples:
   nativerank bench retraction
   nativerank bench step70b --layerwise --state bf16
   nativerank bench conditioning runs/sct runs/spectron
+  nativerank bench distributed --paper
 """
 
 
@@ -94,9 +97,13 @@ def add_parser(subparsers: Any) -> None:
     )
     conditioning.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
 
-    step70b = step70b_flags(names)
-    add_json(step70b)
-    step70b.set_defaults(run=runner("step70b", show_step70b))
+    for name, flags, shown in (
+        ("step70b", step70b_flags, show_step70b),
+        ("distributed", distributed_flags, show_distributed),
+    ):
+        parser = flags(names)
+        add_json(parser)
+        parser.set_defaults(run=runner(name, shown))
 
 
 def add_model(parser: argparse.ArgumentParser, preset: str) -> None:

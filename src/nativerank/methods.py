@@ -10,6 +10,7 @@ rates stand, taken from the publication named there.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -19,6 +20,7 @@ from nativerank.distributed.grid import Grid
 from nativerank.layers import FactorizeReport, Guides, factorize_modules, matrix_parameters
 from nativerank.optim.check import AUXILIARY
 from nativerank.optim.optimizer import LowRankOptimizer
+from nativerank.optim.reshape import reshaped
 from nativerank.optim.roles import Pair, assign_roles
 from nativerank.optim.rules import RULES
 
@@ -288,7 +290,8 @@ def build_optimizer(
     ]
     optimizer = LowRankOptimizer([g for g in groups if g["params"]], grid, algebra)
     if guided_steps is not None:
-        optimizer.guides = Guides(model, optimizer, guided_steps, seed, stochastic_guide)
+        surgery = partial(reshaped, optimizer, model)
+        optimizer.guides = Guides(model, optimizer, guided_steps, seed, stochastic_guide, surgery)
     if layerwise:
         optimizer.update_layerwise()
     return optimizer

@@ -42,15 +42,21 @@ def _as_bytes(tensors: Iterable[Tensor]) -> list[Tensor]:
     return parts
 
 
-def exchange(sends: Sequence[Sequence[Tensor]], expected: Sequence[Sequence[Kind]], group: Group) -> list[list[Tensor]]:
+def exchange(
+    sends: Sequence[Sequence[Tensor]],
+    expected: Sequence[Sequence[Kind]],
+    group: Group,
+    device: torch.device | None = None,
+) -> list[list[Tensor]]:
     """What every process of the group sent to this one, by its rank.
 
     Args:
         sends: for each rank the tensors it gets.
         expected: for each rank the (shape, dtype) of what it sends here, in its order.
         group: at least two processes, all of which call this.
+        device: where the tensors are; None asks them, so every process has to send some then.
     """
-    device = next((t.device for part in sends for t in part), torch.device("cpu"))
+    device = device or next((t.device for part in sends for t in part), torch.device("cpu"))
     parts = [_as_bytes(tensors) for tensors in sends]
     out_sizes = [sum(p.numel() for p in part) for part in parts]
     in_sizes = [sum(padded_bytes(*kind) for kind in kinds) for kinds in expected]

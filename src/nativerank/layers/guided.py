@@ -13,10 +13,13 @@ activations, resumed runs and all processes see the same one.
 """
 
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import linear
 
 from nativerank.layers.base import Gemm, merge
@@ -68,7 +71,9 @@ class GuidedLinear(LowRankLinear):
     def allocate_guide(self) -> nn.Parameter:
         """An unfilled guide, for a run that goes back to a checkpoint which has one."""
         like = self.up.weight
-        self.guide = nn.Parameter(like.new_empty(self.out_features, self.in_features), requires_grad=like.requires_grad)
+        device = "meta" if isinstance(like, DTensor) else like.device  # sharded before it takes memory
+        empty = torch.empty(self.out_features, self.in_features, dtype=like.dtype, device=device)
+        self.guide = nn.Parameter(empty, requires_grad=like.requires_grad)
         return self.guide
 
     def share(self, other: Self) -> None:
@@ -100,6 +105,9 @@ def guide_coin(seed: int, step: int, name: str) -> float:
     return init_seed(seed, f"guide:{step}:{name}") / 2**63
 
 
+Reshaped = Callable[[list[str]], AbstractContextManager[Any]]
+
+
 class Owner(Protocol):
     """The optimizer, as far as guides need it: it lets go of parameters, and takes them up again."""
 
@@ -117,15 +125,25 @@ class Guides:
         guided_steps: updates after which the guides are gone.
         seed: of the coins.
         stochastic: False computes every guide at every step.
+        reshaped: a context in which the parameters with these names may be freed, and others come.
     """
 
     GROUP = "guides"
 
-    def __init__(self, model: nn.Module, owner: Owner, guided_steps: int, seed: int = 0, stochastic: bool = True):
+    def __init__(
+        self,
+        model: nn.Module,
+        owner: Owner,
+        guided_steps: int,
+        seed: int = 0,
+        stochastic: bool = True,
+        reshaped: Reshaped = nullcontext,
+    ):
         if guided_steps < 0:
             raise ValueError(f"guided_steps must be at least 0, got {guided_steps}")
         self.layers: dict[str, Any] = guided_layers(model)
         self.owner, self.guided_steps, self.seed, self.stochastic = owner, guided_steps, seed, stochastic
+        self.reshaped = reshaped
         self.step, self.alpha = 0, 1.0
         self.set(0)
 
@@ -138,14 +156,15 @@ class Guides:
         present = [layer for layer in self.layers.values() if layer.guide is not None]
         if self.alpha == 0:
             if present:
-                for layer in self.layers.values():
-                    layer.free_guide()
-                self.owner.release(self.GROUP)
+                with self.reshaped([f"{name}.guide" for name in self.layers]):
+                    for layer in self.layers.values():
+                        layer.free_guide()
+                    self.owner.release(self.GROUP)
             return
         if not present:
-            self.owner.adopt(
-                self.GROUP, [(f"{name}.guide", layer.allocate_guide()) for name, layer in self.layers.items()]
-            )
+            with self.reshaped([]):
+                guides = [(f"{name}.guide", layer.allocate_guide()) for name, layer in self.layers.items()]
+                self.owner.adopt(self.GROUP, guides)
         for name, layer in self.layers.items():
             layer.alpha = self.alpha
             layer.active = not self.stochastic or guide_coin(self.seed, step, name) < self.alpha

@@ -77,7 +77,12 @@ def gram_root(X: Tensor, reduce: Reduce | None = None) -> Tensor:
     an X that is not finite.
     Singular values of X below about 1e-8 of the largest are lost. MPS has no float64, so there it runs on the CPU.
     """
-    G, finite = split_finite(gram(to_float64(X), reduce))
+    return symmetric_root(gram(to_float64(X), reduce))
+
+
+def symmetric_root(G: Tensor) -> Tensor:
+    """Some S (..., r, r) with S^T S = G of a float64 Gram matrix G (..., r, r); NaN where that is not finite."""
+    G, finite = split_finite(G)
     eigenvalues, vectors = torch.linalg.eigh(G)
     root = eigenvalues.clamp_min(0).sqrt().unsqueeze(-1) * vectors.mT
     return root.masked_fill(~finite[..., None, None], torch.nan)

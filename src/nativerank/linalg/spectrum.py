@@ -9,7 +9,7 @@ Values below about 1e-8 ||A|| ||B|| are lost to rounding.
 import torch
 from torch import Tensor
 
-from nativerank.linalg.gram import Reduce, gram, gram_root, split_finite, to_float64
+from nativerank.linalg.gram import Reduce, gram, split_finite, symmetric_root, to_float64
 
 
 def product_spectrum(A: Tensor, B: Tensor, reduce: Reduce | None = None) -> Tensor:
@@ -20,7 +20,12 @@ def product_spectrum(A: Tensor, B: Tensor, reduce: Reduce | None = None) -> Tens
         B: (..., n, r).
         reduce: sums Gram matrices over the processes that hold the other rows of A and B.
     """
-    S, finite = split_finite(gram_root(A, reduce) @ gram_root(B, reduce).mT)
+    return spectrum_of_grams(gram(to_float64(A), reduce), gram(to_float64(B), reduce))
+
+
+def spectrum_of_grams(G_A: Tensor, G_B: Tensor) -> Tensor:
+    """`product_spectrum` from the float64 Gram matrices (..., r, r) of both factors."""
+    S, finite = split_finite(symmetric_root(G_A) @ symmetric_root(G_B).mT)
     return torch.linalg.svdvals(S).masked_fill(~finite[..., None], torch.nan)
 
 

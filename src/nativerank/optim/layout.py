@@ -24,7 +24,7 @@ from nativerank.optim.rules import RULES, SMALL, WEIGHT_SHAPED, initial_state
 from nativerank.optim.sharded import Sharded
 from nativerank.optim.stacks import Bucket, members_per_stack, side_by_side
 from nativerank.optim.traffic import choose
-from nativerank.optim.units import GRAM, OWNER, Unit, assign, turned, units_of
+from nativerank.optim.units import GRAM, HERE, OWNER, Unit, assign, turned, units_of
 
 Groups = Sequence[dict[str, Any]]
 
@@ -35,15 +35,26 @@ class Layout:
     Args:
         groups: its param_groups. state: its state, which gets what belongs here at step 0 if `begin`.
         grid: the processes that train these parameters together. algebra: "auto", "gram" or "owner".
+        before: the layout so far; state stays where it belongs in both.
     """
 
-    def __init__(self, groups: Groups, state: dict[Tensor, State], grid: Grid, algebra: str, begin: bool = False):
+    def __init__(
+        self,
+        groups: Groups,
+        state: dict[Tensor, State],
+        grid: Grid,
+        algebra: str,
+        begin: bool = False,
+        before: "Layout | None" = None,
+    ):
         self.groups, self.state, self.grid, self.algebra = groups, state, grid, algebra
         self.units = units_of(groups)
         self.sharded: Sharded | None = None
         if grid.world > 1:
             assign(self.units, grid, lambda unit: choose(unit, groups[unit.group], grid, algebra))
             self.sharded = Sharded(grid, self.units)
+        if before is not None:
+            self._drop_misplaced(before)
         self._buckets: dict[int, list[Bucket]] = {}
         self._rows: list[Rows] | None = None
         if begin:
@@ -91,6 +102,16 @@ class Layout:
 
     # -- inside -------------------------------------------------------------------------------------------------
 
+    def _drop_misplaced(self, before: "Layout") -> None:
+        """Drops state of units that have another owner or algebra now; row shards do not care who the owner is."""
+        places = {tuple(map(id, u.members)): (u.algebra, u.owner) for u in before.units}
+        for unit in self.units:
+            algebra, owner = places.get(tuple(map(id, unit.members)), (HERE, 0))
+            for p in unit.members if (algebra, owner) != (unit.algebra, unit.owner) else ():
+                state, spread = self.state.pop(p, {}), algebra == unit.algebra == GRAM
+                if kept := {k: v for k, v in state.items() if spread and not self._at_owner(unit, p, k)}:
+                    self.state[p] = kept
+
     def _piece(self, name: str, key: str, p: Tensor, value: Tensor, unit: Unit | None) -> Piece:
         along = cut_along(p)
         if unit is not None and (unit.algebra == OWNER or (unit.algebra == GRAM and self._at_owner(unit, p, key))):
@@ -107,14 +128,19 @@ class Layout:
         return key in SMALL or (len(unit.members) > 2 and p is unit.members[2])
 
     def _begin(self, index: int, place: int, position: int, held: Tensor, names: Iterable[str]) -> None:
-        """The named state of a parameter at step 0, for what is held of it."""
+        """The named state of a parameter at step 0, for what is held of it, unless it has it already."""
         group = self.groups[index]
         p, along = group["params"][place], cut_along(group["params"][place])
         tall = p.shape[-1] if position == 1 or p.dim() < 2 else p.shape[-2]
         part = None if along is None or held.shape == p.shape else self._bounds(p, along)
         kept = "fp32" if position == 2 else group["state_dtype"]  # s is as small as it is delicate
         seed = index * 1_000_003 + place
-        self.state[p] = {name: initial_state(name, held, tall, seed, kept, part) for name in names}
+        state = self.state.get(p, {})
+        whole = self._whole_like(p)  # a shard may have fewer rows than columns
+        self.state[p] = {
+            k: state[k] if k in state else initial_state(k, whole if k in SMALL else held, tall, seed, kept, part)
+            for k in names
+        }
 
     def _bounds(self, p: Tensor, along: int) -> tuple[int, int]:
         return bounds(p.shape[along], self.grid.shards, self.grid.shard)
@@ -151,7 +177,7 @@ class Layout:
             bucket = self._bucket(units, spread, flags)
             for j, keys in enumerate(small):
                 if "R" in keys:
-                    R = initial_state("R", self._whole_like(units[0], j), 0, 0)
+                    R = initial_state("R", self._whole_like(units[0].members[j]), 0, 0)
                     bucket.states[j]["R_inverse"] = R.repeat(len(units), 1, 1)
             yield Rows(units, bucket, mine, [self._small(units, mine, j, keys) for j, keys in enumerate(small)])
 
@@ -159,13 +185,12 @@ class Layout:
         """The small state of one side, a row per unit that is solved here; there may be none."""
         if mine:
             return self._stacked([units[i] for i in mine], position, names)
-        like = self._whole_like(units[0], position)
+        like = self._whole_like(units[0].members[position])
         return {name: initial_state(name, like, like.shape[-1], 0)[None][:0] for name in names}
 
     @staticmethod
-    def _whole_like(unit: Unit, position: int) -> Tensor:
+    def _whole_like(p: Tensor) -> Tensor:
         """A tensor of the parameter's whole shape that takes no memory."""
-        p = unit.members[position]
         return torch.zeros((), dtype=p.dtype, device=p.device).expand(p.shape)
 
     def _alike(self, units: list[Unit]) -> Iterator[list[Unit]]:

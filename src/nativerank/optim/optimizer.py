@@ -11,12 +11,13 @@ is updated where it lies. Every matrix, with its partner, has one owner that sol
 `optim.sharded`); state is where it is used, so no process has all of it: `pieces` says what is here (`optim.layout`).
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.optim.adamw import adamw
 
 from nativerank.distributed.grid import SINGLE, Grid
@@ -49,6 +50,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     guides: Any = None  # layers.Guides of self-guided training, which fade as the optimizer steps
     layerwise: Layerwise | None = None  # updates inside the backward pass, if wanted
+    replaced: Callable[[], None] | None = None  # called when parameters are other objects than before
 
     def __init__(self, groups: Iterable[dict[str, Any]], grid: Grid | None = None, algebra: str = "auto"):
         groups = list(groups)
@@ -152,7 +154,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """Lets go of the parameters of a named group, of their gradients and their state."""
         for found in (g for g in self.param_groups if g.get("name") == group):
             for p in found["params"]:
-                del self.state[p]
+                self.state.pop(p, None)
                 p.grad = None
             found["params"], found["param_names"] = [], []
 
@@ -192,11 +194,21 @@ class LowRankOptimizer(torch.optim.Optimizer):
         if self.layerwise is not None:
             self.layerwise.arm()
 
-    def relayout(self) -> None:
-        """Finds units, owners and seats again, after parameters were replaced; state is taken as it is."""
+    def relayout(self, replaced: Mapping[Tensor, Tensor] | None = None) -> None:
+        """Finds units, owners and seats again; state is taken as it is.
+
+        Args:
+            replaced: parameters and those in their place. State of these, and of what has another owner now, begins
+                anew, for whoever calls this to fill it.
+        """
         before = getattr(self, "layout", None)  # a copy made by pickle has none
         grid, algebra = (before.grid, before.algebra) if before else (SINGLE, "auto")
-        self.layout = Layout(self.param_groups, self.state, grid, algebra)
+        if replaced is not None:
+            for group in self.param_groups:
+                group["params"] = [replaced.get(p, p) for p in group["params"]]
+            for p in replaced:
+                self.state.pop(p, None)
+        self.layout = Layout(self.param_groups, self.state, grid, algebra, replaced is not None, before)
 
     def _step_matrices(self) -> None:
         """The ordinary rules, on the matrices that are updated whole here."""

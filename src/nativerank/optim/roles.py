@@ -44,6 +44,14 @@ class Roles:
     auxiliary: list[Named] = field(default_factory=list)
 
 
+def long_sides(roles: Roles) -> dict[int, int]:
+    """{id(parameter): dimension} along which many processes share it: of a factor the long one, so that every process
+    sees its r columns; of a dense matrix the longer one; 0, and not named, for the rest and for stacks of experts."""
+    factors = {id(pair.down[1]): 1 for pair in roles.pairs if pair.down[1].dim() == 2}
+    dense = [p for _, p in (*roles.matrices, *roles.guides) if p.dim() == 2]
+    return factors | {id(p): 1 for p in dense if p.shape[1] > p.shape[0]}
+
+
 def factor_modules(model: nn.Module) -> list[tuple[str, Any]]:
     """Modules that hold a factor pair, by the layer protocol, each once."""
     return [(name, m) for name, m in model.named_modules() if callable(getattr(m, "factors", None))]
@@ -53,6 +61,11 @@ def _weight(half: Any) -> nn.Parameter:
     """A factor is the weight of an nn.Linear, or a bare parameter in a stack of experts."""
     weight: nn.Parameter = getattr(half, "weight", half)
     return weight
+
+
+def members_of(module: Any) -> list[nn.Parameter]:
+    """The parameters of a factor module: up, down, and s where it has one."""
+    return [_weight(half) for half in (module.up, module.down, getattr(module, "s", None)) if half is not None]
 
 
 def assign_roles(model: nn.Module, matrices: Iterable[str] = ()) -> Roles:
@@ -77,7 +90,7 @@ def assign_roles(model: nn.Module, matrices: Iterable[str] = ()) -> Roles:
         return name, parameter
 
     for name, module in factor_modules(model):
-        members = [_weight(half) for half in (module.up, module.down, getattr(module, "s", None)) if half is not None]
+        members = members_of(module)
         if len({p.requires_grad for p in members}) > 1:
             raise ValueError(f"{name}: one factor is frozen and the other is not; a pair trains together or not at all")
         if members[0].requires_grad:

@@ -11,25 +11,23 @@ times in a run.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nativerank.config import AdaptConfig
+from nativerank.distributed.wrap import reshard
 from nativerank.layers import init_seed
 from nativerank.linalg.energy import kept_energy
+from nativerank.optim.optimizer import LowRankOptimizer
+from nativerank.optim.reshape import reshape, resize
 from nativerank.optim.roles import factor_modules
 from nativerank.rank.energy import growth_limit, next_rank
 from nativerank.rank.schedule import due
+from nativerank.rank.spectra import spectra
 
 PATIENCE = 2  # looks that new columns, which start from nothing, have before they can be dropped again
-
-
-class Owner(Protocol):
-    """The optimizer, as far as ranks need it."""
-
-    def resize(self, changes: Any) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -58,17 +56,27 @@ class RankController:
 
     Args:
         model: its trainable factor layers are looked at.
-        optimizer: holds their parameters.
+        optimizer: holds their parameters; all processes that share these call `look` and `restore` together.
         adapt: what to do, resolved.
         steps: of the run, of which the schedule's shares are.
         seed: of the columns that are grown.
+        multiple: looks come after a multiple of so many steps: when replicas that train on their own have met.
 
     Raises:
         ValueError: `min` or `max` that no matrix can reach.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Owner, adapt: AdaptConfig, steps: int, seed: int = 0):
-        self.optimizer, self.adapt, self.steps, self.seed = optimizer, adapt, steps, seed
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: LowRankOptimizer,
+        adapt: AdaptConfig,
+        steps: int,
+        seed: int = 0,
+        multiple: int = 1,
+    ):
+        self.model, self.optimizer, self.adapt, self.steps, self.seed = model, optimizer, adapt, steps, seed
+        self.multiple = multiple
         self.layers = {name: m for name, m in factor_modules(model) if m.factors()[0].requires_grad}
         largest = max((min(m.in_features, m.out_features) for m in self.layers.values()), default=0)
         for key, value in (("min", adapt.min), ("max", adapt.max)) if adapt.threshold is not None else ():
@@ -81,7 +89,7 @@ class RankController:
 
     def due(self, step: int) -> bool:
         """Whether the ranks are looked at after this many updates."""
-        return due(self.adapt, step, self.steps)
+        return due(self.adapt, step, self.steps, self.multiple)
 
     @torch.no_grad()
     def look(self, step: int) -> Change | None:
@@ -90,19 +98,23 @@ class RankController:
         Raises:
             ValueError: a factor that is not finite, named; nothing has changed then.
         """
-        spectra = {name: layer.spectrum() for name, layer in self.layers.items()}
-        wanted = {name: self._wanted(name, spectrum) for name, spectrum in spectra.items()}
+        reshard(self.model)
+        found = spectra(self.layers, self.optimizer.layout.grid)
+        wanted = {name: self._wanted(name, spectrum) for name, spectrum in found.items()}
         self.ranks.grown = {name: looks + 1 for name, looks in self.ranks.grown.items()}
-        change = Change({}, {})
+        change, resizes = Change({}, {}), []
         for name, rank in wanted.items():
             before = self.layers[name].rank
             if rank == before:
                 continue
-            change.ranks[name], change.energy[name] = (before, rank), kept_energy(spectra[name], rank, name)
+            change.ranks[name], change.energy[name] = (before, rank), kept_energy(found[name], rank, name)
             generator = torch.Generator().manual_seed(init_seed(self.seed, f"{name}:rank:{step}"))
-            self.optimizer.resize(self.layers[name].resize(rank, generator))
+            resizes.append((self.layers[name], rank, generator))
             self._note(name, before, rank)
-        return change if change.ranks else None
+        if not change.ranks:
+            return None
+        resize(self.optimizer, self.model, resizes)
+        return change
 
     def state(self) -> dict[str, Any]:
         """Plain numbers and names, for a checkpoint."""
@@ -128,8 +140,7 @@ class RankController:
                 if self.adapt.threshold is None and values["now"][name] != rank:
                     now = values["now"][name]
                     raise ValueError(f"{where} has rank {now} in {name}, this configuration {rank}; see rank.adapt")
-            for name, layer in self.layers.items():
-                self.optimizer.resize(layer.reshape(values["now"][name]))
+            reshape(self.optimizer, self.model, [(m, values["now"][name]) for name, m in self.layers.items()])
             self.ranks = Ranks(**values)
 
     def _wanted(self, name: str, spectrum: Tensor) -> int:

@@ -11,6 +11,7 @@ and cutting off. It needs no generator, so updates may come in any order and a r
 """
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ def keep_squares(kept: Tensor, value: Tensor, step: Tensor) -> None:
         return
     if value.dim() > 2 and not value.is_contiguous():  # the tall view of a matrix that lies flat
         kept, value = kept.mT, value.mT
-    noise = across(value[0].numel(), value.device).view(value.shape[1:])
+    noise = across(math.prod(value.shape[1:]), value.device).view(value.shape[1:])
     moved = (step.to(value.device).long() * ALONG % RANGE).int().reshape(-1, *(1 for _ in noise.shape))
     bits = value.float().contiguous().view(torch.int32)
     bits = (bits + (noise + moved).bitwise_and_(RANGE - 1)).bitwise_and_(-RANGE)

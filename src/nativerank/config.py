@@ -16,6 +16,7 @@ from typing import Any, Literal
 # The generic part is offered here too: who reads a configuration needs both.
 from nativerank.schema import described as described
 from nativerank.schema import differences as differences
+from nativerank.schema import flat as flat
 from nativerank.schema import from_dict as from_dict
 from nativerank.schema import keys as keys
 from nativerank.schema import nearest as nearest

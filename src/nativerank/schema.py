@@ -103,14 +103,25 @@ def described(hint: Any) -> str:
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Plain nested dictionaries and lists, ready for YAML or JSON."""
-    plain = dataclasses.asdict(config)
+    plain: dict[str, Any] = to_plain(dataclasses.asdict(config))
+    return plain
 
-    def lists(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: lists(v) for k, v in value.items()}
-        return [lists(v) for v in value] if isinstance(value, (list, tuple)) else value
 
-    return lists(plain)
+def to_plain(value: Any) -> Any:
+    """The same with lists for tuples."""
+    if isinstance(value, dict):
+        return {k: to_plain(v) for k, v in value.items()}
+    return [to_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> plain value of every key that is no group."""
+    found: dict[str, Any] = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        nested = dataclasses.is_dataclass(value)
+        found |= flat(value, f"{prefix}{f.name}.") if nested else {prefix + f.name: to_plain(value)}
+    return found
 
 
 def differences(a: Any, b: Any, prefix: str = "") -> list[str]:

@@ -46,6 +46,12 @@ class TrainConsole:
             f"{facts['steps']} steps of {facts['tokens_per_step']:,} tokens, lr {facts['lr']:g}, aux_lr "
             f"{facts['aux_lr']:g}, {facts['device']} -> {facts['out']}"
         )
+        if "shards" in facts:
+            grid = f"{facts['replicas']} replicas x {facts['shards']} shards"
+            self.say(f"{facts['replicas'] * facts['shards']} processes: {grid}")
+            if uneven := facts["uneven"]:
+                more = f" and {len(uneven) - 1} more" if len(uneven) > 1 else ""
+                self.say(f"note: {uneven[0]}{more}: cut along rows, since {facts['shards']} does not divide d_in")
         warnings = facts["warnings"]
         for warning in warnings[:SHOWN_WARNINGS]:
             self.say(f"note: {warning}")

@@ -3,7 +3,8 @@
 A command is a module here with `add_parser(subparsers)`. Only the module of the command that was asked for is
 imported, and each imports what is heavy inside its functions, so `nativerank --help` stays under a second.
 
-Exit codes: 0 done, 2 bad input, 3 training diverged, 130 and 143 after SIGINT and SIGTERM.
+Exit codes: 0 done, 2 bad input, 3 training diverged, 4 a process of the run hangs or has left, 130 and 143 after SIGINT
+and SIGTERM.
 """
 
 import argparse
@@ -42,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    if "RANK" in os.environ:  # one of many: PyTorch prints a C++ stack for every process that is gone, we print a line
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         code = run(argv)
         sys.stdout.flush()  # here, so that a reader who left is noticed here
@@ -54,7 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except (ValueError, OSError) as error:
         first_line = " ".join(str(error).split("\n")[0].split())
-        print(f"nativerank: error: {first_line}", file=sys.stderr)
+        where = "" if os.environ.get("RANK", "0") == "0" else f"rank {os.environ['RANK']}: "
+        if not getattr(error, "silent", False):  # another process has said it
+            print(f"nativerank: error: {where}{first_line}", file=sys.stderr)
         if os.environ.get("NATIVERANK_TRACEBACK"):
             raise
         return int(getattr(error, "exit_code", 2))

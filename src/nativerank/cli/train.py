@@ -6,6 +6,7 @@ nativerank train --out runs/x --resume auto                # continue after a cr
 """
 
 import argparse
+import os
 import re
 import shlex
 import signal
@@ -168,21 +169,39 @@ def parse(argv: list[str], parser: Any = None) -> tuple[RunConfig, Any]:
     return config, namespace
 
 
+def parse_everywhere(argv: list[str]) -> tuple[RunConfig, Any]:
+    """The same as `parse`; of the processes that torchrun started all get an answer, or none."""
+
+    def checked() -> tuple[RunConfig, Any]:
+        config, flags = parse(argv)
+        check_json(flags.json)
+        return config, flags
+
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return checked()
+    from nativerank.distributed.agree import together
+
+    with together():
+        return checked()
+
+
 def run(argv: list[str]) -> int:
-    """Trains; after a signal says how to go on."""
-    config, flags = parse(argv)
-    check_json(flags.json)
+    """Trains; after a signal says how to go on. Of many processes the first one speaks."""
+    config, flags = parse_everywhere(argv)
+    first = os.environ.get("RANK", "0") == "0"
     from nativerank.cli.console import TrainConsole
     from nativerank.train.loop import Interrupted, train
 
-    with TrainConsole(quiet=flags.quiet, to_stderr=flags.json == STDOUT) as console:
+    with TrainConsole(quiet=flags.quiet or not first, to_stderr=flags.json == STDOUT) as console:
         try:
             summary = train(config, console)
         except Interrupted as stopped:
-            out = shlex.quote(str(stopped.out))
-            console.warn(f"stopped after step {stopped.step}, saved; go on with:")
-            console.warn(f"  nativerank train --config {out}/config.yaml --out {out} --resume auto")
+            if first:
+                out = shlex.quote(str(stopped.out))
+                console.warn(f"stopped after step {stopped.step}, saved; go on with:")
+                console.warn(f"  nativerank train --config {out}/config.yaml --out {out} --resume auto")
             return 128 + stopped.signum if stopped.signum in (signal.SIGINT, signal.SIGTERM) else 1
         console.summary(summary)
-    write_json(summary, flags.json)
+    if first:
+        write_json(summary, flags.json)
     return 0

@@ -131,29 +131,36 @@ class Loader:
 Batch = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
-def sequential_batches(split: Split, context: int, batch_size: int, max_tokens: int | None = None) -> Iterator[Batch]:
+def sequential_batches(
+    split: Split, context: int, batch_size: int, max_tokens: int | None = None, rank: int = 0, world_size: int = 1
+) -> Iterator[Batch]:
     """(inputs, targets, valid), each (B, context), over the split in order; the last batch may have fewer rows.
 
     Every token after the first is a target exactly once; the end of the last window is padding with valid False.
     With max_tokens, at most that many targets (one window at least) from windows spread evenly over the split.
+    Of many processes each gets every world_size-th batch, and all equally many: one more with nothing valid in it where
+    the last round does not reach.
     """
     if split.tokens < 2:
         raise ValueError(f"the split has {split.tokens} tokens; at least 2 are needed to predict one")
     total = -(-(split.tokens - 1) // context)
     count = total if max_tokens is None else min(total, max(1, max_tokens // context))
-    return _batches(split, context, batch_size, np.arange(count) * total // count)
+    windows = np.arange(count) * total // count
+    batches = [windows[first : first + batch_size] for first in range(0, count, batch_size)]
+    missing = -len(batches) % world_size
+    own = (batches + [windows[:1]] * missing)[rank::world_size]
+    return _batches(split, context, own, empty_last=rank >= world_size - missing)
 
 
-def _batches(split: Split, context: int, batch_size: int, windows: np.ndarray) -> Iterator[Batch]:
-    for first in range(0, len(windows), batch_size):
-        rows = windows[first : first + batch_size]
+def _batches(split: Split, context: int, batches: list[np.ndarray], empty_last: bool) -> Iterator[Batch]:
+    for index, rows in enumerate(batches):
         tokens = np.full((len(rows), context + 1), PAD_ID, dtype=np.int64)
         valid = np.zeros((len(rows), context), dtype=bool)
         for row, window in enumerate(rows):
             start = int(window) * context
             count = min(context + 1, split.tokens - start)
             tokens[row, :count] = split.read(start, count)
-            valid[row, : count - 1] = True
+            valid[row, : count - 1] = not (empty_last and index == len(batches) - 1)
         yield tokens[:, :-1], tokens[:, 1:], valid
 
 

@@ -51,17 +51,29 @@ def launched() -> tuple[int, int]:
     return int(os.environ["RANK"]), world
 
 
+def restarts() -> int:
+    """How often torchrun has started this job again (--max-restarts)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
 @functools.cache
 def launcher_store() -> dist.Store:
     """Where processes meet before there is a grid."""
     store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=START_SECONDS)))
-    return store
+    # torchrun starts a job again with the store of the time before, and what was said in it.
+    return dist.PrefixStore(f"attempt-{restarts()}", store)
 
 
 class _Meetings:
-    """Counts the meetings in the launcher's store, each of which has its own keys."""
+    """Counts the meetings at the launcher's store, each of which has its own keys."""
 
     count = 0
+
+
+def fresh_store() -> dist.Store:
+    """A part of the launcher's store that nothing has used yet."""
+    _Meetings.count += 1
+    return dist.PrefixStore(f"nativerank/{_Meetings.count}", launcher_store())
 
 
 def settle(mine: Any, judge: Callable[[list[Any]], str | None]) -> str | None:
@@ -69,13 +81,12 @@ def settle(mine: Any, judge: Callable[[list[Any]], str | None]) -> str | None:
     rank, world = launched()
     if world == 1:
         return judge([mine])
-    store, _Meetings.count = launcher_store(), _Meetings.count + 1
-    key = f"nativerank/{_Meetings.count}"
-    store.set(f"{key}/{rank}", json.dumps(mine))
+    store = fresh_store()
+    store.set(f"{rank}", json.dumps(mine))
     if rank == 0:
-        values = [json.loads(store.get(f"{key}/{other}")) for other in range(world)]
-        store.set(key, judge(values) or "")
-    return store.get(key).decode() or None
+        values = [json.loads(store.get(f"{other}")) for other in range(world)]
+        store.set("verdict", judge(values) or "")
+    return store.get("verdict").decode() or None
 
 
 def first_error(lines: Sequence[str | None]) -> str | None:

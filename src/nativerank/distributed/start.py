@@ -14,11 +14,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from nativerank.distributed.agree import Agreed, launched, launcher_store, together
+from nativerank.distributed.agree import Agreed, fresh_store, launched, together
 from nativerank.distributed.grid import SINGLE, Grid, make_grid
 
 
@@ -82,7 +83,7 @@ def start(
     Args:
         mode, replicas, shards: see `grid_shape`.
         device_type: "cuda" or "cpu".
-        timeout: seconds after which a process that waits in vain raises.
+        timeout: as in `watching`; a process that waits in vain for much longer raises.
 
     Raises:
         ValueError: on every process: a grid that does not match their number, or a process without a GPU of its own.
@@ -95,15 +96,13 @@ def start(
     if world == 1:
         yield SINGLE
         return
-    wait = timedelta(seconds=timeout)
+    wait = timedelta(seconds=2 * timeout + 60)  # `watching` ends it before, and names who is waited for
+    where: dict[str, Any] = {"backend": "gloo"}
     if device_type == "cuda":
         device = torch.device("cuda", local_rank())
         torch.cuda.set_device(device)
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl", store=launcher_store(), rank=rank, world_size=world, timeout=wait, device_id=device
-        )
-    else:
-        dist.init_process_group("gloo", store=launcher_store(), rank=rank, world_size=world, timeout=wait)
+        where = {"backend": "cpu:gloo,cuda:nccl", "device_id": device}
+    dist.init_process_group(store=fresh_store(), rank=rank, world_size=world, timeout=wait, **where)
     try:
         yield make_grid(*shape, device_type)
     except Agreed:

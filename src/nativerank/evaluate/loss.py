@@ -19,6 +19,9 @@ from torch.nn import functional as F
 
 from nativerank.data.loader import document_positions, sequential_batches
 from nativerank.data.shards import Split
+from nativerank.distributed.agree import totals
+from nativerank.distributed.grid import SINGLE, Grid
+from nativerank.distributed.wrap import reshard
 
 
 @dataclass(frozen=True)
@@ -52,17 +55,18 @@ def autocast(device: torch.device) -> AbstractContextManager[Any]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """In eval mode for the block."""
+    """In eval mode for the block; sharded weights that it gathered are shards again after it."""
     was_training = model.training
     model.eval()
     try:
         yield
     finally:
         model.train(was_training)
+        reshard(model)
 
 
 def token_losses(model: nn.Module, inputs: Tensor, targets: Tensor, positions: Tensor | None = None) -> Tensor:
-    """Negative log likelihood (batch, context) in float32 of each target given the inputs up to it.
+    """Negative log likelihood (batch, context), in float32 at least, of each target given the inputs up to it.
 
     Args:
         model: causal LM whose forward returns `.logits`.
@@ -71,7 +75,8 @@ def token_losses(model: nn.Module, inputs: Tensor, targets: Tensor, positions: T
     """
     extra: dict[str, Any] = {} if positions is None else {"position_ids": positions}
     logits = model(input_ids=inputs, use_cache=False, **extra).logits
-    flat = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
+    wide = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
+    flat = F.cross_entropy(wide, targets.flatten(), reduction="none")
     return flat.view_as(targets)
 
 
@@ -102,6 +107,7 @@ def validation_loss(
     max_tokens: int | None = None,
     mask_eot: int | None = None,
     between: Callable[[], None] = lambda: None,
+    grid: Grid = SINGLE,
 ) -> Loss:
     """The model's loss on a split, or on a fixed evenly spread part of it.
 
@@ -112,11 +118,12 @@ def validation_loss(
         max_tokens: about how many tokens to predict; None for all.
         mask_eot: end-of-text id at which attention restarts, or None.
         between: called before each batch; what it raises ends the validation.
+        grid: of the processes that share the work, all of which call this, each with the model.
 
     Raises:
         ValueError: a split without a token to predict.
     """
-    batches = sequential_batches(split, context, batch_size, max_tokens)
+    batches = sequential_batches(split, context, batch_size, max_tokens, grid.rank, grid.world)
     device = next(model.parameters()).device
     total, tokens = torch.zeros((), dtype=torch.float64), 0
     with evaluating(model):
@@ -130,7 +137,9 @@ def validation_loss(
             mask = torch.from_numpy(valid)
             total += losses.cpu().double()[mask].sum()
             tokens += int(mask.sum())
-    return Loss(float(total), tokens, split.text_bytes * tokens / max(split.tokens - 1, 1))
+    nats, count = totals([total, tokens], grid, torch.device("cpu"))
+    tokens = round(count)
+    return Loss(nats, tokens, split.text_bytes * tokens / max(split.tokens - 1, 1))
 
 
 def xz_bits_per_byte(text: bytes) -> float:

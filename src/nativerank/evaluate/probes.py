@@ -25,6 +25,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from nativerank.data.shards import Split
+from nativerank.distributed.agree import from_first
+from nativerank.distributed.grid import SINGLE, Grid
+from nativerank.distributed.pieces import full
 from nativerank.evaluate.loss import autocast, evaluating
 from nativerank.layers import linear_modules
 from nativerank.layers.experts import grouped_linear
@@ -79,17 +82,18 @@ class Probe:
         model: a causal LM; compiled blocks run eagerly here.
         names: of matrices, as `probed_names` has them.
         ids: (batch, context) token ids of the fixed batch.
+        grid: of the processes that hold the model, all of which call the methods: probed matrices are gathered whole.
     """
 
-    def __init__(self, model: nn.Module, names: Collection[str], ids: Tensor):
+    def __init__(self, model: nn.Module, names: Collection[str], ids: Tensor, grid: Grid = SINGLE):
         known = probeable(model)
-        self.model, self.ids = model, ids.to(next(model.parameters()).device)
+        self.model, self.ids, self.grid = model, ids.to(next(model.parameters()).device), grid
         self.weights = {name: known[name] for name in names}
 
     @torch.no_grad()
     def before(self) -> Snapshot:
         """Copies the weights and runs the fixed batch."""
-        weights = {name: tuple(w.detach().clone() for w in now()) for name, now in self.weights.items()}
+        weights = {name: tuple(full(w.detach()).clone() for w in now()) for name, now in self.weights.items()}
         return Snapshot(weights, self._inputs() if weights else {})
 
     @torch.no_grad()
@@ -103,19 +107,9 @@ class Probe:
             lr: of the matrices in this step.
             records: what the optimizer recorded of it; empty for a step that was refused.
         """
-        found = {}
-        for name, now in self.weights.items():
-            old, new = before.weights[name], tuple(w.detach() for w in now())
-            tensors = dense_figures(old, new) if len(new) == 1 else pair_figures(as_pair(old), as_pair(new))
-            if len(new) == 3:
-                tensors["orthonormality"] = torch.stack([frame_error(new[0]), frame_error(new[2])]).amax(0)
-            values = {**records.get(name, {}), **{key: value.max().item() for key, value in tensors.items()}}
-            if calls := before.inputs.get(name):
-                values["output_change"] = output_change(as_pair(old), as_pair(new), calls)
-            if "rho" in values and lr > 0:
-                values["update_ratio"] = values["update_norm"] / lr
-            found[name] = values
-        return found
+        weights = {name: tuple(full(w.detach()) for w in now()) for name, now in self.weights.items()}
+        # Where the guard decides by them, no process may see another last digit.
+        return from_first(self.grid, lambda: figures(before, weights, lr, records))
 
     def _inputs(self) -> dict[str, Calls]:
         modules = dict(self.model.named_modules(remove_duplicate=False))
@@ -132,6 +126,25 @@ class Probe:
             stack.enter_context(autocast(self.ids.device))
             self.model(input_ids=self.ids, use_cache=False)
         return calls
+
+
+def figures(
+    before: Snapshot, weights: Mapping[str, Weights], lr: float, records: Mapping[str, Mapping[str, float]]
+) -> dict[str, dict[str, float]]:
+    """{module: {figure: value}} of a step; see `Probe.after`."""
+    found = {}
+    for name, new in weights.items():
+        old = before.weights[name]
+        tensors = dense_figures(old, new) if len(new) == 1 else pair_figures(as_pair(old), as_pair(new))
+        if len(new) == 3:
+            tensors["orthonormality"] = torch.stack([frame_error(new[0]), frame_error(new[2])]).amax(0)
+        values = {**records.get(name, {}), **{key: value.max().item() for key, value in tensors.items()}}
+        if calls := before.inputs.get(name):
+            values["output_change"] = output_change(as_pair(old), as_pair(new), calls)
+        if "rho" in values and lr > 0:
+            values["update_ratio"] = values["update_norm"] / lr
+        found[name] = values
+    return found
 
 
 def as_pair(weights: Weights) -> Weights:

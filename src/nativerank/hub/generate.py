@@ -33,6 +33,7 @@ def generate(
     temperature: float = 0.8,
     top_k: int = 50,
     seed: int = 0,
+    together: bool = False,
 ) -> str:
     """The prompt's continuation, without the prompt.
 
@@ -45,6 +46,7 @@ def generate(
         temperature: 0 takes the likeliest token each time.
         top_k: sample among this many, 0 for all.
         seed: equal seeds give equal text on one machine.
+        together: the model is sharded, and all processes call this: none stops before the last one does.
 
     Raises:
         ValueError: a number out of range, or a prompt that fills the context.
@@ -73,6 +75,7 @@ def generate(
             eos_token_id=eot_id,
             pad_token_id=eot_id,
             use_cache=True,
+            synced_gpus=together,
             **sampling,
         )
     model.train(was_training)

@@ -14,8 +14,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from nativerank.distributed.grid import Grid
+from nativerank.distributed.pieces import full
+from nativerank.distributed.wrap import original_class
 from nativerank.files import new_folder
 from nativerank.hub.load import CONFIG, TOKENIZER, WEIGHTS
 from nativerank.hub.weights import named_tensors, write_tensors
@@ -32,6 +35,7 @@ def save(
     tokenizer: Any = None,
     replace: bool = False,
     companions: Iterable[Path] = (),
+    tensors: dict[str, Tensor] | None = None,
 ) -> Path:
     """Writes a Hugging Face model, factorized or not, into a new folder.
 
@@ -42,6 +46,7 @@ def save(
         tokenizer: a `tokenizers.Tokenizer` to be stored beside the weights.
         replace: take the place of what the folder holds, once everything is written.
         companions: files to be copied beside the weights as they are.
+        tensors: the factored weights, of a model that itself holds shards (`whole_tensors`).
 
     Raises:
         ValueError: an unknown format, a guide that is still there, a module that is no Hugging Face model, a folder
@@ -59,7 +64,7 @@ def save(
         to_dense_modules(model)
     with new_folder(Path(folder), replace) as partial:
         (partial / CONFIG).write_text(json.dumps(_config(model), indent=1), encoding="utf-8")
-        write_tensors(named_tensors(model), partial / WEIGHTS)
+        write_tensors(named_tensors(model) if tensors is None else tensors, partial / WEIGHTS)
         if tokenizer is not None:
             (partial / TOKENIZER).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")  # .save hides errors
         for file in companions:
@@ -67,11 +72,24 @@ def save(
     return Path(folder)
 
 
+def whole_tensors(model: nn.Module, grid: Grid) -> dict[str, Tensor]:
+    """Weights and buffers of a sharded model in the host memory of the first process, one gathered after the other.
+
+    Called by all processes; nothing on the others.
+    """
+    found = {}
+    for name, tensor in named_tensors(model).items():
+        whole = full(tensor)
+        if grid.rank == 0:
+            found[name] = whole.cpu()
+    return found
+
+
 def _config(model: nn.Module) -> dict[str, Any]:
     hf: Any = model
     base = hf.config.to_dict()
     base.pop("_name_or_path", None)  # where the model came from on this machine
-    base["architectures"] = [type(model).__name__]
+    base["architectures"] = [original_class(model).__name__]
     factors = factor_modules(model)
     if not factors:
         return dict(base)

@@ -21,18 +21,17 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from nativerank.distributed.agree import from_each, from_first
+from nativerank.distributed.agree import from_each, from_first, together
 from nativerank.distributed.grid import SINGLE, Grid
 from nativerank.distributed.pieces import Piece, piece_of
 from nativerank.files import named_if_full, new_folder, remove_partial, sha256_file, sync
 from nativerank.hub.weights import named_tensors
 from nativerank.layers import init_seed
-from nativerank.optim.optimizer import LowRankOptimizer
 from nativerank.train.generators import PREFIX as RANDOM
 from nativerank.train.generators import random_state, set_random_state
 from nativerank.train.piece_files import Stored, write_pieces
@@ -64,26 +63,19 @@ def tensor_files(kind: str, processes: int) -> list[str]:
 Contents = dict[str, list[Piece]]  # by kind
 
 
-def contents(model: nn.Module, optimizer: LowRankOptimizer, grid: Grid = SINGLE) -> Contents:
+class Holder(Protocol):
+    """An optimizer, as far as checkpoints need it; it is told of a load afterwards."""
+
+    def pieces(self, names: dict[int, str]) -> list[Piece]: ...
+
+
+def contents(model: nn.Module, optimizer: Holder, grid: Grid = SINGLE) -> Contents:
     """What this process holds of everything that a checkpoint keeps as tensors."""
-    return {
-        "model": model_pieces(model, grid),
-        "optimizer": optimizer_pieces(model, optimizer) + random_pieces(model, grid),
-    }
-
-
-def model_pieces(model: nn.Module, grid: Grid) -> list[Piece]:
-    """Of the weights and persistent buffers."""
-    return [piece_of(name, tensor, grid) for name, tensor in named_tensors(model).items()]
-
-
-def optimizer_pieces(model: nn.Module, optimizer: LowRankOptimizer) -> list[Piece]:
-    """Of the optimizer's state."""
     names = {id(p): name for name, p in model.named_parameters()}
-    if hasattr(optimizer, "pieces"):
-        return optimizer.pieces(names)
-    states = {f"{names[id(p)]}/{key}": value for p, state in optimizer.state.items() for key, value in state.items()}
-    return [Piece(name, value, tuple(value.shape)) for name, value in states.items()]
+    return {
+        "model": [piece_of(name, tensor, grid) for name, tensor in named_tensors(model).items()],
+        "optimizer": [*optimizer.pieces(names), *random_pieces(model, grid)],
+    }
 
 
 def random_pieces(model: nn.Module, grid: Grid) -> list[Piece]:
@@ -172,13 +164,10 @@ def check(path: Path, grid: Grid = SINGLE) -> None:
     """
     expected = from_first(grid, lambda: _claims(path))
     mine = list(expected.items())[grid.rank :: grid.world]
-
-    def compare() -> None:
+    with together(grid):
         for name, sha256 in mine:
             if sha256_file(path / name) != sha256:
                 raise ValueError(f"{path} is damaged: the hash of {name} differs from the manifest")
-
-    from_each(grid, compare)
 
 
 def _claims(path: Path) -> dict[str, str]:
@@ -228,53 +217,48 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def load(
-    path: Path, model: nn.Module, optimizer: LowRankOptimizer, grid: Grid = SINGLE, seed: int = 0
-) -> dict[str, Any]:
-    """Puts a checkpoint that passed `check` into a model and its optimizer, in place; returns its state.json.
+def load(path: Path, model: nn.Module, tensors: Contents, grid: Grid = SINGLE, seed: int = 0) -> dict[str, Any]:
+    """Fills a model and its optimizer, in place, from a checkpoint that passed `check`; returns its state.json.
 
     Args:
+        model: whose generators are set.
+        tensors: of `contents`, of the model and its optimizer, which is told afterwards (`optimizer.loaded`).
         seed: of the run. Where another number of processes goes on, random numbers start anew from it, the step and
             the process.
 
     Raises:
         ValueError: the checkpoint belongs to another model, or its hashes hold but not what they vouch for.
     """
-    own = {"model": model_pieces(model, grid), "optimizer": optimizer_pieces(model, optimizer)}
-    state, stored = from_each(grid, lambda: (read_state(path), processes_of(path)))[0]
-    for kind, pieces in own.items():
-        _read([path / name for name in tensor_files(kind, stored)], pieces, grid)
-    if hasattr(optimizer, "loaded"):
-        optimizer.loaded()
-    if stored == grid.world:
-        from_each(grid, lambda: _read_random(path, model, grid))
+    state, processes = from_first(grid, lambda: (read_state(path), processes_of(path)))
+    for kind, pieces in tensors.items():
+        own = [p for p in pieces if not p.name.startswith(RANDOM)]
+        stored = _read([path / name for name in tensor_files(kind, processes)], own, grid)
+    if processes == grid.world:
+        with together(grid):
+            _read_random(stored, model, grid)
     else:
         torch.manual_seed(init_seed(seed, f"process {grid.rank} of {grid.world} from step {state['step']}"))
     return state
 
 
-def _read(files: list[Path], pieces: list[Piece], grid: Grid) -> None:
+def _read(files: list[Path], pieces: list[Piece], grid: Grid) -> Stored:
     """Fills this process's pieces; what is stored must be what all processes hold together."""
-    stored: list[Stored] = []
-
-    def fill() -> list[str]:
-        stored.append(Stored(files))
-        stored[0].fill(pieces)
-        here = {p.name for p in pieces}
-        return [name for name in stored[0].shapes if name not in here and not name.startswith(RANDOM)]
-
-    nowhere = set.intersection(*map(set, from_each(grid, fill)))
-    if nowhere:
+    with together(grid):
+        stored = Stored(files)
+        stored.fill(pieces)
+    names, here = sorted(n for n in stored.shapes if not n.startswith(RANDOM)), {p.name for p in pieces}
+    held = from_each(grid, lambda: bytes(name in here for name in names))
+    if nowhere := [name for name, *flags in zip(names, *held, strict=True) if not any(flags)]:
         more = f", and {len(nowhere) - 1} more" if len(nowhere) > 1 else ""
-        raise ValueError(f"{stored[0].where} holds {min(nowhere)}, which the model does not have{more}")
+        raise ValueError(f"{stored.where} holds {nowhere[0]}, which the model does not have{more}")
+    return stored
 
 
-def _read_random(path: Path, model: nn.Module, grid: Grid) -> None:
+def _read_random(stored: Stored, model: nn.Module, grid: Grid) -> None:
     """Sets this process's generators; what its device has none for is left out."""
-    stored = Stored([path / tensor_files("optimizer", grid.world)[grid.rank]])
-    own = random_pieces(model, grid)
-    found = {name: piece for name, piece in zip(random_state(model), own, strict=True) if piece.name in stored.shapes}
-    stored.fill([own[0], *found.values()])  # that of the CPU is always there
+    cpu, *others = zip(random_state(model), random_pieces(model, grid), strict=True)
+    found = dict([cpu, *(pair for pair in others if pair[1].name in stored.shapes)])
+    stored.fill(found.values())
     set_random_state(model, {name: piece.tensor for name, piece in found.items()})
 
 

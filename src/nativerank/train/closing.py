@@ -9,6 +9,7 @@ from torch import nn
 
 from nativerank.config import RunConfig
 from nativerank.data.shards import Dataset
+from nativerank.distributed.wrap import reshard
 from nativerank.evaluate.loss import xz_bits_per_byte
 from nativerank.hub.generate import generate
 
@@ -25,8 +26,12 @@ def xz_of_validation(dataset: Dataset) -> float | None:
     return xz_bits_per_byte(dataset.tokenizer().decode(ids, skip_special_tokens=False).encode())
 
 
-def sample_text(model: nn.Module, dataset: Dataset, config: RunConfig) -> tuple[str, str]:
-    """The first tokens of the validation text and how the model goes on; empty in a context too short for both."""
+def sample_text(model: nn.Module, dataset: Dataset, config: RunConfig, together: bool = False) -> tuple[str, str]:
+    """The first tokens of the validation text and how the model goes on; empty in a context too short for both.
+
+    Args:
+        together: the model is sharded, and all processes call this.
+    """
     val, context, tokenizer = dataset.split("val"), config.train.context, dataset.tokenizer()
     assert context
     # Text cut inside a character is encoded with up to three tokens for one, hence the quarter.
@@ -36,7 +41,9 @@ def sample_text(model: nn.Module, dataset: Dataset, config: RunConfig) -> tuple[
         return prompt, ""
     # Generation's growing shapes would make compiled blocks compile again for every token.
     with torch.compiler.set_stance("force_eager") if config.compile else nullcontext():
-        return prompt, generate(model, tokenizer, prompt, eot_id=dataset.eot_id, seed=config.train.seed)
+        text = generate(model, tokenizer, prompt, eot_id=dataset.eot_id, seed=config.train.seed, together=together)
+    reshard(model)
+    return prompt, text
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:

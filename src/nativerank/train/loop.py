@@ -8,9 +8,12 @@ A run is a function of its configuration and data: step, data cursor, guard and 
 the rate is a function of the step, so a run that was killed and resumed ends with the same bits (on one machine, at
 one thread count). SIGINT and SIGTERM finish the step, save, and raise `Interrupted`; so they do in the validation at
 the end, which a resumed run then makes again.
+
+Under torchrun the same loop runs in every process (`distributed.start`): each reads its part of the batch, and whatever
+decides what happens next (loss, norm, guard, signals, checkpoints) is the same on all of them to the last bit. The
+first process alone writes records and the run folder and speaks to a person.
 """
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -18,33 +21,34 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
-from nativerank.config import RunConfig
+from nativerank.config import RunConfig, flat
 from nativerank.data.loader import document_positions
 from nativerank.data.shards import Dataset
+from nativerank.distributed.agree import Agreed, equal, from_first, together
+from nativerank.distributed.grid import SINGLE, Grid
+from nativerank.distributed.start import start
+from nativerank.distributed.watch import Watch, watching
 from nativerank.evaluate.loss import Loss, check_document_mask, validation_loss
 from nativerank.evaluate.probes import Probe, fixed_batch, probed_names
 from nativerank.files import remove_partial
 from nativerank.hub.save import save as save_model
+from nativerank.hub.save import whole_tensors
 from nativerank.layers import init_seed, linear_modules
 from nativerank.models import count_parameters
 from nativerank.optim.roles import factor_modules
 from nativerank.optim.schedule import multiplier
 from nativerank.train import checkpoint
 from nativerank.train.closing import peak_memory_bytes, sample_text, xz_of_validation
+from nativerank.train.diloco import check_diloco, gradient_grid
 from nativerank.train.folder import claim, write_config
 from nativerank.train.guard import Diverged
 from nativerank.train.metrics import JsonLines, TensorBoard, Tracker, require_tensorboard
 from nativerank.train.profile import Profiler
-from nativerank.train.resolve import resolve
-from nativerank.train.setup import (
-    Built,
-    build,
-    compile_blocks,
-    open_data,
-    versions,
-)
-from nativerank.train.signals import Interrupted, catch_signals
+from nativerank.train.resolve import check_parallel, resolve
+from nativerank.train.setup import Built, build, check_same_data, compile_blocks, open_data, versions
+from nativerank.train.signals import Interrupted, Stopping, catch_signals
 from nativerank.train.state import RunState, described
 from nativerank.train.step import Batch, StepResult, layerwise_step, train_step
 
@@ -61,49 +65,81 @@ class Listener(Protocol):
     def warn(self, message: str) -> None: ...
 
 
+class Silence:
+    """Listens for the processes that have no person in front of them."""
+
+    quiet = True
+
+    def begin(self, facts: dict[str, Any]) -> None: ...
+
+    def row(self, row: dict[str, Any]) -> None: ...
+
+    def warn(self, message: str) -> None: ...
+
+
 def train(config: RunConfig, listener: Listener) -> dict[str, Any]:
     """Runs a configuration to its end and returns the summary (also the last row of metrics.jsonl).
+
+    Every process that torchrun started calls this; all of them return or raise.
 
     Raises:
         ValueError: anything wrong with the configuration, data or checkpoint, before a step is made.
         Diverged: the loss left the road for good.
         Interrupted: a signal came; everything is saved.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("this version trains in one process; start nativerank train without torchrun")
     own_name = config.out is not None
-    config = resolve(config)
-    if config.track == "tensorboard":
-        require_tensorboard()
+    with together():
+        config = resolve(config)
+        if config.track == "tensorboard":
+            require_tensorboard()
+    equal({key: value for key, value in flat(config).items() if key != "out"})
+    p = config.parallel
     with ExitStack() as stack:
-        config = stack.enter_context(claim(config, own_name))
-        out = Path(config.out or "")
-        dataset = open_data(config, listener.quiet)
+        grid = stack.enter_context(start(p.mode, p.replicas, p.shards, config.device or "cpu", p.timeout))
+        watch = stack.enter_context(watching(p.timeout, (Agreed, Interrupted, Diverged)))
+        with together(grid):
+            check_parallel(config, grid)
+            check_diloco(config, grid)
+        config = from_first(grid, lambda: stack.enter_context(claim(config, own_name)))
+        out, listener = Path(config.out or ""), listener if grid.rank == 0 else Silence()
+        with together(grid):
+            dataset = open_data(config, listener.quiet)
+        check_same_data(dataset, grid)
         damaged: list[str] = []
-        origin, newest = checkpoint.find(out, config.resume, damaged.append)
-        built = build(config, dataset, origin is None)
+        origin, newest = checkpoint.find(out, config.resume, damaged.append, grid)
+        with together(grid):
+            built = build(config, dataset, origin is None, gradient_grid(config, grid))
         device = next(built.model.parameters()).device
         stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
-        torch.manual_seed(init_seed(config.train.seed, "training"))  # dropout, where an architecture has it
-        run = Run(config, out, dataset, built, listener)
-        stack.callback(run.close)
-        run.begin(origin, newest, damaged)
-        stopping = stack.enter_context(catch_signals())
-        return run.to_the_end(stopping)
+        torch.manual_seed(init_seed(config.train.seed, f"training {grid.rank}" if grid.rank else "training"))  # dropout
+        with together(grid):
+            run = Run(config, out, dataset, built, listener, grid)
+            run.watch = watch
+            stack.callback(run.close)
+            run.begin(origin, newest, damaged)
+        stopping = Stopping(stack.enter_context(catch_signals()), grid)
+        try:
+            return run.to_the_end(stopping)
+        except Diverged as error:  # on all of them, and one speaks
+            if grid.rank == 0:
+                raise
+            raise Agreed(str(error), True, error.exit_code) from error
 
 
 class Run(RunState):
     """One run on its way: its state, and the means to go on from there."""
 
-    def __init__(self, config: RunConfig, out: Path, dataset: Dataset, built: Built, listener: Listener):
-        super().__init__(config, out, dataset, built, self._complain)
+    def __init__(
+        self, config: RunConfig, out: Path, dataset: Dataset, built: Built, listener: Listener, grid: Grid = SINGLE
+    ):
+        super().__init__(config, out, dataset, built, self._complain, grid)
         self.listener = listener
         self.device = next(self.model.parameters()).device
         t = config.train
-        assert t.accumulation and t.context
-        self.accumulation = t.accumulation
+        assert t.context
         names = probed_names(self.model, t.probe)
-        self.probe = Probe(self.model, names, fixed_batch(dataset.split("val"), t.context))
+        self.probe = Probe(self.model, names, fixed_batch(dataset.split("val"), t.context), grid)
+        self.watch = Watch()
         self.started = time.perf_counter()
         self.trackers: list[Tracker] = []
         self.profiler: Profiler | None = None
@@ -120,20 +156,21 @@ class Run(RunState):
             self.resume(origin, newest)
         if config.data.document_mask:
             check_document_mask(self.model)
-        write_config(config, out)
-        self.trackers.append(JsonLines(out, self.step))
-        if config.track == "tensorboard":
-            self.trackers.append(TensorBoard(out, self.step))
+        if self.grid.rank == 0:
+            write_config(config, out)
+            self.trackers.append(JsonLines(out, self.step))
+            if config.track == "tensorboard":
+                self.trackers.append(TensorBoard(out, self.step))
         for message in damaged:
             self._complain(message)
         if config.compile:
             compile_blocks(self.model)
-        self.profiler = Profiler(out, self.device) if config.profile else None
+        self.profiler = Profiler(out, self.device) if config.profile and self.grid.rank == 0 else None
         self._announce(origin)
 
     # -- the loop ---------------------------------------------------------------------------------------------
 
-    def to_the_end(self, stopping: Callable[[], int | None]) -> dict[str, Any]:
+    def to_the_end(self, stopping: Stopping) -> dict[str, Any]:
         """Steps until the last one; returns the summary."""
         t = self.config.train
 
@@ -142,7 +179,11 @@ class Run(RunState):
             return bool(every) and self.step % every == 0 and "rolled_back_to" not in row
 
         while self.step < self.steps:
-            row = self._one_step()
+            with self.watch.in_step(self.step + 1):
+                row = self._one_step(stopping)
+            if not self.agreed():
+                self._record(row)
+                continue
             # Not after a rollback: the step it went back to has had its look.
             changed = None if "rolled_back_to" in row else self.adapt_ranks()
             if due(t.eval_every, row) and self.step < self.steps:
@@ -158,13 +199,13 @@ class Run(RunState):
             self.profiler.close()
         return self._finish(stopping)
 
-    def _heed(self, stopping: Callable[[], int | None]) -> None:
+    def _heed(self, stopping: Stopping) -> None:
         """Ends the run, whose last step is saved, if a signal came."""
         if (signum := stopping()) is not None:
             self._record({"event": "interrupted", "step": self.step})
             raise Interrupted(signum, self.step, self.out)
 
-    def _one_step(self) -> dict[str, Any]:
+    def _one_step(self, stopping: Stopping) -> dict[str, Any]:
         """One update, or one that the guard refused, probed at its interval; advances the step and returns the row."""
         t, o = self.config.train, self.config.optim
         before = self.probe.before() if t.probe_every and (self.step + 1) % t.probe_every == 0 else None
@@ -174,7 +215,8 @@ class Run(RunState):
         measured = self.device.type != "cuda" or before is not None
         guides = self.optimizer.guides
         alpha = self.alpha()
-        result, verdict = self._update(measured)
+        result, verdict = self._update(measured, stopping.votes())
+        stopping.hear(result.votes)
         self.step += 1
         self.train_flops += self.tokens_per_step * self.flops_of_step(alpha)
         if not result.updated:
@@ -209,9 +251,13 @@ class Run(RunState):
             records = self.optimizer.records() if result.updated else {}
             row["probes"] = self.probe.after(before, row["lr"], records)
             self._judge_norms(row)
+        if self.outer is not None and "rolled_back_to" not in row:
+            self.outer.budget += row["lr"] if result.updated else 0.0
+            if self.agreed():
+                row["outer"] = self.outer.step().row(self.probe.weights)
         return row
 
-    def _update(self, measured: bool) -> tuple[StepResult, str | None]:
+    def _update(self, measured: bool, votes: list[float]) -> tuple[StepResult, str | None]:
         """Forward, backward and the optimizer; and what the guard said if it refused."""
         verdict: list[str] = []
 
@@ -225,16 +271,19 @@ class Run(RunState):
         def accept_loss(loss: float) -> bool:
             return accepted(self.guard.judge_loss(loss))
 
-        model, optimizer, clip = self.model, self.optimizer, self.config.optim.clip
+        optimizer, batches, clip = self.optimizer, self._batches(), self.config.optim.clip
         if optimizer.layerwise is None:
-            result = train_step(model, optimizer, self._batches(), self.accumulation, clip, accept, measured)
+            result = train_step(
+                self.forward, optimizer, batches, self.accumulation, clip, accept, measured, self.grid, votes
+            )
         else:
             refuse = self.guard.config.action != "off"
-            result = layerwise_step(model, optimizer, self._batches(), accept_loss, accept, refuse, measured)
+            result = layerwise_step(self.model, optimizer, batches, accept_loss, accept, refuse, measured)
         return result, verdict[0] if verdict else None
 
     def _batches(self) -> Iterator[Batch]:
         for _ in range(self.accumulation):
+            self.watch.mark()
             inputs, targets = self.loader.next()
             positions = None
             if self.config.data.document_mask:
@@ -287,6 +336,7 @@ class Run(RunState):
             max_tokens=max_tokens,
             mask_eot=self.dataset.eot_id if self.config.data.document_mask else None,
             between=between,
+            grid=self.grid,
         )
 
     def _record(self, row: dict[str, Any]) -> None:
@@ -318,22 +368,45 @@ class Run(RunState):
         }
         if resumed:
             facts["checkpoint"] = str(resumed)
+        if self.grid.world > 1:
+            facts |= {"replicas": self.grid.replicas, "shards": self.grid.shards, "uneven": self.uneven}
         for tracker in self.trackers:
             tracker.row(facts)
         self.listener.begin(facts)
 
-    def _finish(self, stopping: Callable[[], int | None]) -> dict[str, Any]:
+    def _finish(self, stopping: Stopping) -> dict[str, Any]:
         """The whole validation split, the factored export, a sample, the summary.
 
         The loss on the whole split is not compared with those on a part of it, so it says nothing about the best.
         """
         if self.saved_at != self.step:  # this run took up the last step of another one
             self.save()
-        loss = self._validate(None, lambda: self._heed(stopping))
-        remove_partial(self.out / "model")
-        save_model(self.model, self.out / "model", tokenizer=self.dataset.tokenizer(), replace=True)
-        prompt, sample = sample_text(self.model, self.dataset, self.config)
-        summary = {
+
+        def heed() -> None:
+            stopping.ask()
+            self._heed(stopping)
+
+        loss = self._validate(None, heed)
+        tensors = whole_tensors(self.model, self.grid) if self.grid.shards > 1 else None
+        from_first(self.grid, lambda: self._export(tensors))
+        prompt, sample = self._sample()
+        summary = from_first(self.grid, lambda: self._summary(loss, prompt, sample))
+        for tracker in self.trackers:
+            tracker.row(summary)
+        return summary
+
+    def _export(self, tensors: dict[str, Tensor] | None) -> None:
+        folder = self.out / "model"
+        remove_partial(folder)
+        save_model(self.model, folder, tokenizer=self.dataset.tokenizer(), replace=True, tensors=tensors)
+
+    def _sample(self) -> tuple[str, str]:
+        if self.grid.shards > 1:
+            return sample_text(self.model, self.dataset, self.config, together=True)
+        return from_first(self.grid, lambda: sample_text(self.model, self.dataset, self.config))
+
+    def _summary(self, loss: Loss, prompt: str, sample: str) -> dict[str, Any]:
+        return {
             "event": "end",
             "step": self.step,
             "tokens": self.step * self.tokens_per_step,
@@ -352,9 +425,6 @@ class Run(RunState):
             "peak_memory_bytes": peak_memory_bytes(self.device),
             "out": str(self.out),
         }
-        for tracker in self.trackers:
-            tracker.row(summary)
-        return summary
 
     def close(self) -> None:
         """Ends the records."""

@@ -1,6 +1,5 @@
 """Every default of a configuration filled in, every conflict named before work starts."""
 
-import functools
 import math
 from collections.abc import Collection
 from dataclasses import replace
@@ -19,6 +18,7 @@ from nativerank.config import (
     TrainConfig,
     differences,
 )
+from nativerank.distributed.grid import Grid
 from nativerank.hub.load import base_config, layer_kind
 from nativerank.layers import DEFAULT_RATIO
 from nativerank.linalg.energy import check_threshold
@@ -147,6 +147,34 @@ def resolve_train(config: RunConfig, preset: Preset) -> TrainConfig:
     return replace(train, steps=train.steps or preset.steps)
 
 
+def share_of_batch(train: TrainConfig, world: int) -> tuple[int, int]:
+    """(sequences of one pass, passes per step) of each of `world` processes, so that together they read what one would:
+    in as few passes of equal size, none larger than train.batch_size, as there can be.
+
+    Raises:
+        ValueError: they cannot share the sequences of a step evenly.
+    """
+    assert train.batch_size and train.accumulation
+    sequences = train.batch_size * train.accumulation
+    if sequences % world:
+        raise ValueError(
+            f"a step's {sequences} sequences (train.batch_size {train.batch_size} x train.accumulation "
+            f"{train.accumulation}) cannot be shared evenly by {world} processes"
+        )
+    own = sequences // world
+    passes = next(p for p in range(1, own + 1) if own % p == 0 and own // p <= train.batch_size)
+    return own // passes, passes
+
+
+def check_parallel(config: RunConfig, grid: Grid) -> None:
+    """Raises a ValueError for a resolved configuration that this grid of processes cannot train."""
+    share_of_batch(config.train, grid.world)
+    if grid.world > 1 and config.optim.layerwise:
+        raise ValueError(f"optim.layerwise is for one process, not for {grid.world}; drop --optim.layerwise")
+    if grid.world > 1 and grid.shards == 1 and config.parallel.precision is not None:
+        raise ValueError(f"parallel.precision {config.parallel.precision} is for fsdp and hsdp; ddp has whole weights")
+
+
 def accumulation(batch_size: int | None, preset: Preset) -> int:
     """Passes per step that keep the preset's sequences per step at another batch size.
 
@@ -231,7 +259,9 @@ def check_guide(config: RunConfig, method: str) -> None:
 def check_bounds(config: RunConfig) -> None:
     """Raises a ValueError naming the first key whose number is out of range."""
     for key, (low, high) in BOUNDS.items():
-        value = functools.reduce(getattr, key.split("."), config)
+        value: Any = config
+        for name in key.split("."):
+            value = getattr(value, name)
         if value is not None and not low <= value <= high:
             wanted = f"at least {low}" if high == math.inf else f"in [{low}, {high}]"
             raise ValueError(f"{key} must be {wanted}, got {value}")

@@ -11,16 +11,21 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from nativerank.config import RunConfig
 from nativerank.data.demo import prepared_demo
 from nativerank.data.shards import Dataset
+from nativerank.distributed.agree import from_each, together
+from nativerank.distributed.grid import SINGLE, Grid
+from nativerank.distributed.wrap import wrap
 from nativerank.hub.load import load, tokenizer_fingerprint
-from nativerank.layers import FactorizeReport
+from nativerank.layers import FactorizeReport, matrix_parameters
 from nativerank.methods import build_optimizer, factorize, find_method
 from nativerank.models import allocate, find_preset, hf_config, materialize, read_hf_config, skeleton
 from nativerank.optim.check import RULE_OPTIONS
 from nativerank.optim.optimizer import LowRankOptimizer
+from nativerank.optim.roles import assign_roles, long_sides
 from nativerank.version import __version__
 
 
@@ -61,6 +66,15 @@ def open_checked(folder: Path) -> Dataset:
     return dataset
 
 
+def check_same_data(dataset: Dataset, grid: Grid) -> None:
+    """Raises a ValueError, on every process, if one of them reads other data than the first."""
+    found = from_each(grid, lambda: data_fingerprint(dataset))
+    with together(grid):
+        for rank, fingerprint in enumerate(found):
+            if fingerprint != found[0]:
+                raise ValueError(f"rank {rank} reads other data than rank 0 in {dataset.path}")
+
+
 def data_fingerprint(dataset: Dataset) -> list[str]:
     """The hashes of everything a run reads: two folders with equal ones hold the same data."""
     splits = dataset.manifest["splits"]
@@ -69,20 +83,30 @@ def data_fingerprint(dataset: Dataset) -> list[str]:
 
 @dataclass
 class Built:
-    """A model with its optimizer, ready to train; `report` says what became what (None for dense methods)."""
+    """A model with its optimizer, ready to train.
+
+    Attributes:
+        model: its parameters are shards where the grid has shards.
+        report: what became what; None for dense methods.
+        forward: the module to call for the training loss; the model itself but in ddp.
+        uneven: parameters that are cut along rows because their long side has no equal parts.
+    """
 
     model: nn.Module
     optimizer: LowRankOptimizer
     report: FactorizeReport | None
+    forward: nn.Module
+    uneven: list[str]
 
 
-def build(config: RunConfig, dataset: Dataset, fresh: bool = True) -> Built:
+def build(config: RunConfig, dataset: Dataset, fresh: bool = True, grid: Grid = SINGLE) -> Built:
     """The model of a resolved configuration with its initial (or --init) weights, and its optimizer.
 
     Args:
         config: resolved.
         dataset: decides the vocabulary of a preset.
         fresh: False leaves the weights undrawn, for those of a checkpoint.
+        grid: of the processes that train it. Each makes the whole model in host memory, with the same weights.
 
     Raises:
         ValueError: a vocabulary smaller than the data's, a context beyond the model's, or what factorize and
@@ -94,10 +118,28 @@ def build(config: RunConfig, dataset: Dataset, fresh: bool = True) -> Built:
     else:
         model, report = _new_model(config, dataset, fresh)
     check_fit(config, dataset, model)
-    model.to(device).train()
+    if grid.shards == 1:
+        model.to(device)
+    model.train()
     if config.train.recompute:
         recompute_blocks(model)
-    return Built(model, optimizer_for(config, model), report)
+    forward, uneven = spread(config, model, grid)
+    return Built(model, optimizer_for(config, model, grid), report, forward, uneven)
+
+
+def spread(config: RunConfig, model: nn.Module, grid: Grid) -> tuple[nn.Module, list[str]]:
+    """Wraps a model for its grid, see `distributed.wrap`; its matrices are cut along their long sides."""
+    p, method = config.parallel, find_method(config.method or "")
+    roles = assign_roles(model, () if method.layer else matrix_parameters(model))
+    return wrap(
+        model,
+        grid,
+        long_sides(roles),
+        reshard_after_forward=p.reshard_after_forward,
+        precision=p.precision,
+        reduce=p.reduce,
+        unused=bool(roles.guides),
+    )
 
 
 def check_fit(config: RunConfig, dataset: Dataset, model: Any) -> None:
@@ -110,7 +152,7 @@ def check_fit(config: RunConfig, dataset: Dataset, model: Any) -> None:
         raise ValueError(f"train.context {config.train.context} exceeds the model's max_position_embeddings {limit}")
 
 
-def optimizer_for(config: RunConfig, model: nn.Module) -> LowRankOptimizer:
+def optimizer_for(config: RunConfig, model: nn.Module, grid: Grid = SINGLE) -> LowRankOptimizer:
     """The optimizer of a resolved configuration; on the meta device too, where it costs nothing and checks the same.
 
     Raises:
@@ -133,6 +175,8 @@ def optimizer_for(config: RunConfig, model: nn.Module) -> LowRankOptimizer:
         frames=o.frames,
         layerwise=o.layerwise,
         seed=t.seed,
+        grid=grid,
+        algebra=config.parallel.algebra,
         **guided,
         **{name: getattr(o, name) for name in RULE_OPTIONS},
     )
@@ -210,11 +254,17 @@ def recompute_blocks(model: nn.Module) -> None:
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """torch.compile of each repeated block: the members of the first ModuleList, which share one compilation."""
+    """torch.compile of each repeated block: the members of the first ModuleList, which share one compilation.
+
+    Of a sharded block only what lies between the gathering of its weights and letting go of them.
+    """
     for module in model.modules():
         if isinstance(module, nn.ModuleList):
             for block in module:
-                block.compile()
+                if isinstance(block, FSDPModule):
+                    block.forward = torch.compile(block.forward)
+                else:
+                    block.compile()
             return
 
 

@@ -18,13 +18,15 @@ from nativerank.data.shards import Dataset
 from nativerank.distributed.agree import from_each, from_first
 from nativerank.distributed.grid import SINGLE, Grid
 from nativerank.distributed.pieces import local
+from nativerank.distributed.rewrap import let_go
 from nativerank.models import count_parameters
 from nativerank.rank.controller import RankController
 from nativerank.train import checkpoint
+from nativerank.train.diloco import check_taken_up, gradient_grid, outer_of, replicas_apart
 from nativerank.train.guard import Diverged, Guard
-from nativerank.train.resolve import tokens_per_step
+from nativerank.train.resolve import share_of_batch, tokens_per_step
 from nativerank.train.saver import Saver
-from nativerank.train.setup import Built, data_fingerprint
+from nativerank.train.setup import Built, data_fingerprint, spread
 
 
 class RunState:
@@ -46,20 +48,29 @@ class RunState:
     ) -> None:
         self.config, self.out, self.dataset, self.complain, self.grid = config, out, dataset, complain, grid
         self.model, self.optimizer, self.report = built.model, built.optimizer, built.report
+        self.forward, self.uneven = built.forward, built.uneven
+        self.optimizer.replaced = self._wrap_anew
         t = config.train
         assert t.steps and t.context and t.batch_size
         self.steps, self.tokens_per_step = t.steps, tokens_per_step(t)
-        self.loader = Loader(dataset.split("train"), t.context, t.batch_size, t.seed)
+        batch_size, self.accumulation = share_of_batch(t, grid.world)
+        self.loader = Loader(dataset.split("train"), t.context, batch_size, t.seed, grid.rank, grid.world)
         self.guard = Guard(config.guard)
         self.step, self.best_loss = 0, float("inf")
         self.best_step: int | None = None
         self.saved_at: int | None = None
         self.rollbacks = 0
-        self.ranks = RankController(self.model, self.optimizer, config.rank.adapt, t.steps, t.seed)
+        self.outer = outer_of(config, built, grid)
+        meeting = self.outer.every if self.outer else 1
+        self.ranks = RankController(self.model, self.optimizer, config.rank.adapt, t.steps, t.seed, meeting)
         self.train_flops = 0.0
         self.count_flops()
         self.fingerprint = checkpoint.fingerprint(data_fingerprint(dataset))
         self.saver = Saver(out, grid, t.checkpoint_async)
+
+    def agreed(self) -> bool:
+        """Whether replicas that train on their own have met after this step; others are of one mind."""
+        return self.outer is None or self.outer.due(self.step, self.steps)
 
     # -- ranks and what they cost -----------------------------------------------------------------------------
 
@@ -77,6 +88,8 @@ class RunState:
             raise Diverged(f"step {self.step}: {error}; lower --optim.lr") from None
         if change is None:
             return None
+        if self.outer:
+            self.outer.begin()
         # A norm may jump where the factors were balanced: the guard compares with what it sees next.
         self.guard.sigmas = {k: v for k, v in self.guard.sigmas.items() if k.rpartition(".")[0] not in change.ranks}
         self.count_flops()
@@ -88,6 +101,12 @@ class RunState:
             "parameters": count_parameters(self.model),
             "train_flops_per_token": self.flops_of_step(self.alpha()),
         }
+
+    def _wrap_anew(self) -> None:
+        """Where gradients are exchanged by hooks on parameters, of which some are others now: hooks on these."""
+        if self.forward is not self.model:
+            let_go(self.forward)
+            self.forward, _ = spread(self.config, self.model, gradient_grid(self.config, self.grid))
 
     def alpha(self) -> float | None:
         """The weight of the guides, None without any."""
@@ -123,14 +142,17 @@ class RunState:
             )
         if val_loss is not None and val_loss < self.best_loss:
             self.best_loss, self.best_step = val_loss, self.step
-        tensors = checkpoint.contents(self.model, self.optimizer, self.grid)
         prune = partial(checkpoint.prune, self.out, self.step, self.config.train.keep, self.best_step)
-        self.saver.save(self.step, tensors, self._plain(), prune)
+        self.saver.save(self.step, self._tensors(), self._plain(), prune)
         self.rollbacks, self.saved_at = 0, self.step
 
     def _finite(self) -> bool:
         """Whether what this process holds of the weights is."""
         return all(bool(torch.isfinite(local(p)).all()) for p in self.model.parameters())
+
+    def _tensors(self) -> checkpoint.Contents:
+        """The tensors of a checkpoint, as far as this process holds them."""
+        return checkpoint.contents(self.model, self.outer or self.optimizer, self.grid)
 
     def _plain(self) -> dict[str, Any]:
         """What a checkpoint keeps besides tensors."""
@@ -143,6 +165,7 @@ class RunState:
             "train_flops": self.train_flops,
             "best": {"loss": None if self.best_step is None else self.best_loss, "step": self.best_step},
             "data": self.fingerprint,
+            "optimizers": replicas_apart(self.outer),
         }
 
     def load(self, path: Path) -> None:
@@ -152,11 +175,17 @@ class RunState:
             ValueError: one of another model or of other data.
         """
         stored = from_first(self.grid, lambda: checkpoint.read_state(path))
+        check_taken_up(stored, self.outer, str(path))
         if self.optimizer.guides is not None:
             self.optimizer.guides.set(stored["step"])
         if "ranks" in stored:  # a checkpoint of version 0.1 has none, and no changed ones
             self.ranks.restore(stored["ranks"], str(path))
-        state = checkpoint.load(path, self.model, self.optimizer, self.grid, self.config.train.seed)
+        if self.outer:
+            self.outer.begin(forget=True)
+        state = checkpoint.load(path, self.model, self._tensors(), self.grid, self.config.train.seed)
+        self.optimizer.loaded()
+        if self.outer:
+            self.outer.begin()
         self.train_flops = state.get("train_flops", 0.0)
         self.count_flops()
         if state["data"] != self.fingerprint:

@@ -4,13 +4,18 @@ The caller may look at the loss and the gradient norm before the optimizer moves
 updating (`optim.layerwise`) it may look at the loss only: from then on the weights move as gradients come.
 """
 
+import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from nativerank.distributed.gradients import clip as clip_gradients
+from nativerank.distributed.gradients import loss_and_norms
+from nativerank.distributed.grid import SINGLE, Grid
+from nativerank.distributed.wrap import gradient_sync
 from nativerank.evaluate.loss import autocast, token_losses
 from nativerank.optim.optimizer import LowRankOptimizer
 
@@ -21,7 +26,8 @@ Batch = tuple[Tensor, Tensor, Tensor | None]  # inputs, targets, positions or No
 class StepResult:
     """loss in nats per token, gradient norm before clipping, seconds per phase, and whether the weights moved.
 
-    `kept`: parameters that a refused layer-wise step had moved already, and that stay so.
+    `kept`: parameters that a refused layer-wise step had moved already, and that stay so. `votes`: sums over all
+    processes.
     """
 
     loss: float
@@ -29,6 +35,7 @@ class StepResult:
     seconds: dict[str, float]
     updated: bool
     kept: int = 0
+    votes: Sequence[float] = ()
 
 
 class Stopwatch:
@@ -58,37 +65,47 @@ def train_step(
     clip: float,
     accept: Callable[[float, float], bool] = lambda loss, grad_norm: True,
     time_phases: bool = True,
+    grid: Grid = SINGLE,
+    votes: Sequence[float] = (),
 ) -> StepResult:
     """Moves the weights once along the mean gradient of `accumulation` micro-batches.
 
     Args:
-        model: causal LM in training mode.
+        model: causal LM in training mode; for many processes as `distributed.wrap` returns it.
         optimizer: its gradients are cleared before, and left in place after.
-        batches: the micro-batches, on the model's device.
+        batches: the micro-batches, on the model's device; of this process, and equally many and large on all.
         accumulation: how many there are.
         clip: largest global gradient norm, 0 for no clipping.
         accept: asked with the loss and the unclipped norm before the optimizer runs; False leaves the weights alone.
         time_phases: on CUDA, synchronise so that the phases' seconds mean something.
+        grid: of all processes; loss and norm are those of all of them together.
+        votes: of this process, summed over all in the exchange that is made anyway.
     """
     device = next(model.parameters()).device
     watch = Stopwatch(device, time_phases)
     optimizer.zero_grad(set_to_none=True)
     total = torch.zeros((), device=device)
-    for inputs, targets, positions in batches:
-        with autocast(device):
-            loss = token_losses(model, inputs, targets, positions).mean() / accumulation
-        watch.mark("forward")
-        loss.backward()
+    for index, (inputs, targets, positions) in enumerate(batches):
+        with gradient_sync(model, last=index == accumulation - 1):
+            with autocast(device):
+                loss = token_losses(model, inputs, targets, positions).mean() / accumulation
+            watch.mark("forward")
+            loss.backward()
         total += loss.detach()
         watch.mark("backward")
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip or float("inf"))
-    value, grad_norm = total.item(), norm.item()
+    if grid.world == 1:
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip or float("inf"))
+        value, grad_norm = total.item(), norm.item()
+    else:
+        value, norms, votes = loss_and_norms(total, model.parameters(), grid, votes)
+        grad_norm = math.fsum(norms) / len(norms)  # all the same where replicas share their gradients
+        clip_gradients(model.parameters(), norms[grid.replica], clip or float("inf"))
     watch.mark("clip")
     updated = accept(value, grad_norm)
     if updated:
         optimizer.step()
     watch.mark("optimizer")
-    return StepResult(value, grad_norm, watch.seconds, updated)
+    return StepResult(value, grad_norm, watch.seconds, updated, votes=votes)
 
 
 def layerwise_step(

@@ -13,13 +13,14 @@ it was. What fails for another reason passes through as it is.
 
 import os
 import re
+import signal
 import socket
 import sys
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -234,6 +235,8 @@ class Signs:
         Raises:
             SystemExit: somebody is. Otherwise returns.
         """
+        with suppress(ValueError):  # not in the main thread
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of a launcher that has noticed too; it is over soon
         missing, known = self._missing()
         if self.ending.is_set():  # those that are missing were told to leave, and this process is about to
             time.sleep(60)

@@ -4,11 +4,12 @@
 
 config.yaml is the resolved configuration, below comments with versions and commit, so `--config RUN/config.yaml` makes
 the same run again. A run holds .lock from before it reads its data to its end; the system frees the lock of a process
-that dies.
+that dies. A job that torchrun starts again (--max-restarts) takes its folder up whatever --resume says.
 """
 
 import errno
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -17,12 +18,14 @@ from pathlib import Path
 import yaml
 
 from nativerank.config import RunConfig, differences, from_dict, to_dict
+from nativerank.distributed.agree import restarts
 from nativerank.train.resolve import free_folder, run_name
 from nativerank.train.setup import versions
 
 CONFIG = "config.yaml"
 PARTIAL_CONFIG = f".{CONFIG}.partial"
 LOCK = ".lock"
+RESTART_SECONDS = 120.0  # that a job which was started again waits for the lock of its predecessor
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # a file system without locks
 # What may differ between a run and its continuation. Most of it leaves the next step's numbers alone. A device or
 # torch.compile or another grid changes their last digits, the guard which steps count, the number of steps the rates
@@ -63,6 +66,7 @@ def claim(config: RunConfig, own_name: bool) -> Iterator[RunConfig]:
         ValueError: the folder holds another run, or is in use by one.
     """
     assert config.out is not None and config.method is not None
+    config = after_restart(config, own_name)
     if own_name:
         refuse_or_resume(config, Path(config.out))  # before anything is made
     out, made = _make(Path(config.out), None if own_name else run_name(config, config.method))
@@ -76,6 +80,19 @@ def claim(config: RunConfig, own_name: bool) -> Iterator[RunConfig]:
             for folder in made:
                 with suppress(OSError):  # not empty
                     folder.rmdir()
+
+
+def after_restart(config: RunConfig, own_name: bool) -> RunConfig:
+    """The configuration for a job that torchrun starts again by itself: it goes on from its newest checkpoint.
+
+    Raises:
+        ValueError: torchrun may start it again, and the folder that it would have to find has no name.
+    """
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) and not own_name:
+        raise ValueError("torchrun --max-restarts starts a run again, which must find its folder then; give --out")
+    # A checkpoint that was asked for counts until there is one of our own.
+    begun = config.resume == "never" or any(Path(config.out or "").glob("checkpoints/step-*"))
+    return replace(config, resume="auto") if restarts() and begun else config
 
 
 def _make(out: Path, name: str | None) -> tuple[Path, list[Path]]:
@@ -101,12 +118,17 @@ def _lock(out: Path) -> Iterator[Path | None]:
         yield None
         return
     file = out / LOCK
+    # The process before a restart may have died with its host: a file server finds that out late.
+    deadline = time.monotonic() + (RESTART_SECONDS if restarts() else 0.0)
     while True:
         handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
+                if time.monotonic() < deadline:
+                    time.sleep(0.2)
+                    continue
                 raise ValueError(f"{out} is in use by another run") from None
             except OSError as error:
                 if error.errno not in NO_LOCKS:

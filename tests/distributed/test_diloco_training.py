@@ -1,0 +1,213 @@
+"""Training runs whose replicas meet every few steps: forked processes that call `train` as torchrun's would."""
+
+import json
+import os
+import socket
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nativerank.config import DilocoConfig, ParallelConfig
+from nativerank.distributed.grid import Grid
+from nativerank.train.diloco import check_diloco
+from nativerank.train.loop import train
+from nativerank.train.metrics import read_rows
+from nativerank.train.resolve import resolve
+
+DILOCO = {
+    "parallel__diloco__every": 2,
+    "train__batch_size": 4,
+    "train__eval_every": 4,
+    "train__checkpoint_every": 4,
+    "train__probe_every": 2,
+}
+
+
+class Quiet:
+    quiet = True
+
+    def __init__(self, crash_after=None):
+        self.crash_after = crash_after
+
+    def begin(self, facts):
+        pass
+
+    def row(self, row):
+        if "loss" in row and row["step"] == self.crash_after:
+            os._exit(9)  # as kill -9 does
+
+    def warn(self, message):
+        pass
+
+
+def worker(rank, world, port, config, crash_after):
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world)}
+    train(config, Quiet(crash_after))
+
+
+@pytest.fixture
+def start_all():
+    """start_all(function, world, *args): function(rank, world, port, *args) in as many processes, to their end."""
+
+    def run(function, world, *args):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        context = torch.multiprocessing.start_processes(
+            function, (world, port, *args), world, join=False, start_method="fork"
+        )
+        while not context.join(timeout=120):
+            pass
+
+    return run
+
+
+@pytest.fixture
+def trained(start_all, run_config, tmp_path):
+    """trained(world, name, **changes): the folder of a run."""
+
+    def run(world, name="run", crash_after=None, **changes):
+        config = run_config(out=tmp_path / name, **DILOCO | changes)
+        try:
+            start_all(worker, world, config, crash_after)
+        except torch.multiprocessing.ProcessExitedException as error:
+            assert crash_after is not None and error.exit_code == 9
+        return tmp_path / name
+
+    return run
+
+
+def weights(folder):
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def steps(folder):
+    return [row for row in read_rows(folder) if "loss" in row]
+
+
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("stiefel-spectron", "tsvd", "self-guided")]
+
+
+@pytest.mark.parametrize("method", ["spectron", *SLOW])
+def test_replicas_meet_and_the_run_goes_on_as_if_nothing_had_killed_it(trained, method):
+    straight = trained(2, "straight", method=method)
+    rows = steps(straight)
+    assert [row["step"] for row in rows if "outer" in row] == [2, 4, 6, 8]
+    for row in rows:
+        if "outer" in row:
+            assert row["outer"]["update_norm"] > 0 and row["outer"]["factor_gap"] > 0
+            assert set(row["outer"]["pairs"]) == set(row["probes"])
+    assert [row["step"] for row in rows if "val_loss" in row] == [4]
+    trained(2, "killed", method=method, crash_after=7)
+    resumed = trained(2, "killed", method=method, resume="auto")
+    assert all(torch.equal(x, weights(resumed)[name]) for name, x in weights(straight).items())
+    assert [row["loss"] for row in steps(resumed)][-4:] == [row["loss"] for row in rows][-4:]
+
+
+def test_the_last_round_may_be_shorter(trained):
+    rows = steps(trained(2, train__steps=7, train__eval_every=0, train__checkpoint_every=0))
+    assert [row["step"] for row in rows if "outer" in row] == [2, 4, 6, 7]
+
+
+class Traffic(TorchDispatchMode):
+    """Counts the bytes that leave this process, with a ring for all-reduces."""
+
+    def __init__(self):
+        super().__init__()
+        self.sent = 0.0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        if func.name() == "c10d::allreduce_":
+            self.sent += 2 * (world - 1) / world * sum(x.nbytes for x in args[0])
+        elif func.name() == "c10d::alltoall_base_":
+            self.sent += sum(n for rank, n in enumerate(args[4]) if rank != torch.distributed.get_rank())
+        elif func.namespace == "c10d" and func.name().split("::")[1] in ("_reduce_scatter_base_", "_allgather_base_"):
+            raise AssertionError(f"{func.name()} is not counted")
+        return func(*args, **kwargs or {})
+
+
+def counting_worker(rank, world, port, config, folder):
+    with Traffic() as traffic:
+        worker(rank, world, port, config, None)
+    (folder / f"sent-{rank}").write_text(str(traffic.sent))
+
+
+@pytest.mark.parametrize("every", [8, pytest.param(4, marks=pytest.mark.slow)])
+def test_bytes_per_token_fall_by_the_length_of_a_round(start_all, run_config, tmp_path, every):
+    still = {"train__steps": 16, "train__eval_every": 0, "train__checkpoint_every": 0, "train__probe_every": 0}
+    sent = []
+    for name, value in (("together", 0), ("apart", every)):
+        config = run_config(out=tmp_path / name, **DILOCO | still | {"parallel__diloco__every": value})
+        folder = tmp_path / f"sent-{name}"
+        folder.mkdir()
+        start_all(counting_worker, 2, config, folder)
+        sent.append(sum(float(file.read_text()) for file in folder.iterdir()))
+    weight_bytes = sum(x.nbytes for x in weights(tmp_path / "together").values())
+    assert sent[0] >= 16 * 2 * weight_bytes  # so that all of it was seen
+    assert sent[0] / sent[1] == pytest.approx(every, rel=0.2)  # less: theta_0 once, numbers at every step
+
+
+@pytest.mark.slow
+def test_replicas_of_shards(trained):
+    whole = trained(2, "whole")
+    sharded = trained(4, "sharded", parallel__mode="hsdp", parallel__replicas=2, parallel__shards=2)
+    for one, other in zip(steps(whole), steps(sharded), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-4)
+        if "outer" in one:
+            assert one["outer"]["factor_gap"] == pytest.approx(other["outer"]["factor_gap"], rel=1e-2)
+
+
+@pytest.mark.slow
+def test_ranks_change_at_meetings_only(trained):
+    adapt = {
+        "rank__adapt__threshold": 0.7,
+        "rank__adapt__start": 0.3,
+        "rank__adapt__every": 0.3,
+        "rank__adapt__min": 2,
+        "rank__adapt__multiple": 1,
+        "rank__value": 12,
+    }
+    folder = trained(2, **adapt)
+    changes = [row for row in read_rows(folder) if row.get("event") == "ranks"]
+    assert changes and {row["step"] % 2 for row in changes} == {0}
+    resumed = trained(2, "resumed", **adapt, crash_after=7)
+    assert trained(2, "resumed", resume="auto", **adapt) == resumed
+    assert all(torch.equal(x, weights(resumed)[name]) for name, x in weights(folder).items())
+
+
+def test_another_number_of_replicas_cannot_take_it_up(trained, run_config, tmp_path):
+    folder = trained(2)
+    state = json.loads((Path(folder) / "checkpoints" / "step-000008" / "state.json").read_text())
+    assert state["optimizers"] == 2
+    with pytest.raises(ValueError, match="holds 2 optimizers of replicas on their own, this run has 1"):
+        train(run_config(out=tmp_path / "other", resume=folder / "checkpoints" / "step-000008"), Quiet())
+
+
+@pytest.mark.parametrize(
+    ("changes", "replicas", "message"),
+    [
+        ({"train__eval_every": 5}, 2, "train.eval_every 5 is no multiple of parallel.diloco.every 2.*take 6"),
+        ({"train__checkpoint_every": 3}, 2, "train.checkpoint_every 3 is no multiple"),
+        ({}, 1, "parallel.diloco.every 2 is for replicas.*--parallel.replicas"),
+        ({"parallel__diloco__every": 0, "parallel__diloco__lr": 0.5}, 2, "parallel.diloco.lr has no meaning"),
+        ({"parallel__diloco__cap": 1.0, "method": "lowrank-adamw"}, 2, "parallel.diloco.cap 1.0 counts in optim.lr"),
+        ({"parallel__diloco__momentum": 1.0}, 2, "parallel.diloco.momentum must not be 1"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_starts(run_config, changes, replicas, message):
+    config = resolve(run_config(**{"method": "spectron"} | DILOCO | changes))
+    with pytest.raises(ValueError, match=message):
+        check_diloco(config, Grid(replicas=replicas))
+
+
+def test_without_meetings_nothing_is_asked(run_config):
+    config = resolve(run_config())
+    check_diloco(config, Grid())
+    check_diloco(replace(config, parallel=ParallelConfig(diloco=DilocoConfig())), Grid(replicas=3))

@@ -127,7 +127,7 @@ def solve_tsvd(totals: Totals, small: list[State], options: Options) -> Parts:
     for i in range(2):
         R_x, inverse = framing(totals[f"XX_{i}"], None, options)
         R = small[i]["R"]
-        R.copy_((R_x @ to_float64(R)).triu())
+        R.copy_(R_x @ to_float64(R))
         parts |= {f"C_{i}": upper(inverse), f"R_inverse_{i}": upper(triangular_inverse(to_float64(R)).to(R.dtype))}
     return parts
 

@@ -191,8 +191,9 @@ def proven_norm(G: Tensor, Q: Tensor | None, height: int) -> Tensor:
     r, size = G.shape[-1], G.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(0).sqrt()  # ||M||_F
     if Q is not None:
         Q = to_float64(Q)
-        G, size = Q.mT @ G @ Q, size * torch.linalg.matrix_norm(Q)
-    slack = (EPS * (height + 3 * r)) ** 0.5 * size  # not squared: where M is zero, Q may be huge
+        peak = Q.abs().amax((-2, -1)).clamp_min(torch.finfo(Q.dtype).tiny)  # for where M is zero, Q is huge
+        G, size = Q.mT @ G @ Q, size * peak * torch.linalg.matrix_norm(Q / peak[..., None, None])
+    slack = (EPS * (height + 3 * r)) ** 0.5 * size
     return torch.hypot(gram_norm(symmetrized(G)), slack)
 
 

@@ -119,9 +119,11 @@ def joint_gram(UU: Tensor, UE: Tensor, EE: Tensor, step: Step) -> tuple[Tensor, 
     Of E q these are ||E||_F |q_i|, which may be far above what is left of it in X.
     """
     T, q = (identity(UU) if x is None else to_float64(x) for x in step)
-    cross, trace = T.mT @ UE @ q, EE.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None]
+    cross, parts = T.mT @ UE @ q, EE.diagonal(dim1=-2, dim2=-1)
     G = T.mT @ UU @ T - cross - cross.mT + q.mT @ EE @ q
-    squares = (T * (UU @ T)).sum(-2) + (trace * q.square().sum(-2) if step.q is not None else EE.diagonal(0, -2, -1))
+    if step.q is not None:  # multiplied before it is squared: where E is zero, q may be huge
+        parts = (q * parts.sum(-1).clamp_min(0).sqrt()[..., None, None]).square().sum(-2)
+    squares = (T * (UU @ T)).sum(-2) + parts
     return symmetrized(G), squares
 
 

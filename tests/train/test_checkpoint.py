@@ -13,6 +13,7 @@ import sys
 import pytest
 import torch
 
+from nativerank.methods import build_optimizer
 from nativerank.train import checkpoint, generators
 from nativerank.train.loop import train
 from nativerank.train.metrics import read_rows
@@ -258,6 +259,33 @@ def test_a_disk_that_is_full_for_the_records_is_one_line_too(tmp_path, cli, flag
     assert [r["step"] for r in read_rows(out) if "loss" in r] == list(range(1, 9))
 
 
+def test_checkpoints_in_the_background_change_no_bit(tmp_path, run_config, listen, crash, fingerprint, straight):
+    common = dict(out=tmp_path / "run", train__checkpoint_every=2, train__checkpoint_async=True)
+    with pytest.raises(crash):
+        train(run_config(**common), listen(crash_after=7))
+    assert [c.step for c in checkpoint.list_checkpoints(tmp_path / "run")] == [4, 6], "the last one came to its end"
+    train(run_config(resume="auto", **common), listen())
+    assert fingerprint(tmp_path / "run", 8)[:2] == straight
+
+
+def test_a_full_disk_in_the_background_ends_the_run_soon(tmp_path, cli, flags, monkeypatch):
+    calls, original = [], checkpoint.write_pieces
+
+    def fails_at_the_second_save(*args):
+        calls.append(1)
+        if len(calls) > 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(*args)
+
+    monkeypatch.setattr(checkpoint, "write_pieces", fails_at_the_second_save)
+    out = tmp_path / "run"
+    words = flags(out=out, train__steps=30, train__checkpoint_every=2, train__checkpoint_async=True)
+    result = cli("train", *words, "--quiet")
+    assert result.code == 2 and result.err.startswith("nativerank: error: disk full") and result.err.count("\n") == 1
+    assert [c.step for c in checkpoint.list_checkpoints(out)] == [2]
+    assert max(r["step"] for r in read_rows(out)) <= 6
+
+
 @pytest.fixture
 def on_cuda(monkeypatch):
     """random_state and its inverse as on a CUDA device, whose generator is the list returned."""
@@ -274,8 +302,13 @@ def on_cuda(monkeypatch):
 
 
 def small():
-    model = torch.nn.Linear(3, 3)
-    return model, torch.optim.AdamW(model.parameters())
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3))
+    return model, build_optimizer(model, "dense-adamw", lr=0.1)
+
+
+def load(saved):
+    model, optimizer = small()
+    return checkpoint.load(saved.path, model, checkpoint.contents(model, optimizer))
 
 
 STATE = {"step": 1, "loader": {}, "guard": {}, "best": {}, "data": ""}
@@ -284,21 +317,21 @@ STATE = {"step": 1, "loader": {}, "guard": {}, "best": {}, "data": ""}
 def test_the_cuda_generator_is_kept(tmp_path, on_cuda):
     saved = checkpoint.save(tmp_path, 1, checkpoint.contents(*small()), STATE)
     on_cuda[0] = torch.zeros(16, dtype=torch.uint8)
-    checkpoint.load(saved.path, *small())
+    load(saved)
     assert on_cuda[0].tolist() == list(range(16))
 
 
 def test_a_checkpoint_of_cuda_is_read_on_the_cpu(tmp_path, on_cuda, monkeypatch):
     saved = checkpoint.save(tmp_path, 1, checkpoint.contents(*small()), STATE)
     monkeypatch.undo()
-    assert checkpoint.load(saved.path, *small()) == STATE
+    assert load(saved) == STATE
 
 
 def test_a_checkpoint_of_the_cpu_is_read_on_cuda(tmp_path, request):
     saved = checkpoint.save(tmp_path, 1, checkpoint.contents(*small()), STATE)
     assert "rng/cuda" not in Stored([saved.path / "optimizer.safetensors"]).shapes
     generator = request.getfixturevalue("on_cuda")
-    assert checkpoint.load(saved.path, *small()) == STATE
+    assert load(saved) == STATE
     assert generator[0].tolist() == list(range(16)), "left alone"
 
 
@@ -308,5 +341,5 @@ def test_the_cuda_generator_is_that_of_the_models_device(tmp_path):
     model.cuda()
     saved = checkpoint.save(tmp_path, 1, checkpoint.contents(model, optimizer), STATE)
     wanted = torch.rand(4, device="cuda")
-    checkpoint.load(saved.path, model, optimizer)
+    checkpoint.load(saved.path, model, checkpoint.contents(model, optimizer))
     assert torch.equal(torch.rand(4, device="cuda"), wanted)

@@ -202,6 +202,7 @@ class Run(RunState):
     def _heed(self, stopping: Stopping) -> None:
         """Ends the run, whose last step is saved, if a signal came."""
         if (signum := stopping()) is not None:
+            self.saver.wait()
             self._record({"event": "interrupted", "step": self.step})
             raise Interrupted(signum, self.step, self.out)
 
@@ -215,8 +216,11 @@ class Run(RunState):
         measured = self.device.type != "cuda" or before is not None
         guides = self.optimizer.guides
         alpha = self.alpha()
-        result, verdict = self._update(measured, stopping.votes())
+        unsaved = float(self.saver.failed)
+        result, verdict = self._update(measured, [*stopping.votes(), unsaved])
         stopping.hear(result.votes)
+        if (result.votes or [unsaved])[-1]:
+            self.saver.wait()  # raises what went wrong, on all processes
         self.step += 1
         self.train_flops += self.tokens_per_step * self.flops_of_step(alpha)
         if not result.updated:
@@ -387,6 +391,7 @@ class Run(RunState):
             self._heed(stopping)
 
         loss = self._validate(None, heed)
+        self.saver.wait()
         tensors = whole_tensors(self.model, self.grid) if self.grid.shards > 1 else None
         from_first(self.grid, lambda: self._export(tensors))
         prompt, sample = self._sample()
@@ -427,7 +432,8 @@ class Run(RunState):
         }
 
     def close(self) -> None:
-        """Ends the records."""
+        """Ends the records, and the save in flight if there is one."""
+        self.saver.close()
         if self.profiler:
             self.profiler.close()
         for tracker in self.trackers:

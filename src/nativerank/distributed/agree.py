@@ -168,7 +168,7 @@ def from_first(grid: Grid, make: Callable[[], T]) -> T:
         except Exception as error:
             failure = error
             answer[1:] = [one_line(error), getattr(error, "exit_code", 2)]
-    dist.broadcast_object_list(answer, src=0, group=grid.everyone)
+    dist.broadcast_object_list(answer, group=grid.everyone, group_src=0)
     if failure is not None:
         raise failure
     if answer[1] is not None:

@@ -7,7 +7,8 @@
     one process             nothing
 
 Activation checkpointing has to be on before, compilation of blocks comes after. The module that is returned computes
-the training loss; parameters and names are looked up in the model itself.
+the training loss; parameters and names are looked up in the model itself. Only the first process needs the weights:
+DistributedDataParallel sends them to the others, `deal` does where there are shards.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,13 +17,15 @@ from inspect import signature
 from typing import Any
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from nativerank.distributed.grid import Grid
+from nativerank.distributed.pieces import bounds, cut_along, local
 
 # PyTorch 2.13 gave it a new name.
 SYNC_BUFFERS = [name for name in signature(DistributedDataParallel).parameters if name.endswith("_buffers")][-1]
@@ -95,6 +98,23 @@ def _ddp(model: nn.Module, grid: Grid, reduce: str | None, unused: bool) -> Dist
     if reduce == "bf16":
         wrapped.register_comm_hook(grid.along_replicas, bf16_compress_hook)
     return wrapped
+
+
+@torch.no_grad()
+def deal(model: nn.Module, weights: dict[str, Tensor], grid: Grid) -> None:
+    """Fills the shards of a wrapped model from whole weights of the grid's first process, one after the other.
+
+    Args:
+        weights: by parameter name, anywhere in the first process's memory; it is emptied on the way. Nothing elsewhere.
+    """
+    for name, parameter in model.named_parameters():
+        part, along = local(parameter), cut_along(parameter)
+        assert along is not None
+        whole = torch.empty(parameter.shape, dtype=part.dtype, device=part.device)
+        if grid.rank == 0:
+            whole.copy_(weights.pop(name))
+        dist.broadcast(whole, group=grid.everyone, group_src=0)
+        part.copy_(whole.narrow(along, *bounds(parameter.shape[along], grid.shards, grid.shard)))
 
 
 def gradient_sync(module: nn.Module, last: bool) -> AbstractContextManager[Any]:

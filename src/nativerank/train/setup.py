@@ -18,7 +18,7 @@ from nativerank.data.demo import prepared_demo
 from nativerank.data.shards import Dataset
 from nativerank.distributed.agree import from_each, together
 from nativerank.distributed.grid import SINGLE, Grid
-from nativerank.distributed.wrap import wrap
+from nativerank.distributed.wrap import deal, wrap
 from nativerank.hub.load import load, tokenizer_fingerprint
 from nativerank.layers import FactorizeReport, matrix_parameters
 from nativerank.methods import build_optimizer, factorize, find_method
@@ -106,7 +106,8 @@ def build(config: RunConfig, dataset: Dataset, fresh: bool = True, grid: Grid = 
         config: resolved.
         dataset: decides the vocabulary of a preset.
         fresh: False leaves the weights undrawn, for those of a checkpoint.
-        grid: of the processes that train it. Each makes the whole model in host memory, with the same weights.
+        grid: of the processes that train it. The first one draws the weights, in its host memory, and deals them out; a
+            model to start from (--init) is read by all of them.
 
     Raises:
         ValueError: a vocabulary smaller than the data's, a context beyond the model's, or what factorize and
@@ -116,14 +117,17 @@ def build(config: RunConfig, dataset: Dataset, fresh: bool = True, grid: Grid = 
     if config.init:
         model, report = initial_model(config, dataset)
     else:
-        model, report = _new_model(config, dataset, fresh)
+        model, report = _new_model(config, dataset, fresh and grid.rank == 0)
     check_fit(config, dataset, model)
     if grid.shards == 1:
         model.to(device)
     model.train()
     if config.train.recompute:
         recompute_blocks(model)
+    drawn = {name: p.detach() for name, p in model.named_parameters()}
     forward, uneven = spread(config, model, grid)
+    if fresh and grid.shards > 1 and not config.init:
+        deal(model, drawn, grid)
     return Built(model, optimizer_for(config, model, grid), report, forward, uneven)
 
 

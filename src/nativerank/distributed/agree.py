@@ -14,7 +14,7 @@ import functools
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -25,6 +25,7 @@ from torch import Tensor
 from nativerank.distributed.grid import Grid
 
 T = TypeVar("T")
+FAREWELL_SECONDS = 10.0  # that the first process waits until all have heard an error
 START_SECONDS = 600.0  # that processes wait for each other before they know the configuration
 LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # environment variables that torchrun sets
 
@@ -86,7 +87,13 @@ def settle(mine: Any, judge: Callable[[list[Any]], str | None]) -> str | None:
     if rank == 0:
         values = [json.loads(store.get(f"{other}")) for other in range(world)]
         store.set("verdict", judge(values) or "")
-    return store.get("verdict").decode() or None
+    verdict = store.get("verdict").decode() or None
+    if verdict is not None:  # this process is about to end, and the store may be its own
+        store.set(f"heard/{rank}", "")
+        if rank == 0:
+            with suppress(dist.DistError):
+                store.wait([f"heard/{other}" for other in range(world)], timedelta(seconds=FAREWELL_SECONDS))
+    return verdict
 
 
 def first_error(lines: Sequence[str | None]) -> str | None:

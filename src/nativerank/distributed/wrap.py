@@ -88,10 +88,11 @@ def _placement(p: nn.Parameter, dims: Mapping[int, int], shards: int) -> Shard:
 
 
 def _ddp(model: nn.Module, grid: Grid, reduce: str | None, unused: bool) -> DistributedDataParallel:
+    still: dict[str, Any] = {SYNC_BUFFERS: False}  # rotary tables and the like never change
     wrapped = DistributedDataParallel(
         model,
         process_group=grid.along_replicas,
-        **{SYNC_BUFFERS: False},  # rotary tables and the like never change
+        **still,
         find_unused_parameters=unused,
         gradient_as_bucket_view=True,
     )

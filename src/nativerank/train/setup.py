@@ -124,7 +124,7 @@ def build(config: RunConfig, dataset: Dataset, fresh: bool = True, grid: Grid = 
     model.train()
     if config.train.recompute:
         recompute_blocks(model)
-    drawn = {name: p.detach() for name, p in model.named_parameters()}
+    drawn = {name: p.detach() for name, p in model.named_parameters()} if grid.rank == 0 else {}
     forward, uneven = spread(config, model, grid)
     if fresh and grid.shards > 1 and not config.init:
         deal(model, drawn, grid)

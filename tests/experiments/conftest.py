@@ -30,7 +30,7 @@ def stand_in(monkeypatch):
     state = SimpleNamespace(ran=[], loss=parabola, rows=lambda settings: [])
 
     def run(self, command, environment):
-        words = command[4:]
+        words = command[command.index("train") + 1 :]
         settings = {key.removeprefix("--"): value for key, value in zip(words[::2], words[1::2], strict=False)}
         for key, value in settings.items():
             if re.fullmatch(r"[-+.\de]+", value):

@@ -41,6 +41,23 @@ def test_a_failed_cell_is_reported_and_stops_nothing(tmp_path, fake):
     assert said[-1].startswith("[3/3] ")
 
 
+def test_a_cell_of_many_processes_is_started_by_torchrun_and_shares_its_threads(tmp_path, fake, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    cell = Cell.of(method="spectron", optim__lr=0.01, parallel__replicas=2, parallel__shards=None)
+    run_grid([cell], tmp_path, say=lambda line: None)
+    assert fake.command[1:6] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    assert fake.command[6:9] == ["-m", "nativerank", "train"] and fake.environment["OMP_NUM_THREADS"] == "2"
+    assert Cell.of(parallel__replicas=2, parallel__shards=3).processes == 6 and CELLS[0].processes == 1
+
+
+@pytest.mark.parametrize(("code", "key"), [(2, "error"), (3, "diverged")])
+def test_what_torchrun_says_about_an_error_is_left_aside(tmp_path, monkeypatch, code, key):
+    said = f"nativerank: error: it broke\nRoot Cause:\n  rank      : 0\n  exitcode  : {code} (pid: 7)\n=====\n"
+    monkeypatch.setattr(grid.Children, "run", lambda self, command, environment: (1, "", said))
+    (row,) = run_grid([Cell.of(method="spectron", parallel__replicas=2)], tmp_path, say=lambda line: None)
+    assert row[key] == "it broke" and ("error" in row) == (key == "error")
+
+
 def test_output_that_is_no_json_is_a_failed_cell(tmp_path, fake):
     fake.stdout = "Segmentation fault"
     rows = run_grid(CELLS[:1], tmp_path, say=lambda line: None)

@@ -33,6 +33,7 @@ MINUTES = {
     "equal-flops": (12, 30),
     "adaptive-rank": (20, 60),
     "frames": (25, 60),
+    "diloco": (5, 20),
 }
 
 
@@ -242,6 +243,27 @@ def test_adaptive_ranks(study, stand_in):
     assert (
         "+0.095 nats, 0.50 of the parameters" in line and "0.75 of the FLOPs, 67% of the ranks changed, 4 to 32" in line
     )
+
+
+def outer_rows(settings):
+    """Two outer steps, the second one twice as long."""
+    outer = [{"budget": 2.0, "update_norm": 1.0 * k, "factor_gap": 0.1 * k, "shortened": 0} for k in (1, 2)]
+    rows = [{"step": k, "tokens": k, "loss": 3.0, "outer": o} for k, o in enumerate(outer, 1)]
+    return rows if "parallel.diloco.every" in settings else rows[:0]
+
+
+def test_replicas_that_meet_now_and_then(study, stand_in):
+    stand_in.rows = outer_rows
+    stand_in.loss = lambda s: 3.0 + 0.001 * s.get("parallel.diloco.every", 0) + 0.01 * s["parallel.replicas"]
+    record = study("diloco")
+    label = "spectron[parallel.replicas=4;parallel.shards=1;parallel.diloco.every=50]"
+    found = record["study"]["numbers"][label]
+    assert found["loss"] == pytest.approx(3.09) and found["against"]["mean"] == pytest.approx(0.05)
+    assert found["step"] == pytest.approx(0.75) and found["gap"] == pytest.approx(0.1)
+    line = next(line for line in record["study"]["lines"] if line.startswith(f"{label}: "))
+    assert "+0.050 nats; outer steps move W by 0.75 of the inner rates' sum, factors' means lose 10.0% of that" in line
+    assert len(record["study"]["numbers"]) == 2 * (3 + 1)
+    assert {s["parallel.replicas"] for s in stand_in.ran} == {2, 4}
 
 
 def test_update_norms(study, stand_in):

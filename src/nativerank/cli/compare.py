@@ -27,7 +27,7 @@ EXAMPLE = """examples:
 
 An arm may carry settings in brackets, KEY=VALUE separated by ; or , (any key below). Rates are absolute, or multiples
 of the arm's default for the preset: 0.5x. Studies: ablation, lr-robustness, update-norm, equal-flops,
-adaptive-rank, frames.
+adaptive-rank, diloco, frames.
 """
 LISTS = {"lrs": "optim.lr", "aux_lrs": "optim.aux_lr", "init_scales": "model.init_scale"}
 OWN = ("methods", *LISTS, "ratios", "tune")  # what a study decides itself

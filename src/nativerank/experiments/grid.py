@@ -8,13 +8,15 @@ side by side, each in its own process with its share of the threads (OMP_NUM_THR
 may use). A cell that fails is recorded, tried again when the grid is called again, and does not stop the others. One
 that diverges is a result: its row holds `diverged`, the reason, in place of a loss. A row also holds the commit, the
 threads, and how many steps the guard refused. Ctrl-C ends the cells that run, each with its last step saved, and
-starts no more.
+starts no more. A cell with `parallel.replicas` or `parallel.shards` runs on as many processes, started by torchrun on
+this machine, which share its threads.
 """
 
 import hashlib
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -32,6 +34,7 @@ from nativerank.train.guard import Diverged
 from nativerank.train.setup import versions
 
 RESULTS = "results.jsonl"
+ERROR = "nativerank: error: "
 KEPT = ("val_loss", "bits_per_byte", "step", "tokens", "seconds", "peak_memory_bytes")  # of a run's summary
 
 
@@ -53,6 +56,12 @@ class Cell:
 
     def __hash__(self) -> int:
         return hash(self.name)  # settings may hold lists
+
+    @property
+    def processes(self) -> int:
+        """How many train it together."""
+        values = dict(self.settings)
+        return math.prod(values.get(f"parallel.{key}") or 1 for key in ("replicas", "shards"))
 
     def flags(self) -> list[str]:
         """The settings as command line flags."""
@@ -189,17 +198,32 @@ def threads_per_cell(jobs: int) -> int:
     return max(1, threads // jobs)
 
 
+def launcher(processes: int) -> list[str]:
+    """How a number of processes of nativerank is started."""
+    if processes == 1:
+        return [sys.executable, "-m", "nativerank"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return [*torchrun, "-m", "nativerank"]
+
+
+def last_words(err_text: str) -> str:
+    """The error of a run: its last line, or of many processes, after which torchrun has its say, that of the first."""
+    lines = err_text.strip().splitlines()
+    errors = [line.removeprefix(ERROR) for line in lines if line.startswith(ERROR)]
+    return (errors or lines or [""])[-1]
+
+
 def _run_cell(cell: Cell, folder: Path, jobs: int, children: Children) -> dict[str, Any]:
     out = folder / "cells" / cell.name
     threads = threads_per_cell(jobs)
-    command = [sys.executable, "-m", "nativerank", "train", *cell.flags(), "--out", str(out), "--resume", "auto"]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    command = [*launcher(cell.processes), "train", *cell.flags(), "--out", str(out), "--resume", "auto"]
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, threads // cell.processes))}
     code, out_text, err_text = children.run([*command, "--quiet", "--json"], environment)
     row: dict[str, Any] = {"cell": cell.name, "settings": dict(cell.settings)}
     row |= {"commit": versions()["commit"], "threads": threads}
     if code:
-        last = (err_text.strip().splitlines()[-1:] or [f"exit code {code}"])[0].removeprefix("nativerank: error: ")
-        if code != Diverged.exit_code:
+        last = last_words(err_text) or f"exit code {code}"
+        if Diverged.exit_code not in (code, *map(int, re.findall(r"exitcode *: (\d+)", err_text))):
             return row | {"error": last}
         return row | {"diverged": last, "refused_steps": refused_steps(out)}
     try:

@@ -11,6 +11,7 @@ with one thread; every study says how long it will take before it starts.
 | update-norm | how large is the step of W, and is that what hurts naive AdamW? |
 | equal-flops | low rank against dense at the same training FLOPs |
 | adaptive-rank | which threshold and schedule for ranks that change, and what they cost in loss |
+| diloco | what does it cost that replicas meet every 5, 20 or 50 steps only? |
 | frames | what do orthonormal factors give, in which form, and how wide is their window of rates? |
 """
 
@@ -36,6 +37,7 @@ from nativerank.experiments.findings import (
     transfer,
 )
 from nativerank.experiments.rank_study import adaptive_rank, rank_findings
+from nativerank.experiments.replica_study import diloco, diloco_findings
 from nativerank.experiments.search import search, tune
 from nativerank.models import find_preset, hf_config, scaled
 from nativerank.train.resolve import resolve
@@ -294,6 +296,7 @@ STUDIES: dict[str, Study] = {
         "Low rank against dense at equal FLOPs", equal_flops, best_of_kinds, POCKET, budget="flops", seeds=3
     ),
     "adaptive-rank": Study("Ranks that change", adaptive_rank, rank_findings, POCKET, seeds=3),
+    "diloco": Study("Replicas that meet every H steps", diloco, diloco_findings, POCKET),
     "frames": Study("Orthonormal factors", frames, frames_findings, POCKET, seeds=3),
 }
 

@@ -55,12 +55,13 @@ def bench_distributed(
     """
     if paper:
         return bench_paper(preset_name, method, replicas, shards)
+    preset_name = preset_name or "demo"
+    preset, _ = find_preset(preset_name), find_method(method)
+    check_sizes(repeats=repeats)
     for count in processes:
         check_sizes(processes=count)
-    check_sizes(repeats=repeats)
-    preset_name = preset_name or "demo"
-    preset = find_preset(preset_name)
-    find_method(method)
+        if preset.batch_size % count:
+            raise ValueError(f"{preset.batch_size} sequences of {preset_name} do not divide among {count} processes")
     with tempfile.TemporaryDirectory() as folder:
         groups = [
             in_processes([Job(rank, n, f"{folder}/{n}", preset_name, method, repeats) for rank in range(n)])

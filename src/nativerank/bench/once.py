@@ -43,6 +43,7 @@ class Spread:
     """The rows of a stack that this process holds, and which of its matrices every process owns."""
 
     def __init__(self, whole: Tensor, grid: Grid):
+        assert whole.shape[1] % grid.world == 0, "equal shards"
         self.grid, self.rows = grid, bounds(whole.shape[1], grid.world, grid.rank)
         self.held = whole.narrow(1, *self.rows).contiguous()
         owned = (bounds(len(whole), grid.world, rank) for rank in range(grid.world))
@@ -82,9 +83,9 @@ def by_gram(x: Spread, solve: Solve, wide: bool = False) -> Tensor:
 def by_owner(x: Spread, whole: Whole) -> Tensor:
     """The rows of whole(X), each matrix done by its owner."""
     done = whole(torch.cat(x.to_owners(x.held), 1))
-    rows = [done.narrow(1, *bounds(D, x.grid.world, rank)) for rank in range(x.grid.world)]
     expected = [[((o.stop - o.start, *x.held.shape[1:]), done.dtype)] for o in x.owned]
-    return torch.cat([part for (part,) in exchange([[r] for r in rows], expected, x.grid.everyone)])
+    found = exchange([[rows] for rows in done.chunk(x.grid.world, 1)], expected, x.grid.everyone)
+    return torch.cat([part for (part,) in found])
 
 
 def inverse_root(G: Tensor) -> Part:

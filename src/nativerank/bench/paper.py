@@ -54,7 +54,8 @@ def on_paper(
     if find_method(method).layer:
         factorize(model, method, rank_ratio=ratio, rank=rank)
     with pretended(replicas, shards) as grid:
-        _, uneven = spread(RunConfig(method=method), model, grid)
+        # Whole parameters stay as they are; DDP around them would look at their numbers.
+        uneven = spread(RunConfig(method=method), model, grid)[1] if shards > 1 else []
         optimizer = build_optimizer(model, method, grid=grid)
         found = scale_on_paper(model, optimizer.param_groups, grid)
         found["bytes"]["optimizer_of_rank_0"] = held_state_bytes(optimizer)

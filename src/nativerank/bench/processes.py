@@ -105,8 +105,6 @@ class Contestant:
 def steps_by_turns(job: Job) -> list[dict[str, Any]]:
     """Every mode and algebra on one global batch."""
     preset = find_preset(job.preset)
-    if preset.batch_size % job.world:
-        raise ValueError(f"{preset.batch_size} sequences of {job.preset} do not divide among {job.world} processes")
     kinds = [("none", "auto")] if job.world == 1 else [(mode, way) for mode in MODES for way in ("gram", "owner")]
     grids = {mode: make_grid(*shape(job.world), "cpu") for mode, shape in MODES.items()} if job.world > 1 else {}
     contestants = [Contestant(job, grids.get(mode, SINGLE), mode, way) for mode, way in kinds]

@@ -91,7 +91,7 @@ def _paper(case: dict[str, Any]) -> Any:
 
     size = f"rank {case['rank']}" if case["rank"] else f"ratio {case['ratio']}"
     table = Table(
-        title=f"{case['preset']}, {case['method']}, {size}: {case['replicas']} replicas of {case['shards']} shards"
+        title=f"{case['preset']}, {case['method']}, {size}: {case['replicas']} x {case['shards']} (replicas x shards)"
     )
     for column in ("", "sent", "in", "out", "most sent", "most state", "r x r GFLOP"):
         table.add_column(column, justify="right" if column else "left")
@@ -99,7 +99,8 @@ def _paper(case: dict[str, Any]) -> Any:
         moved = part["bytes"]
         sizes = [moved["total"], moved["before"] + moved["to_owners"], moved["back"], *(part.get(k) for k in LARGEST)]
         table.add_row(way, *map(_mb, sizes), f"{part['largest_r_by_r_flops'] / 1e9:,.0f}")
-    table.caption = f"MB; auto sends 1/{case['gather_over_auto']:.1f} of gather"
+    less = f"; auto sends 1/{case['gather_over_auto']:.1f} of gather" if case["gather_over_auto"] else ""
+    table.caption = f"MB{less}"
     return table
 
 

@@ -1,6 +1,7 @@
 """A run folder belongs to one run at a time, and a run that never began leaves none."""
 
 import os
+import threading
 
 import pytest
 
@@ -100,3 +101,71 @@ def test_a_file_system_without_locks_is_no_obstacle(tmp_path, run_config, monkey
     with claim(resolve(run_config(out=tmp_path / "run")), own_name=True):
         pass
     assert not (tmp_path / "run").exists()
+
+
+# -- started again by torchrun -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def restarted(monkeypatch):
+    """restarted(): from now on the environment is that of a job which torchrun has started again."""
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    return lambda: monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+
+
+def test_a_job_that_is_started_again_goes_on_by_itself(tmp_path, run_config, listen, crash, fingerprint, restarted):
+    straight, again, common = tmp_path / "straight", listen(), dict(train__checkpoint_every=3)
+    train(run_config(out=straight, **common), listen())
+    with pytest.raises(crash):
+        train(run_config(out=tmp_path / "a", **common), listen(crash_after=5))
+    with pytest.raises(ValueError, match="already holds a run"):  # not by torchrun
+        train(run_config(out=tmp_path / "a", **common), listen())
+    restarted()
+    train(run_config(out=tmp_path / "a", **common), again)
+    assert (again.facts["event"], again.facts["step"]) == ("resume", 3)
+    assert fingerprint(tmp_path / "a", 8) == fingerprint(straight, 8)
+
+
+def test_a_job_that_is_started_again_starts_over_without_a_checkpoint(tmp_path, run_config, listen, crash, restarted):
+    with pytest.raises(crash):
+        train(run_config(out=tmp_path / "a"), listen(crash_after=2))
+    restarted()
+    again = listen()
+    train(run_config(out=tmp_path / "a"), again)
+    assert (again.facts["event"], again.facts["step"]) == ("start", 0)
+
+
+def test_a_branch_that_is_started_again_goes_on_from_its_own_checkpoint(tmp_path, run_config, listen, crash, restarted):
+    common = dict(train__checkpoint_every=3, train__keep=5)
+    train(run_config(out=tmp_path / "trunk", **common), listen())
+    common |= dict(out=tmp_path / "branch", resume=tmp_path / "trunk/checkpoints/step-000003")
+    with pytest.raises(crash):
+        train(run_config(**common), listen(crash_after=4))
+    restarted()
+    again = listen(crash_after=7)
+    with pytest.raises(crash):
+        train(run_config(**common), again)
+    assert again.facts["checkpoint"].endswith("trunk/checkpoints/step-000003")
+    again = listen()
+    train(run_config(**common), again)
+    assert again.facts["checkpoint"].endswith("branch/checkpoints/step-000006")
+
+
+def test_a_job_that_may_be_started_again_must_name_its_folder(tmp_path, run_config, listen, restarted, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"torchrun --max-restarts .* give --out"):
+        train(run_config(), listen())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_job_that_is_started_again_waits_for_the_lock_of_its_predecessor(tmp_path, run_config, restarted):
+    config = resolve(run_config(out=tmp_path / "a"))
+    predecessor = claim(config, own_name=True)
+    predecessor.__enter__()
+    with pytest.raises(ValueError, match="in use by another run"), claim(config, own_name=True):
+        pass
+    restarted()
+    end = threading.Timer(0.5, predecessor.__exit__, (None, None, None))
+    end.start()
+    with claim(config, own_name=True) as claimed:
+        assert not end.is_alive() and claimed.resume == "auto"

@@ -121,6 +121,7 @@ def _lock(out: Path) -> Iterator[Path | None]:
     # The process before a restart may have died with its host: a file server finds that out late.
     deadline = time.monotonic() + (RESTART_SECONDS if restarts() else 0.0)
     while True:
+        out.mkdir(parents=True, exist_ok=True)  # whoever held the lock may have left nothing behind
         handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             try:

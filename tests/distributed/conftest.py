@@ -1,6 +1,8 @@
-"""Processes of a test: forked ones that talk over gloo, without ports and without a second import of torch."""
+"""Processes of a test: forked ones that talk over gloo, without a second import of torch."""
 
+import os
 import pickle
+import socket
 import traceback
 
 import pytest
@@ -9,9 +11,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def _child(rank, function, world, folder, args):
+def _child(rank, function, world, folder, args, port):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), world), rank=rank, world_size=world)
+    if port is None:
+        dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), world), rank=rank, world_size=world)
+    else:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        os.environ |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
     try:
         found = ("value", function(rank, *args))
     except BaseException:
@@ -19,7 +26,22 @@ def _child(rank, function, world, folder, args):
     (folder / f"rank-{rank}").write_bytes(pickle.dumps(found))
     if found[0] == "error":
         raise SystemExit(1)  # without waiting for the others, who wait for this one
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _run(function, world, folder, args, port=None):
+    context = mp.start_processes(_child, (function, world, folder, args, port), world, join=False, start_method="fork")
+    try:
+        while not context.join(timeout=60):
+            pass
+    except mp.ProcessExitedException:
+        pass
+    found = [pickle.loads(f.read_bytes()) for r in range(world) if (f := folder / f"rank-{r}").exists()]
+    for kind, value in found:
+        assert kind == "value", value
+    assert len(found) == world, "a process ended without a word"
+    return [value for _, value in found]
 
 
 @pytest.fixture
@@ -28,19 +50,17 @@ def forked(tmp_path_factory):
 
     Results are pickled, so they are plain values and tensors.
     """
+    return lambda function, world, *args: _run(function, world, tmp_path_factory.mktemp("forked"), args)
+
+
+@pytest.fixture(scope="session")
+def launched(tmp_path_factory):
+    """launched(function, world, *args): the same with torchrun's environment, and no process group yet."""
 
     def run(function, world, *args):
-        folder = tmp_path_factory.mktemp("forked")
-        context = mp.start_processes(_child, (function, world, folder, args), world, join=False, start_method="fork")
-        try:
-            while not context.join(timeout=60):
-                pass
-        except mp.ProcessExitedException:
-            pass
-        found = [pickle.loads(f.read_bytes()) for r in range(world) if (f := folder / f"rank-{r}").exists()]
-        for kind, value in found:
-            assert kind == "value", value
-        assert len(found) == world, "a process ended without a word"
-        return [value for _, value in found]
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        return _run(function, world, tmp_path_factory.mktemp("launched"), args, port)
 
     return run

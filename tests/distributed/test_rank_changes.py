@@ -120,7 +120,7 @@ def cases():
 
 
 @pytest.mark.parametrize(
-    ("method", "grid", "algebra"), cases(), ids=lambda x: "{}x{}".format(*x) if type(x) is tuple else x
+    ("method", "grid", "algebra"), list(cases()), ids=lambda x: "{}x{}".format(*x) if type(x) is tuple else x
 )
 def test_ranks_change_as_on_one_process(forked, method, grid, algebra):
     alone = Run(method).train()

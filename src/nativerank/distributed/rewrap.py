@@ -8,7 +8,7 @@
 Nothing else is touched: the other parameters stay the same objects with the same shards, no tensor is ever whole and
 nothing is sent. `fully_shard` cannot be undone, but its groups make and drop their parameters (`FSDPParam`) one by one,
 which is all that is used here (PyTorch 2.13). Without FSDP2 the same two calls exchange plain parameters; a
-`DistributedDataParallel` around them, which hooks onto every one of them, has to be built anew (`wrap.wrapped_anew`).
+`DistributedDataParallel` around them, which hooks onto every one of them, is let go (`let_go`) and built anew.
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup, _get_param_module_infos
 from torch.distributed.tensor import Shard
+from torch.nn.parallel import DistributedDataParallel
 
 from nativerank.distributed.wrap import reshard
 
@@ -113,3 +114,9 @@ def group_of(module: nn.Module) -> FSDPParamGroup | None:
         return None
     group: FSDPParamGroup | None = fully_shard.state(module)._fsdp_param_group  # type: ignore[attr-defined]
     return group
+
+
+def let_go(wrapped: nn.Module) -> None:
+    """Takes the hooks of a `DistributedDataParallel`, if that is what it is, off the parameters inside."""
+    if isinstance(wrapped, DistributedDataParallel):
+        wrapped._remove_autograd_hooks()

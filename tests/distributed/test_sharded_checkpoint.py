@@ -24,7 +24,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
 
 from nativerank import files
-from nativerank.distributed.grid import SINGLE, Grid, make_grid
+from nativerank.distributed.grid import SINGLE, make_grid
 from nativerank.distributed.pieces import Piece
 from nativerank.layers import matrix_parameters
 from nativerank.methods import METHODS, build_optimizer, factorize
@@ -128,9 +128,11 @@ def take_on(rank, method, replicas, shards, algebra, dtype, source, whole, targe
     return held
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("algebra", ["gram", "owner"])
-@pytest.mark.parametrize("method", ["spectron", "sct", "tsvd", "lowrank-adamw", "dense-muon"])
+@pytest.mark.parametrize(
+    ("method", "dtype"),
+    [("spectron", "fp32"), ("spectron", "bf16"), ("sct", "fp32"), ("tsvd", "fp32"), ("dense-muon", "fp32")],
+)
 def test_a_checkpoint_goes_from_one_to_two_to_four_processes_and_back(forked, tmp_path, method, algebra, dtype):
     model, optimizer = built(method, SINGLE, dtype=dtype)
     trained(model, optimizer)
@@ -139,14 +141,14 @@ def test_a_checkpoint_goes_from_one_to_two_to_four_processes_and_back(forked, tm
     assert {v.dtype for n, v in whole.items() if n.endswith("momentum")} <= {
         {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     }
-    for i, (replicas, shards) in enumerate([(1, 2), (1, 4), (2, 2), (2, 1), (4, 1), (1, 2), (1, 1)]):
+    for i, (replicas, shards) in enumerate([(1, 2), (2, 2), (1, 4), (2, 1), (1, 1)]):
         source, target = tmp_path / f"{i}/checkpoints/step-000001", tmp_path / str(i + 1)
         found = forked(take_on, replicas * shards, method, replicas, shards, algebra, dtype, source, whole, target)
         assert set.union(*found) == whole.keys()
         if replicas * shards > 1 and method == "spectron" and algebra == "owner":
             assert any(held != whole.keys() for held in found), "state that only its owner has is among it"
         assert equal(stored(target / "checkpoints/step-000001"), whole)
-    ends = [tmp_path / f"{i}/checkpoints/step-000001/model.safetensors" for i in (0, 7)]
+    ends = [tmp_path / f"{i}/checkpoints/step-000001/model.safetensors" for i in (0, 5)]
     assert ends[0].read_bytes() == ends[1].read_bytes()
 
 
@@ -165,8 +167,7 @@ def go_on(rank, method, replicas, shards, algebra, source, steps):
 
 
 @pytest.mark.parametrize("algebra", ["gram", "owner"])
-@pytest.mark.parametrize("grid", [(2, 1), (1, 2), (2, 2)])
-@pytest.mark.parametrize("method", ["spectron", "tsvd"])
+@pytest.mark.parametrize(("method", "grid"), [("spectron", (2, 2)), ("tsvd", (2, 1)), ("tsvd", (1, 2))])
 def test_training_goes_on_with_the_same_bits(forked, tmp_path, method, grid, algebra):
     world = grid[0] * grid[1]
     (before, after), *_ = forked(go_on, world, method, *grid, algebra, None, tmp_path)
@@ -571,7 +572,3 @@ def test_all_processes_choose_the_same_checkpoint(forked, tmp_path):
     assert [(path.name, c.step) for path, c, _ in found] == [("step-000002", 2)] * 2
     for _, _, (line,) in found:
         assert f"the hash of {SECOND} differs" in line and line.endswith("falling back to step-000002")
-
-
-def test_a_grid_is_what_a_saver_alone_needs():
-    assert Saver(Path("nowhere"), SINGLE, True).grid == Grid()

@@ -95,5 +95,5 @@ class Saver:
         buffer = old.pop(key, None)
         if buffer is None or (buffer.shape, buffer.dtype) != (source.shape, source.dtype):
             buffer = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
-        self._buffers[key] = buffer.copy_(source, non_blocking=True)
+        self._buffers[key] = buffer.copy_(source, non_blocking=source.is_cuda)
         return replace(piece, tensor=buffer)

@@ -40,6 +40,8 @@ bench: install
 	$(BIN)/nativerank bench bound --json benchmarks/results/bench-bound.json
 	$(BIN)/nativerank bench optimizer --json benchmarks/results/bench-optimizer.json
 	$(BIN)/nativerank bench step70b --all --json benchmarks/results/bench-step70b.json
+	$(BIN)/nativerank bench distributed --json benchmarks/results/bench-distributed.json
+	$(BIN)/nativerank bench distributed --paper --json benchmarks/results/bench-distributed-paper.json
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache

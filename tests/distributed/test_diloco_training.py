@@ -25,6 +25,7 @@ DILOCO = {
     "train__checkpoint_every": 4,
     "train__probe_every": 2,
 }
+HSDP = {"parallel__mode": "hsdp", "parallel__replicas": 2, "parallel__shards": 2}
 
 
 class Quiet:
@@ -157,7 +158,7 @@ def test_bytes_per_token_fall_by_the_length_of_a_round(start_all, run_config, tm
 @pytest.mark.slow
 def test_replicas_of_shards(trained):
     whole = trained(2, "whole")
-    sharded = trained(4, "sharded", parallel__mode="hsdp", parallel__replicas=2, parallel__shards=2)
+    sharded = trained(4, "sharded", **HSDP)
     for one, other in zip(steps(whole), steps(sharded), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], abs=1e-4)
         if "outer" in one:
@@ -165,8 +166,9 @@ def test_replicas_of_shards(trained):
 
 
 @pytest.mark.slow
-def test_ranks_change_at_meetings_only(trained):
-    adapt = {
+@pytest.mark.parametrize(("world", "mesh"), [(2, {}), (4, HSDP)])
+def test_ranks_change_at_meetings_only(trained, world, mesh):
+    adapt = mesh | {
         "rank__adapt__threshold": 0.7,
         "rank__adapt__start": 0.3,
         "rank__adapt__every": 0.3,
@@ -174,11 +176,11 @@ def test_ranks_change_at_meetings_only(trained):
         "rank__adapt__multiple": 1,
         "rank__value": 12,
     }
-    folder = trained(2, **adapt)
+    folder = trained(world, **adapt)
     changes = [row for row in read_rows(folder) if row.get("event") == "ranks"]
     assert changes and {row["step"] % 2 for row in changes} == {0}
-    resumed = trained(2, "resumed", **adapt, crash_after=7)
-    assert trained(2, "resumed", resume="auto", **adapt) == resumed
+    resumed = trained(world, "resumed", **adapt, crash_after=7)
+    assert trained(world, "resumed", resume="auto", **adapt) == resumed
     assert all(torch.equal(x, weights(resumed)[name]) for name, x in weights(folder).items())
 
 

@@ -4,7 +4,8 @@ Every parameter's weights come to an owner, which does the arithmetic of `optim.
 back: an all-to-all there and one back, however many parameters there are. A process sends its local shards twice, as in
 one all-reduce of them, and once per round where synchronous training does so per step. A factor pair has one owner,
 which holds it whole; a large tensor that is not factorized is dealt out in rows. theta_0 and the outer momentum exist
-on owners only: two copies of the weights over all processes together.
+on owners only: two copies of the weights over all processes together. An exchange takes two buffers more of what a
+process holds, for its moment.
 
 The inner optimizers' states stay where they are and differ between replicas, as in DiLoCo. Where an outer step turns
 the basis of a frame, moments go along (`frames.in_new_basis`). tsvd holds raw factors A = Q R, of which W depends on Q

@@ -15,7 +15,7 @@ from nativerank.train.setup import spread
 
 D = 24
 GRIDS = [(1, 2), (2, 1), (1, 4), (2, 2)]
-METHODS = ("spectron", "sct", "tsvd", "adam-muon", "lowrank-muon", "dense-muon")
+METHODS = ("spectron", "sct", "tsvd", "stiefel-spectron", "adam-muon", "lowrank-muon", "dense-muon")
 CASES = [(method, algebra) for method in METHODS for algebra in ("gram", "owner")]
 
 

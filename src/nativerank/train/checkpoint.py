@@ -26,7 +26,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from nativerank.distributed.agree import from_each, from_first, together
+from nativerank.distributed.agree import Agreed, from_each, from_first, together
 from nativerank.distributed.grid import SINGLE, Grid
 from nativerank.distributed.pieces import Piece, piece_of
 from nativerank.files import named_if_full, new_folder, remove_partial, sha256_file, sync
@@ -281,7 +281,8 @@ def newest_usable(folder: Path, complain: Callable[[str], None], grid: Grid = SI
                 complain(f"{problem}; falling back to {checkpoint.path.name}")
             return checkpoint
     if problems:
-        raise ValueError(f"no usable checkpoint among {len(problems)} in {folder / 'checkpoints'}: {problems[0]}")
+        line = f"no usable checkpoint among {len(problems)} in {folder / 'checkpoints'}: {problems[0]}"
+        raise Agreed(line, silent=grid.rank != 0)
     return None
 
 

@@ -173,6 +173,8 @@ def check_parallel(config: RunConfig, grid: Grid) -> None:
         raise ValueError(f"optim.layerwise is for one process, not for {grid.world}; drop --optim.layerwise")
     if grid.world > 1 and grid.shards == 1 and config.parallel.precision is not None:
         raise ValueError(f"parallel.precision {config.parallel.precision} is for fsdp and hsdp; ddp has whole weights")
+    if grid.world > 1 and grid.shards == 1 and config.parallel.reduce == "bf16" and config.device != "cuda":
+        raise ValueError("parallel.reduce bf16 with ddp needs CUDA; drop it, or take --parallel.mode fsdp")
 
 
 def accumulation(batch_size: int | None, preset: Preset) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.run import get_args_parser
 
 from nativerank.cli import convert
 from nativerank.cli.compare import read_request
@@ -37,6 +38,20 @@ def test_every_command_shown_parses(line):
     parser = Parser()
     importlib.import_module(f"nativerank.cli.{words[0]}").add_parser(parser.add_subparsers(parser_class=Parser))
     assert callable(parser.parse_args(words).run)
+
+
+def launches() -> list[str]:
+    lines = {line.strip() for page in PAGES for line in page.read_text(encoding="utf-8").splitlines()}
+    return sorted(line for line in lines if line.startswith("torchrun "))
+
+
+@pytest.mark.parametrize("line", launches())
+def test_every_launch_shown_parses(line):
+    launcher = get_args_parser().parse_args(shlex.split(line, comments=True)[1:])
+    assert launcher.module and launcher.training_script == "nativerank"
+    name, *flags = launcher.training_script_args
+    config, _ = parse(flags)
+    assert name == "train" and config.out  # which --max-restarts and more than one node need
 
 
 def test_the_readme_python_runs(tmp_path, monkeypatch, capsys):

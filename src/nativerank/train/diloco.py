@@ -9,7 +9,7 @@
     in a checkpoint  the agreed weights, the outer momentum, and every replica's optimizer state. So a resumed run has
                      the same bits; another number of replicas cannot take it up, another number of shards can.
 
-After a signal the round goes on to its meeting; a second signal acts at once, and the last checkpoint stands.
+After a signal the round goes on to its meeting; where the launcher's patience ends before, the last checkpoint stands.
 """
 
 from typing import Any

@@ -66,7 +66,7 @@ def sct(U: Stack, V: Stack, s: Stack, options: Options, rows: Rows) -> Asking:
     parts |= joint_parts(sides, D, rows) if options["riemannian"] else square_parts(X, rows)
     answer = yield Ask(parts | moment_parts(sides, D, options, rows), partial(solve_sct, dtype=D[0].dtype))
     if options["riemannian"]:
-        X = [stepped(side, D[i], Step(T=tilted(answer[f"K_{i}"]))) for i, side in enumerate(sides)]
+        X = [stepped(side, D[i], Step(T=tilted(answer[f"K_{i}"])), answer[f"tame_{i}"]) for i, side in enumerate(sides)]
     U_new, V_new = framed(sides, X, answer)
     return news((U_new, V_new, answer["s"]), {})
 
@@ -90,7 +90,8 @@ def stiefel_spectron(U: Stack, V: Stack, s: Stack, options: Options, rows: Rows)
     parts = spectrum_parts(s) | joint_parts(sides, M, rows) | moment_parts(sides, M, options, rows)
     answer = yield Ask(parts, partial(solve_stiefel, pair=pair))
     q = [factor(answer.get(f"Q_{i}"), answer["rho"], scale, M[i]) for i, scale in enumerate(pair.scales)]
-    U_new, V_new = framed(sides, [stepped(side, M[i], Step(q=q[i])) for i, side in enumerate(sides)], answer)
+    X = [stepped(side, M[i], Step(q=q[i]), answer[f"tame_{i}"]) for i, side in enumerate(sides)]
+    U_new, V_new = framed(sides, X, answer)
     return news((U_new, V_new, answer["s"]), {"rho": answer["rho"]})
 
 
@@ -125,10 +126,11 @@ def solve_tsvd(totals: Totals, small: list[State], options: Options) -> Parts:
     """What makes frames of X = Q' R_x; advances R' = R_x R."""
     parts = solve_spectrum(totals, small, options)
     for i in range(2):
-        R_x, inverse = framing(totals[f"XX_{i}"], None, options)
+        R_x, inverse, tame = framing(totals[f"XX_{i}"], None, options)
         R = small[i]["R"]
         R.copy_(R_x @ to_float64(R))
         parts |= {f"C_{i}": upper(inverse), f"R_inverse_{i}": upper(triangular_inverse(to_float64(R)).to(R.dtype))}
+        parts[f"tame_{i}"] = whole(tame)
     return parts
 
 
@@ -143,11 +145,11 @@ def frame_spectron(A: Stack, V: Stack, options: Options, rows: Rows) -> Asking:
     answer = yield Ask(parts, partial(solve_frame_spectron, pair=pair))
     record = spectron_record(A, V, answer, options)
     D_A = change(M[0], answer.get("Q_0"), answer["rho"] * pair.scales[0], options["certified"])
-    X = stepped(V, M[1], Step(q=factor(answer.get("Q_1"), answer["rho"], pair.scales[1], M[1])))
+    X = stepped(V, M[1], Step(q=factor(answer.get("Q_1"), answer["rho"], pair.scales[1], M[1])), answer["tame"])
     A_new = (kept * at_least_float32(A.weight) - formed(D_A)) @ answer["R"].mT
     in_new_basis(A.state, answer["back"])  # only now: M may be the momentum itself
     in_new_basis(V.state, answer["R"].mT)
-    return New(A_new), New((X @ answer["C"]).to(A_new)), record
+    return New(A_new), New((X @ answer["C"].to(X)).to(A_new)), record
 
 
 def solve_frame_spectron(totals: Totals, small: list[State], options: Options, pair: Pair) -> Parts:
@@ -155,12 +157,17 @@ def solve_frame_spectron(totals: Totals, small: list[State], options: Options, p
     parts, form = solve_spectron(totals, small, options, pair), triangle(options)
     Q = parts["Q_1"].tensor if "Q_1" in parts else None
     q = factor(Q, parts["rho"].tensor, pair.scales[1], totals["W_1"])
-    R, inverse = framing(*joint_gram(totals["W_1"], totals["UE"], totals["G_1"], Step(q=q)), options)
+    R, inverse, tame = framing(*joint_gram(totals["W_1"], totals["UE"], totals["G_1"], Step(q=q)), options)
     own = to_float64(totals["own"] if "own" in totals else totals["G_0"])
     before, after = (x.diagonal(dim1=-2, dim2=-1).sum(-1) for x in (own, inverse.mT @ own @ inverse))
     good = (after <= 1e4 * before)[..., None, None]  # as in `times_inverse`; NaN is no good
     back = torch.where(good, inverse, identity(inverse))
-    return parts | {"R": form(R.to(pair.dtype)), "back": form(back.to(pair.dtype)), "C": form(inverse)}
+    return parts | {
+        "R": form(R.to(pair.dtype)),
+        "back": form(back.to(pair.dtype)),
+        "C": form(inverse),
+        "tame": whole(tame),
+    }
 
 
 GRAM_FRAMES: dict[str, Callable[..., Any]] = {

@@ -5,9 +5,10 @@ direction D is made tangent, and I elsewhere. One pass makes it a frame:
 
     X^T X = T^T (U^T U) T - T^T (U^T E) q - q^T (E^T U) T + q^T (E^T E) q = R^T R,      U <- X R^-1 = X C
 
-Sums, R and the product X C are float64, so frames are as orthonormal as their dtype for X of condition up to about 1e5,
-a step that nearly undoes a column of U. Beyond that, and where X has lost its rank, they are NaN: there is no
-Householder QR of rows that nobody has together. Where X is at hand before the exchange its own X^T X is summed.
+Sums and R are float64, and so are X and X C where C magnifies the rounding of float32 (on a GPU always, which asks
+nothing of the host): frames are as orthonormal as their dtype for X of condition up to about 1e5, a step that nearly
+undoes a column of U. Beyond that, and where X has lost its rank, they are NaN: there is no Householder QR of rows that
+nobody has together. Where X is at hand before the exchange its own X^T X is summed.
 With `preserve` C = R^-1 P, and moments of U become those of U (R^T P); with `riemannian` they lose U sym(U^T m).
 """
 
@@ -18,11 +19,13 @@ import torch
 from torch import Tensor
 
 from nativerank.linalg.gram import at_least_float32, gram, to_float64
-from nativerank.linalg.roots import LIMIT, gram_root_and_inverse, identity
+from nativerank.linalg.roots import LIMIT, gram_root_and_inverse, growth, identity
 from nativerank.optim.ask import Answer, Part, symmetric, upper, whole
 from nativerank.optim.directions import Options, Stack, State
 from nativerank.optim.frames import aligned_svd, first_moment, in_new_basis, stepped_spectrum
 from nativerank.optim.gram_products import Parts, Rows, Totals, symmetrized
+
+TAME = 64.0  # growth of rounding up to which X C in float32 leaves 2 eps sqrt(growth), 1e-6, in Q^T Q
 
 
 class Step(NamedTuple):
@@ -31,6 +34,8 @@ class Step(NamedTuple):
     T: Tensor | None = None
     q: Tensor | None = None
 
+
+Root = tuple[Tensor, Tensor, Tensor]
 
 # -- each process, before -------------------------------------------------------------------------------------------
 
@@ -92,9 +97,9 @@ def stepped_s(totals: Totals, small: list[State], options: Options) -> Tensor:
 def solve_frames(totals: Totals, s: Tensor, steps: Sequence[Step], options: Options, dtype: torch.dtype) -> Parts:
     """C and s, and of moments their new basis T and the part N that is normal to the new tangent space."""
     roots = [framing(*square(totals, i, step), options) for i, step in enumerate(steps)]
-    form, C, parts = triangle(options), [inverse for _, inverse in roots], Parts()
+    form, C, parts = triangle(options), [inverse for _, inverse, _ in roots], tameness(roots)
     if options["preserve"]:
-        R_U, R_V = (R for R, _ in roots)
+        R_U, R_V = (R for R, _, _ in roots)
         P, values, Z = aligned_svd((R_U * to_float64(s)[..., None, :]) @ R_V.mT, to_float64(s))
         form, s, C = whole, values.to(s), [inverse @ B for inverse, B in zip(C, (P, Z), strict=True)]
         parts |= {f"T_{i}": whole((R.mT @ B).to(dtype)) for i, (R, B) in enumerate(((R_U, P), (R_V, Z)))}
@@ -127,12 +132,18 @@ def joint_gram(UU: Tensor, UE: Tensor, EE: Tensor, step: Step) -> tuple[Tensor, 
     return symmetrized(G), squares
 
 
-def framing(G: Tensor, squares: Tensor | None, options: Options) -> tuple[Tensor, Tensor]:
-    """(R, R^-1) with X R^-1 a frame; NaN where float64 does not make it one to 1e-5, so that no process stops alone."""
+def framing(G: Tensor, squares: Tensor | None, options: Options) -> Root:
+    """(R, R^-1, tame) with X R^-1 a frame; NaN where float64 does not make it one to 1e-5, so that no process stops
+    alone; tame (m) where float32 is enough for the product."""
     way = "polar" if options["retraction"] == "polar" else "cholesky"
     R, inverse, good = gram_root_and_inverse(G, way, LIMIT[torch.float32], squares)
     bad = ~good[..., None, None]
-    return R.masked_fill(bad, torch.nan), inverse.masked_fill(bad, torch.nan)
+    return R.masked_fill(bad, torch.nan), inverse.masked_fill(bad, torch.nan), growth(G, inverse, squares) <= TAME
+
+
+def tameness(roots: Sequence[Root]) -> Parts:
+    """Of each side, whether float32 is enough to make its frame."""
+    return {f"tame_{i}": whole(tame) for i, (_, _, tame) in enumerate(roots)}
 
 
 def triangle(options: Options) -> Callable[[Tensor], Part]:
@@ -162,17 +173,25 @@ def tilted(K: Tensor) -> Tensor:
 # -- each process, after --------------------------------------------------------------------------------------------
 
 
-def stepped(side: Stack, E: Tensor, step: Step) -> Tensor:
-    """X = U T - E q of this process's rows, in float64."""
-    U, E = to_float64(side.weight), to_float64(E)
-    return (U if step.T is None else U @ step.T) - (E if step.q is None else E @ step.q)
+def wide_enough(X: Tensor, tame: Tensor) -> Tensor:
+    """X in the dtype that its frame is made in."""
+    # bool() would make the host wait for a GPU, which is fast in float64.
+    return at_least_float32(X) if tame.device.type == "cpu" and bool(tame.all()) else to_float64(X)
+
+
+def stepped(side: Stack, E: Tensor, step: Step, tame: Tensor) -> Tensor:
+    """X = U T - E q of this process's rows."""
+    U = wide_enough(side.weight, tame)
+    E = E.to(U)
+    return (U if step.T is None else U @ step.T.to(U)) - (E if step.q is None else E @ step.q.to(U))
 
 
 def framed(sides: Sequence[Stack], X: Sequence[Tensor], answer: Answer) -> list[Tensor]:
     """The new frames; first and second moments follow where the basis or the tangent space changes."""
     found = []
     for i, (side, x) in enumerate(zip(sides, X, strict=True)):
-        Q = (to_float64(x) @ answer[f"C_{i}"]).to(at_least_float32(side.weight))
+        x = wide_enough(x, answer[f"tame_{i}"])
+        Q = (x @ answer[f"C_{i}"].to(x)).to(at_least_float32(side.weight))
         if f"T_{i}" in answer:
             in_new_basis(side.state, answer[f"T_{i}"])
         if f"N_{i}" in answer:

@@ -89,16 +89,19 @@ def _placement(p: nn.Parameter, dims: Mapping[int, int], shards: int) -> Shard:
 
 def _ddp(model: nn.Module, grid: Grid, reduce: str | None, unused: bool) -> DistributedDataParallel:
     still: dict[str, Any] = {SYNC_BUFFERS: False}  # rotary tables and the like never change
+    on_cpu = next(model.parameters()).device.type == "cpu"
     wrapped = DistributedDataParallel(
         model,
         process_group=grid.along_replicas,
         **still,
         find_unused_parameters=unused,
-        gradient_as_bucket_view=True,
+        # Where a gradient lies in its bucket changes after the first step, and with its alignment the last digit of
+        # products on a CPU: a resumed run would differ.
+        gradient_as_bucket_view=not on_cpu,
     )
     if reduce == "bf16":
         wrapped.register_comm_hook(grid.along_replicas, bf16_compress_hook)
-    elif next(model.parameters()).device.type == "cpu" and grid.replicas > 2:
+    elif on_cpu and grid.replicas > 2:
         wrapped.register_comm_hook(grid.along_replicas, mean_in_order)
     return wrapped
 

@@ -215,10 +215,17 @@ class Layout:
     def _stacked(self, units: list[Unit], position: int, names: Iterable[str]) -> State:
         """The named state of one side, moved into stacks of which each parameter's is a view."""
         params = [u.members[position] for u in units]
-        stacked = {key: side_by_side([self.state[p][key] for p in params]) for key in names}
+        only = alone if len(params) == 1 else lambda x: x  # a stack of several is made of copies
+        stacked = {key: side_by_side([only(self.state[p][key]) for p in params]) for key in names}
         for i, p in enumerate(params):
             self.state[p].update({key: value[i] for key, value in stacked.items()})
         return stacked
+
+
+def alone(x: Tensor) -> Tensor:
+    """The tensor in memory of its own: a row of an earlier stack would keep that alive, and lie otherwise than in a
+    resumed run, which may change the last digit of a product."""
+    return x if x.untyped_storage().nbytes() <= x.nbytes else x.clone()
 
 
 def grid_of_parameters(parameters: Iterable[Tensor]) -> Grid:

@@ -274,7 +274,8 @@ class DilocoConfig:
     Args:
         every: steps between two meetings; 0 exchanges gradients at every step.
         lr: rate of the outer Nesterov step along the mean change of the replicas.
-        momentum: decay rate of the outer momentum.
+        momentum: decay rate of the outer momentum, which remembers 1 / (1 - momentum) meetings: take less where there
+            are few, or where optim.lr falls within that time.
         nesterov: look ahead along the outer momentum.
         cap: longest outer change of a matrix, ||dW||_2 as a multiple of every * optim.lr; None sets no limit.
     """
@@ -302,7 +303,8 @@ class ParallelConfig:
             sends the shards to one process per matrix and back; "auto" takes what moves fewer bytes, per shape.
         reshard_after_forward: free the gathered weights of a block after its forward pass and gather them again for the
             backward pass; false keeps them: less traffic, more memory.
-        precision: what gathered weights are computed in, fsdp and hsdp only; None as in one process.
+        precision: what gathered weights are computed in, fsdp and hsdp only. None as in one process: on CUDA each keeps
+            a bfloat16 copy of every weight from the forward to the backward pass, which "bf16" gathers again instead.
         reduce: what gradients are added up in over processes; None is their own precision.
         timeout: seconds that a process waits for the others before it gives up.
         diloco: gradients that stay within a replica.

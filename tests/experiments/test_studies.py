@@ -256,13 +256,13 @@ def test_replicas_that_meet_now_and_then(study, stand_in):
     stand_in.rows = outer_rows
     stand_in.loss = lambda s: 3.0 + 0.001 * s.get("parallel.diloco.every", 0) + 0.01 * s["parallel.replicas"]
     record = study("diloco")
-    label = "spectron[parallel.replicas=4;parallel.shards=1;parallel.diloco.every=50]"
+    label = "spectron[parallel.replicas=4;parallel.shards=1;parallel.diloco.every=50;parallel.diloco.momentum=0.5]"
     found = record["study"]["numbers"][label]
     assert found["loss"] == pytest.approx(3.09) and found["against"]["mean"] == pytest.approx(0.05)
     assert found["step"] == pytest.approx(0.75) and found["gap"] == pytest.approx(0.1)
     line = next(line for line in record["study"]["lines"] if line.startswith(f"{label}: "))
     assert "+0.050 nats; outer steps move W by 0.75 of the inner rates' sum, factors' means lose 10.0% of that" in line
-    assert len(record["study"]["numbers"]) == 2 * (3 + 1)
+    assert len(record["study"]["numbers"]) == 2 * (5 + 1)
     assert {s["parallel.replicas"] for s in stand_in.ran} == {2, 4}
 
 

@@ -65,8 +65,8 @@ def claim(config: RunConfig, own_name: bool) -> Iterator[RunConfig]:
     Raises:
         ValueError: the folder holds another run, or is in use by one.
     """
-    assert config.out is not None and config.method is not None
     config = after_restart(config, own_name)
+    assert config.out is not None and config.method is not None
     if own_name:
         refuse_or_resume(config, Path(config.out))  # before anything is made
     out, made = _make(Path(config.out), None if own_name else run_name(config, config.method))

@@ -11,6 +11,7 @@ import argparse
 import importlib
 import os
 import sys
+import time
 from collections.abc import Sequence
 
 from nativerank.config import nearest
@@ -25,6 +26,7 @@ COMMANDS = {
     "bench": "measure speed, as ratios within one process",
 }
 
+SILENT_SECONDS = 0.3
 USAGE = "usage: nativerank COMMAND ...   (nativerank COMMAND --help for more)"
 
 
@@ -58,8 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         first_line = " ".join(str(error).split("\n")[0].split())
         where = "" if os.environ.get("RANK", "0") == "0" else f"rank {os.environ['RANK']}: "
-        if not getattr(error, "silent", False):  # another process has said it
-            print(f"nativerank: error: {where}{first_line}", file=sys.stderr)
+        if getattr(error, "silent", False):  # another process says it; torchrun ends all when the first one leaves
+            time.sleep(SILENT_SECONDS)
+        else:
+            print(f"nativerank: error: {where}{first_line}", file=sys.stderr, flush=True)
         if os.environ.get("NATIVERANK_TRACEBACK"):
             raise
         return int(getattr(error, "exit_code", 2))

@@ -27,6 +27,11 @@ VARIANTS = {
     "certified": {"method": "spectron", "optim.certified": "true"},
     "capped": {"method": "lowrank-adamw", "optim.update_cap": "0.05"},
 }
+OPTIONS = {
+    "compiled": {"method": "spectron", "compile": "true"},
+    "masked, recomputed": {"method": "sct", "data.document_mask": "true", "train.recompute": "true"},
+    "kept": {"method": "spectron", "parallel.reshard_after_forward": "false", "train.checkpoint_async": "true"},
+}
 GRIDS = [(2, "ddp"), (4, "ddp"), (2, "fsdp"), (4, "fsdp"), (4, "hsdp")]
 ALGEBRAS = {"ddp": ["auto"], "fsdp": ["gram", "owner"], "hsdp": ["gram", "owner"]}
 
@@ -71,7 +76,7 @@ class Runs:
         key = (variant, d_ffn, double)
         if world == 1 and key in self.made:
             return self.made[key]
-        out = self.folder / f"{variant}-{next(self.count)}"
+        out = self.folder / f"run-{next(self.count)}"
         values = {
             "data.path": self.data,
             "model.config": self.write_config(intermediate_size=d_ffn),
@@ -83,7 +88,7 @@ class Runs:
             "train.eval_every": 10,
             "device": "cpu",
             "out": out,
-            **VARIANTS[variant],
+            **(VARIANTS | OPTIONS)[variant],
             **{f"parallel.{name}": value for name, value in flags.items()},
         }
         words = ["train", "--quiet", *(str(w) for k, v in values.items() for w in (f"--{k}", v))]
@@ -154,3 +159,11 @@ def test_every_method_on_every_grid(runs, variant, world, mode, algebra):
     d_ffn = UNEVEN if world == 4 else EVEN
     check_losses(runs, variant, world, mode, algebra, d_ffn)
     check_weights(runs, variant, world, mode, algebra, d_ffn)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's compiler raises some of its own
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+@pytest.mark.parametrize("option", OPTIONS)
+def test_options_of_the_engine_change_nothing(runs, option, mode):
+    check_losses(runs, option, 2, mode, "auto", EVEN)

@@ -1,4 +1,5 @@
-"""What a run says at its end besides its loss: a sample, what a compressor needs for the same text, its memory."""
+"""What a run leaves and says at its end besides its loss: the model, a sample, what a compressor needs for the same
+text, its memory."""
 
 import re
 from contextlib import nullcontext
@@ -9,9 +10,13 @@ from torch import nn
 
 from nativerank.config import RunConfig
 from nativerank.data.shards import Dataset
+from nativerank.distributed.agree import from_first
+from nativerank.distributed.grid import Grid
 from nativerank.distributed.wrap import reshard
 from nativerank.evaluate.loss import xz_bits_per_byte
+from nativerank.files import remove_partial
 from nativerank.hub.generate import generate
+from nativerank.hub.save import save, whole_tensors
 
 PROMPT_TOKENS = 16  # of the validation text
 XZ_BYTES = 1 << 25  # text longer than this is not handed to xz, which would take minutes
@@ -26,12 +31,28 @@ def xz_of_validation(dataset: Dataset) -> float | None:
     return xz_bits_per_byte(dataset.tokenizer().decode(ids, skip_special_tokens=False).encode())
 
 
-def sample_text(model: nn.Module, dataset: Dataset, config: RunConfig, together: bool = False) -> tuple[str, str]:
+def export(model: nn.Module, out: Path, dataset: Dataset, grid: Grid) -> None:
+    """Writes the factored model into the run folder; called by all processes, done by the first."""
+    tensors = whole_tensors(model, grid) if grid.shards > 1 else None
+
+    def write() -> None:
+        remove_partial(out / "model")
+        save(model, out / "model", tokenizer=dataset.tokenizer(), replace=True, tensors=tensors)
+
+    from_first(grid, write)
+
+
+def sample_text(model: nn.Module, dataset: Dataset, config: RunConfig, grid: Grid) -> tuple[str, str]:
     """The first tokens of the validation text and how the model goes on; empty in a context too short for both.
 
-    Args:
-        together: the model is sharded, and all processes call this.
+    Called by all processes; where the model is sharded they all have to run it.
     """
+    if grid.shards > 1:
+        return _sample_text(model, dataset, config, together=True)
+    return from_first(grid, lambda: _sample_text(model, dataset, config, together=False))
+
+
+def _sample_text(model: nn.Module, dataset: Dataset, config: RunConfig, together: bool) -> tuple[str, str]:
     val, context, tokenizer = dataset.split("val"), config.train.context, dataset.tokenizer()
     assert context
     # Text cut inside a character is encoded with up to three tokens for one, hence the quarter.

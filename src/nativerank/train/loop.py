@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from nativerank.config import RunConfig, flat
 from nativerank.data.loader import document_positions
@@ -32,15 +31,12 @@ from nativerank.distributed.start import start
 from nativerank.distributed.watch import Watch, watching
 from nativerank.evaluate.loss import Loss, check_document_mask, validation_loss
 from nativerank.evaluate.probes import Probe, fixed_batch, probed_names
-from nativerank.files import remove_partial
-from nativerank.hub.save import save as save_model
-from nativerank.hub.save import whole_tensors
 from nativerank.layers import init_seed, linear_modules
 from nativerank.models import count_parameters
 from nativerank.optim.roles import factor_modules
 from nativerank.optim.schedule import multiplier
 from nativerank.train import checkpoint
-from nativerank.train.closing import peak_memory_bytes, sample_text, xz_of_validation
+from nativerank.train.closing import export, peak_memory_bytes, sample_text, xz_of_validation
 from nativerank.train.diloco import check_diloco, gradient_grid
 from nativerank.train.folder import claim, write_config
 from nativerank.train.guard import Diverged
@@ -392,23 +388,12 @@ class Run(RunState):
 
         loss = self._validate(None, heed)
         self.saver.wait()
-        tensors = whole_tensors(self.model, self.grid) if self.grid.shards > 1 else None
-        from_first(self.grid, lambda: self._export(tensors))
-        prompt, sample = self._sample()
+        export(self.model, self.out, self.dataset, self.grid)
+        prompt, sample = sample_text(self.model, self.dataset, self.config, self.grid)
         summary = from_first(self.grid, lambda: self._summary(loss, prompt, sample))
         for tracker in self.trackers:
             tracker.row(summary)
         return summary
-
-    def _export(self, tensors: dict[str, Tensor] | None) -> None:
-        folder = self.out / "model"
-        remove_partial(folder)
-        save_model(self.model, folder, tokenizer=self.dataset.tokenizer(), replace=True, tensors=tensors)
-
-    def _sample(self) -> tuple[str, str]:
-        if self.grid.shards > 1:
-            return sample_text(self.model, self.dataset, self.config, together=True)
-        return from_first(self.grid, lambda: sample_text(self.model, self.dataset, self.config))
 
     def _summary(self, loss: Loss, prompt: str, sample: str) -> dict[str, Any]:
         return {

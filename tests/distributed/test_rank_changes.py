@@ -11,6 +11,7 @@ from nativerank.config import AdaptConfig
 from nativerank.distributed.grid import SINGLE, make_grid
 from nativerank.distributed.pieces import full
 from nativerank.distributed.wrap import wrap
+from nativerank.layers.experts import LowRankExperts
 from nativerank.methods import METHODS, build_optimizer, factorize
 from nativerank.optim.roles import assign_roles, long_sides
 from nativerank.rank.controller import RankController
@@ -36,19 +37,37 @@ class Net(nn.Module):
         return self.norm(x)
 
 
+class ExpertBlock(nn.Module):
+    """A token goes to the first or to the third of three experts."""
+
+    def __init__(self, d_in, d_out):
+        super().__init__()
+        self.experts = LowRankExperts(3, d_in, d_out, 8)
+
+    def forward(self, x):
+        third = x[:, 0] > 0
+        order, first = third.int().argsort(stable=True), int((~third).sum())
+        y = self.experts(x[order], torch.tensor([first, first, len(x)], dtype=torch.int32))
+        return torch.tanh(y[order.argsort()])
+
+
+class ExpertNet(Net):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(ExpertBlock(a, b) for a, b in [(D_IN, D_IN), (D_IN, WIDTH), (WIDTH, D_OUT)])
+
+
 class Run:
     """A model, its wrapping, its optimizer and its ranks, on one process or several."""
 
-    def __init__(self, method, grid=SINGLE, algebra="auto", **options):
+    def __init__(self, method, grid=SINGLE, algebra="auto", net=Net):
         torch.manual_seed(0)
-        self.grid, self.model = grid, Net().double()
+        self.grid, self.model = grid, net().double()
         self.target = torch.randn(D_IN, 3, dtype=torch.float64) @ torch.randn(3, D_OUT, dtype=torch.float64)
-        if METHODS[method].layer:
+        if net is Net:
             factorize(self.model, method, rank=8)
         self.wrap()
-        self.optimizer = build_optimizer(
-            self.model, method, lr=0.05, aux_lr=0.01, grid=grid, algebra=algebra, **options
-        )
+        self.optimizer = build_optimizer(self.model, method, lr=0.05, aux_lr=0.01, grid=grid, algebra=algebra)
         self.optimizer.replaced = self.wrap if isinstance(self.wrapped, DistributedDataParallel) else None
         self.ranks = RankController(self.model, self.optimizer, LOOKS, STEPS)
         self.losses, self.changes = [], []
@@ -100,8 +119,8 @@ def assembled(parts):
     return found
 
 
-def on_processes(rank, method, replicas, shards, algebra, options):
-    run = Run(method, make_grid(replicas, shards, "cpu"), algebra, **options).train()
+def on_processes(rank, method, replicas, shards, algebra, net=Net):
+    run = Run(method, make_grid(replicas, shards, "cpu"), algebra, net).train()
     return run.weights(), run.state(), run.mean_losses(), run.changes, run.ranks.state()
 
 
@@ -123,10 +142,18 @@ def cases():
     ("method", "grid", "algebra"), list(cases()), ids=lambda x: "{}x{}".format(*x) if type(x) is tuple else x
 )
 def test_ranks_change_as_on_one_process(forked, method, grid, algebra):
-    alone = Run(method).train()
+    as_on_one_process(Run(method).train(), forked(on_processes, grid[0] * grid[1], method, *grid, algebra))
+
+
+@pytest.mark.parametrize("grid", [(1, 2), pytest.param((2, 2), marks=pytest.mark.slow)])
+def test_ranks_of_experts_change_too(forked, grid):
+    alone = Run("spectron", net=ExpertNet).train()
+    as_on_one_process(alone, forked(on_processes, grid[0] * grid[1], "spectron", *grid, "auto", ExpertNet))
+
+
+def as_on_one_process(alone, found):
     assert len(alone.changes) > 1, "the test looks at nothing"
     assert len({after for _, ranks, _ in alone.changes for _, after in ranks.values()}) > 1
-    found = forked(on_processes, grid[0] * grid[1], method, *grid, algebra, {})
     for weights, _, losses, changes, ranks in found:
         assert [(step, change) for step, change, _ in changes] == [(step, change) for step, change, _ in alone.changes]
         assert ranks == alone.ranks.state()

@@ -105,8 +105,10 @@ def same_course(found, wanted):
     ("world", "where", "method"),
     [
         (2, FSDP, "spectron"),
-        (2, DDP, "spectron"),
-        (2, FSDP, "stiefel-spectron"),
+        pytest.param(2, DDP, "spectron", marks=pytest.mark.slow),
+        pytest.param(2, FSDP, "stiefel-spectron", marks=pytest.mark.slow),
+        pytest.param(2, FSDP, "self-guided", marks=pytest.mark.slow),
+        pytest.param(2, DDP, "self-guided", marks=pytest.mark.slow),
         *(
             pytest.param(world, where, method, marks=pytest.mark.slow)
             for world, where in ((2, FSDP), (4, HSDP), (4, DDP))
@@ -128,7 +130,10 @@ def test_ranks_change_as_on_one_process_and_a_killed_run_goes_on(trained, world,
 
 @pytest.mark.parametrize(
     ("where", "recompute"),
-    [(FSDP, False), pytest.param(FSDP, True, marks=pytest.mark.slow), (DDP, False)],
+    [
+        (FSDP, False),
+        *(pytest.param(where, where is FSDP, marks=pytest.mark.slow) for where in (FSDP, DDP)),
+    ],
     ids=["fsdp", "fsdp-recompute", "ddp"],
 )
 def test_guides_end_as_on_one_process_and_a_killed_run_goes_on(trained, where, recompute):
@@ -160,7 +165,7 @@ def spike_at(monkeypatch, number):
     monkeypatch.setattr(step_module, "token_losses", spiked)
 
 
-@pytest.mark.parametrize("where", [FSDP, DDP], ids=["fsdp", "ddp"])
+@pytest.mark.parametrize("where", [pytest.param(FSDP, marks=pytest.mark.slow), DDP], ids=["fsdp", "ddp"])
 def test_a_rollback_brings_guides_back(trained, monkeypatch, where):
     spike_at(monkeypatch, 8)
     guard = {"guard__window": 3, "guard__loss_jump": 1.0, "guard__action": "rollback"}
@@ -170,7 +175,7 @@ def test_a_rollback_brings_guides_back(trained, monkeypatch, where):
     assert all(row["guide_alpha"] == guide_weight(row["step"] - 1, 6) for row in rows)
 
 
-@pytest.mark.parametrize("where", [FSDP, DDP], ids=["fsdp", "ddp"])
+@pytest.mark.parametrize("where", [FSDP, pytest.param(DDP, marks=pytest.mark.slow)], ids=["fsdp", "ddp"])
 def test_a_rollback_brings_ranks_back(trained, monkeypatch, where):
     guard = {"guard__window": 3, "guard__loss_jump": 1.0, "guard__action": "rollback"}
     spike_at(monkeypatch, 8)

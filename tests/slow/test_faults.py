@@ -80,27 +80,33 @@ def known():
 
 @pytest.fixture
 def undisturbed(job, known):
-    """(weights, losses) of the same job, left alone."""
-    if not known:
-        process, run = job("undisturbed")
-        assert process.wait(PATIENCE) == 0, process.log.read_text()
-        known["result"] = result(run)
-    return known["result"]
+    """undisturbed(**changes): (weights, losses) of the same job, left alone."""
+
+    def get(**changes):
+        key = str(changes)
+        if key not in known:
+            process, run = job("undisturbed", **changes)
+            assert process.wait(PATIENCE) == 0, process.log.read_text()
+            known[key] = result(run)
+        return known[key]
+
+    return get
 
 
 def at_step(step, process, run):
     wait_until(lambda: len([row for row in rows(run) if "loss" in row]) >= step, f"step {step}", [process])
 
 
-def test_a_worker_that_is_killed_costs_nothing_but_the_steps_since(job, undisturbed):
-    process, run = job("killed", "--standalone", "--max-restarts", "1")
+@pytest.mark.parametrize("changes", [{}, {"parallel__mode": "fsdp", "train__checkpoint_async": "true"}])
+def test_a_worker_that_is_killed_costs_nothing_but_the_steps_since(job, undisturbed, changes):
+    process, run = job("killed", "--standalone", "--max-restarts", "1", **changes)
     at_step(STEPS // 3, process, run)
     os.kill(children(process.pid)[1], signal.SIGKILL)
     assert process.wait(PATIENCE) == 0, process.log.read_text()
     (start, (resume, step), end) = events(run)
     assert (start, resume, end) == (("start", 0), "resume", ("end", STEPS)) and step % 5 == 0 < step
     assert "nativerank: error: rank 1 has left in step" in process.log.read_text()
-    assert result(run) == undisturbed
+    assert result(run) == undisturbed(**changes)
 
 
 def test_a_worker_that_is_stopped_is_named_and_the_job_goes_on(job, undisturbed):
@@ -114,7 +120,7 @@ def test_a_worker_that_is_stopped_is_named_and_the_job_goes_on(job, undisturbed)
     os.kill(hangs, signal.SIGKILL)  # torchrun would give it half a minute
     assert process.wait(PATIENCE) == 0, process.log.read_text()
     assert [event for event, _ in events(run)] == ["start", "resume", "end"]
-    assert result(run) == undisturbed
+    assert result(run) == undisturbed()
 
 
 def test_torchrun_that_is_terminated_has_saved_and_goes_on(job, undisturbed):
@@ -127,7 +133,7 @@ def test_torchrun_that_is_terminated_has_saved_and_goes_on(job, undisturbed):
     assert f"stopped after step {step}, saved" in process.log.read_text()
     process, _ = job("terminated", train__checkpoint_every=0, resume="auto")
     assert process.wait(PATIENCE) == 0, process.log.read_text()
-    assert ("resume", step) in events(run) and result(run) == undisturbed
+    assert ("resume", step) in events(run) and result(run) == undisturbed()
 
 
 def test_nodes_join_and_leave(job, tmp_path):

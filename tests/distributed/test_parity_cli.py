@@ -162,7 +162,7 @@ def test_every_method_on_every_grid(runs, variant, world, mode, algebra):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's compiler raises some of its own
+@pytest.mark.filterwarnings("ignore")  # torch's own, which its compiler raises and hides
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
 @pytest.mark.parametrize("option", OPTIONS)
 def test_options_of_the_engine_change_nothing(runs, option, mode):

@@ -19,10 +19,12 @@ D, RANK, LAYERS = 512, 4, 8
 
 def cases(methods, grids, quick):
     """Every method on every grid; all but the quick methods on the first one alone, unless there is time."""
+    found = []
     for method in methods:
         for grid in grids:
             slow = [pytest.mark.slow] if grid != grids[0] and method not in quick else []
-            yield pytest.param(method, grid, marks=slow, id="{}-{}x{}".format(method, *grid))
+            found.append(pytest.param(method, grid, marks=slow, id="{}-{}x{}".format(method, *grid)))
+    return found
 
 
 LOW_RANK = [name for name, row in METHODS.items() if row.layer in ("lowrank", "spectral") and row.rule != "adamw"]

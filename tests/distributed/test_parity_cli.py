@@ -17,10 +17,17 @@ from nativerank.methods import METHODS
 from nativerank.train import setup
 
 STEPS = 20
-EVEN, UNEVEN = (
-    48,
-    50,
-)  # d_ffn; the d_in of down_proj has no 4 equal parts in the second, so this matrix is cut otherwise
+# A tiny Llama; the d_in of down_proj has no 4 equal parts in the second, so this matrix is cut otherwise.
+EVEN, UNEVEN = {"intermediate_size": 48}, {"intermediate_size": 50}
+COMMON = {"vocab_size": 300, "bos_token_id": None, "eos_token_id": None}
+OTHERS = {
+    "experts": COMMON
+    | {"model_type": "mixtral", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    | {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64, "num_local_experts": 3},
+    "tied, fused": COMMON
+    | {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
+    | {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+}
 VARIANTS = {
     **{name: {"method": name} for name in METHODS},
     "one-frame": {"method": "stiefel-spectron", "optim.frames": "one"},
@@ -72,14 +79,14 @@ class Runs:
         self.launched, self.folder, self.data, self.write_config = launched, folder, data, write_config
         self.made, self.count = {}, itertools.count()
 
-    def __call__(self, variant, d_ffn, double, world=1, **flags):
-        key = (variant, d_ffn, double)
+    def __call__(self, variant, model, double, world=1, **flags):
+        key = (variant, str(model), double)
         if world == 1 and key in self.made:
             return self.made[key]
         out = self.folder / f"run-{next(self.count)}"
         values = {
             "data.path": self.data,
-            "model.config": self.write_config(intermediate_size=d_ffn),
+            "model.config": self.write_config(**model),
             "train.context": 16,
             "train.batch_size": 4,
             "train.accumulation": 2,
@@ -107,19 +114,19 @@ def runs(launched, tmp_path_factory, prepared, write_hf_config):
     return Runs(launched, tmp_path_factory.mktemp("parity"), prepared, write_hf_config)
 
 
-def check_losses(runs, variant, world, mode, algebra, d_ffn):
+def check_losses(runs, variant, world, mode, algebra, model):
     """At every step, in float32."""
-    rows, _ = runs(variant, d_ffn, False, world, mode=mode, algebra=algebra)
-    expected, _ = runs(variant, d_ffn, False)
+    rows, _ = runs(variant, model, False, world, mode=mode, algebra=algebra)
+    expected, _ = runs(variant, model, False)
     losses, wanted = ([row["loss"] for row in r if "loss" in row] for r in (rows, expected))
     assert len(losses) == STEPS
     assert losses == pytest.approx(wanted, abs=1e-5, rel=0)
 
 
-def check_weights(runs, variant, world, mode, algebra, d_ffn):
+def check_weights(runs, variant, world, mode, algebra, model):
     """At the end, with the validations and figures on the way, in float64."""
-    rows, weights = runs(variant, d_ffn, True, world, mode=mode, algebra=algebra)
-    expected, reference = runs(variant, d_ffn, True)
+    rows, weights = runs(variant, model, True, world, mode=mode, algebra=algebra)
+    expected, reference = runs(variant, model, True)
     assert weights.keys() == reference.keys()
     assert all(w.dtype == torch.float64 for w in weights.values())
     assert max((weights[name] - reference[name]).abs().max() for name in reference) < 1e-9
@@ -143,9 +150,9 @@ FAST = [
 ]
 
 
-@pytest.mark.parametrize(("variant", "world", "mode", "algebra", "d_ffn"), FAST)
-def test_a_grid_trains_as_one_process(runs, variant, world, mode, algebra, d_ffn):
-    check_weights(runs, variant, world, mode, algebra, d_ffn)
+@pytest.mark.parametrize(("variant", "world", "mode", "algebra", "model"), FAST)
+def test_a_grid_trains_as_one_process(runs, variant, world, mode, algebra, model):
+    check_weights(runs, variant, world, mode, algebra, model)
 
 
 def test_losses_in_float32_are_those_of_one_process(runs):
@@ -156,9 +163,9 @@ def test_losses_in_float32_are_those_of_one_process(runs):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(("world", "mode", "algebra"), [(n, m, a) for n, m in GRIDS for a in ALGEBRAS[m]])
 def test_every_method_on_every_grid(runs, variant, world, mode, algebra):
-    d_ffn = UNEVEN if world == 4 else EVEN
-    check_losses(runs, variant, world, mode, algebra, d_ffn)
-    check_weights(runs, variant, world, mode, algebra, d_ffn)
+    model = UNEVEN if world == 4 else EVEN
+    check_losses(runs, variant, world, mode, algebra, model)
+    check_weights(runs, variant, world, mode, algebra, model)
 
 
 @pytest.mark.slow
@@ -167,3 +174,11 @@ def test_every_method_on_every_grid(runs, variant, world, mode, algebra):
 @pytest.mark.parametrize("option", OPTIONS)
 def test_options_of_the_engine_change_nothing(runs, option, mode):
     check_losses(runs, option, 2, mode, "auto", EVEN)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("variant", ["spectron", "lowrank-muon"])
+@pytest.mark.parametrize(("world", "mode", "algebra"), [(2, "fsdp", "gram"), (4, "hsdp", "owner"), (2, "ddp", "auto")])
+def test_other_architectures(runs, name, variant, world, mode, algebra):
+    check_losses(runs, variant, world, mode, algebra, OTHERS[name])

@@ -128,6 +128,17 @@ def test_ranks_change_as_on_one_process_and_a_killed_run_goes_on(trained, world,
     assert changes(resumed) == changes(straight)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("algebra", ["gram", "owner"])
+@pytest.mark.parametrize("method", ["spectron", "tsvd"])
+def test_twenty_steps_in_both_algebras(trained, method, algebra):
+    options = RANKS | {"train__steps": 20, "train__checkpoint_every": 0}
+    alone = trained(1, "alone", method=method, **options)
+    for world, where in ((2, FSDP), (2, DDP), (4, FSDP), (4, DDP)):
+        name = f"{where['parallel__mode']}-{world}"
+        same_course(trained(world, name, method=method, **options | where | {"parallel__algebra": algebra}), alone)
+
+
 @pytest.mark.parametrize(
     ("where", "recompute"),
     [

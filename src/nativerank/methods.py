@@ -240,7 +240,8 @@ def build_optimizer(
             clip, scale or accumulate gradients then, and sets the rate before the backward pass.
         seed: of the draws of a stochastic guide.
         grid: the processes that train this model together, all of which build its optimizer; None asks parameters that
-            FSDP2 has sharded, and else is this process alone.
+            FSDP2 has sharded, and else is this process alone. Whoever then writes weights by other means than its
+            step() calls `optimizer.loaded()`, and saves `optimizer.pieces()` instead of its state_dict.
         algebra: how r x r problems are shared between them: "gram" moves Gram matrices, "owner" whole matrices to one
             process each, "auto" fewer bytes.
         options: rule options by keyword (optim.check.DEFAULTS), e.g. nesterov=True.

@@ -123,3 +123,33 @@ def test_several_processes_do_what_one_does(forked, method, options, grid, algeb
     for piece in optimizer.pieces(names):
         torch.testing.assert_close(states.pop(piece.name), piece.tensor, rtol=0, atol=1e-8)
     assert not states
+
+
+def written_from_outside(rank, algebra):
+    """The weights after a step, half of them, and another step; and what state_dict says."""
+    grid = make_grid(1, 2, "cpu")
+    model = wrapped(model_of("spectron"), grid)
+    optimizer = optimizer_of(model, "spectron", {}, algebra=algebra)  # the grid is that of the parameters
+    train(model, optimizer, grid)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(0.5)
+    optimizer.loaded()
+    train(model, optimizer, grid)
+    with pytest.raises(ValueError, match=r"optimizer\.pieces"):
+        optimizer.state_dict()
+    return weights(model)
+
+
+@pytest.mark.parametrize("algebra", ["gram", "owner"])
+def test_weights_that_others_wrote_are_taken_up(forked, algebra):
+    alone = model_of("spectron")
+    optimizer = optimizer_of(alone, "spectron", {})
+    train(alone, optimizer)
+    with torch.no_grad():
+        for p in alone.parameters():
+            p.mul_(0.5)
+    train(alone, optimizer)
+    for got in forked(written_from_outside, 2, algebra):
+        for name, value in weights(alone).items():
+            torch.testing.assert_close(got[name], value, rtol=0, atol=1e-9)

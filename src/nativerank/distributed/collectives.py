@@ -8,7 +8,7 @@ the layout that all processes share; nothing but the numbers is sent.
 """
 
 from collections.abc import Iterable, Sequence
-from functools import lru_cache, reduce
+from functools import reduce
 from math import prod
 
 import torch
@@ -26,27 +26,57 @@ def padded_bytes(shape: Iterable[int], dtype: torch.dtype) -> int:
     return -(-prod(shape) * dtype.itemsize // ALIGNED) * ALIGNED
 
 
-@lru_cache(maxsize=8)
-def _zeros(device: torch.device) -> Tensor:
-    return torch.zeros(ALIGNED, dtype=torch.uint8, device=device)
-
-
-def _as_bytes(tensors: Iterable[Tensor]) -> list[Tensor]:
-    parts = []
+def in_rows(tensors: Sequence[Tensor]) -> Tensor:
+    """Stacks (n, ...) as one matrix of bytes (n, B), a row per member: rows for one process are one slice then."""
+    n, columns = len(tensors[0]), []
     for t in tensors:
-        if t.numel():
-            flat = t.detach().contiguous().view(-1).view(torch.uint8)
-            parts.append(flat)
-            if rest := flat.numel() % ALIGNED:
-                parts.append(_zeros(t.device)[rest:])
-    return parts
+        flat = t.detach().reshape(n, prod(t.shape[1:])).contiguous()
+        columns.append(flat.view(torch.uint8) if flat.shape[1] else flat.new_empty(n, 0, dtype=torch.uint8))
+        columns.append(flat.new_zeros(n, -columns[-1].shape[1] % ALIGNED, dtype=torch.uint8))
+    return torch.cat(columns, 1)
+
+
+def row_bytes(kinds: Iterable[Kind]) -> int:
+    """B of `in_rows`, of stacks whose members have these shapes and dtypes."""
+    return sum(padded_bytes(*kind) for kind in kinds)
+
+
+def from_rows(matrix: Tensor, kinds: Iterable[Kind]) -> list[Tensor]:
+    """The inverse of `in_rows`, of bytes (..., B): tensors (..., *shape)."""
+    found, start = [], 0
+    for shape, dtype in kinds:
+        size = prod(shape) * dtype.itemsize
+        column = matrix[..., start : start + size].contiguous()
+        flat = column.view(dtype) if size else column.new_empty(*matrix.shape[:-1], 0, dtype=dtype)
+        found.append(flat.reshape(*matrix.shape[:-1], *shape))
+        start += padded_bytes(shape, dtype)
+    return found
+
+
+def _fill(buffer: Tensor, tensors: Iterable[Tensor]) -> None:
+    """Writes tensors into a buffer of bytes; neighbours that lie in one stretch of memory each go in at once."""
+    waiting: list[Tensor] = []
+    start = end = 0
+    for t in (t.detach() for t in tensors if t.numel()):
+        if not t.is_contiguous():  # straight to its place, without a copy that is contiguous
+            buffer[end : end + t.nbytes].view(t.dtype).view(t.shape).copy_(t)
+        if waiting and not t.is_contiguous():
+            torch.cat(waiting, out=buffer[start:end])
+            waiting = []
+        if t.is_contiguous():
+            start = start if waiting else end
+            flat = t.view(-1).view(torch.uint8)
+            waiting += [flat, flat.new_zeros(-t.nbytes % ALIGNED)]
+        end += padded_bytes(t.shape, t.dtype)
+    if waiting:
+        torch.cat(waiting, out=buffer[start:end])
 
 
 def exchange(
     sends: Sequence[Sequence[Tensor]],
     expected: Sequence[Sequence[Kind]],
     group: Group,
-    device: torch.device | None = None,
+    device: torch.device,
 ) -> list[list[Tensor]]:
     """What every process of the group sent to this one, by its rank.
 
@@ -54,14 +84,12 @@ def exchange(
         sends: for each rank the tensors it gets.
         expected: for each rank the (shape, dtype) of what it sends here, in its order.
         group: at least two processes, all of which call this.
-        device: where the tensors are; None asks them, so every process has to send some then.
+        device: where the tensors are, also of a process that sends none: it decides who carries them.
     """
-    device = device or next((t.device for part in sends for t in part), torch.device("cpu"))
-    parts = [_as_bytes(tensors) for tensors in sends]
-    out_sizes = [sum(p.numel() for p in part) for part in parts]
-    in_sizes = [sum(padded_bytes(*kind) for kind in kinds) for kinds in expected]
-    flat = [p for part in parts for p in part]
-    outgoing = torch.cat(flat) if flat else torch.empty(0, dtype=torch.uint8, device=device)
+    out_sizes = [row_bytes((t.shape, t.dtype) for t in tensors) for tensors in sends]
+    in_sizes = [row_bytes(kinds) for kinds in expected]
+    outgoing = torch.empty(sum(out_sizes), dtype=torch.uint8, device=device)
+    _fill(outgoing, (t for tensors in sends for t in tensors))
     incoming = torch.empty(sum(in_sizes), dtype=torch.uint8, device=device)
     dist.all_to_all_single(incoming, outgoing, in_sizes, out_sizes, group=group)
     found: list[list[Tensor]] = []

@@ -162,7 +162,7 @@ class Layout:
 
     def _row_up(self, begin: bool = False) -> Iterator[Rows]:
         """The stacks of row shards, with the small state of what is solved here; to begin with their state too."""
-        for units in self._alike([u for u in self.units if u.algebra == GRAM]):
+        for units in self._alike(sorted((u for u in self.units if u.algebra == GRAM), key=lambda u: u.owner)):
             assert self.sharded is not None
             name = self.groups[units[0].group]["rule"]
             rule, mine = RULES[name], [i for i, u in enumerate(units) if self.sharded.owns(u)]

@@ -146,7 +146,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         return list(self.layout.pieces(names))
 
     def loaded(self) -> None:
-        """Tells that weights or state were written from outside; every process says so."""
+        """Tells that weights or state were written from outside: owners have copies. Every process says so."""
         if self.layout.sharded is not None:
             self.layout.sharded.stale = True
 
@@ -172,6 +172,18 @@ class LowRankOptimizer(torch.optim.Optimizer):
         for change in changes:
             self.state[change.parameter] = resized_state(self.state[change.parameter], change)
         self.layout.forget_stacks()  # other shapes stand side by side now
+
+    def state_dict(self) -> dict[str, Any]:
+        """As every optimizer's, of one process.
+
+        Raises:
+            ValueError: several processes, each of which has a part: `pieces`.
+        """
+        if self.layout.sharded is not None:
+            raise ValueError(
+                "each process has a part of this optimizer's state; save what optimizer.pieces() says is here"
+            )
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         kept = {p: {key: value.dtype for key, value in state.items()} for p, state in self.state.items()}

@@ -1,6 +1,6 @@
 """Units whose rows are spread over processes, stacked by shape, and their update rules in the middle of a step."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,7 +22,8 @@ from nativerank.optim.units import Unit
 class Rows:
     """Units of equal shapes: their row shards as a bucket, and the small state of those that are solved here.
 
-    `mine` are places among the units; `small` has a dict per side, a row per place in `mine`.
+    Units stand in the order of their owners. `mine` are the places of those that are solved here; `small` has a dict
+    per side, a row per place in `mine`.
     """
 
     units: list[Unit]
@@ -41,13 +42,17 @@ class Running:
     ask: Ask
     options: dict[str, Any]
 
-    def places(self, owner: int) -> list[int]:
-        """Which of the active members an owner solves."""
-        return [row for row, i in enumerate(self.rows.bucket.active) if self.rows.units[i].owner == owner]
+    def counts(self, world: int) -> list[int]:
+        """How many of the active members each process solves, one after the other."""
+        found = [0] * world
+        for i in self.rows.bucket.active:
+            found[self.rows.units[i].owner] += 1
+        return found
 
-    def solve(self, totals: Mapping[str, Tensor], rank: int) -> Mapping[str, Part]:
+    def solve(self, totals: Mapping[str, Tensor]) -> Mapping[str, Part]:
         """The answer for the members (m, ...) that are solved here, maybe none; their small state moves on."""
-        places = [self.rows.mine.index(self.rows.bucket.active[row]) for row in self.places(rank)]
+        active = set(self.rows.bucket.active)
+        places = [row for row, i in enumerate(self.rows.mine) if i in active]
         among = None if len(places) == len(self.rows.mine) else torch.tensor(places, dtype=torch.long)
         small = rows_of(self.rows.small, among)
         assert self.ask.solve is not None
@@ -95,11 +100,3 @@ def start(rows: Rows, options: dict[str, Any], index: int, count: int) -> Runnin
 def share(X: Tensor, index: int, count: int) -> Tensor:
     """The part of the rows of X (n, d_local, ...) that one of `count` holders of them sums."""
     return X.narrow(1, *bounds(X.shape[1], count, index))
-
-
-def added(tensors: Sequence[Tensor]) -> Tensor:
-    """Their sum, in order."""
-    total = tensors[0].clone()
-    for t in tensors[1:]:
-        total += t
-    return total

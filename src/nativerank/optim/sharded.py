@@ -5,8 +5,8 @@
     out    what `solve` returned, to everybody                 shards of the new weights, to whoever holds them
 
 All units travel together, so a step takes two exchanges however many units, shapes and algebras there are, and one
-all-reduce more where a gram rule asks for sums first (tsvd, and `riemannian`). Sums are taken in the order of ranks, so
-all bits are functions of the grid.
+all-reduce more where a gram rule asks for sums first (tsvd, and `riemannian`). Where a process adds up what came from
+the others it does so in one order, so all bits are functions of the grid.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nativerank.distributed.collectives import Kind, exchange, summed
+from nativerank.distributed.collectives import Kind, exchange, from_rows, in_rows, row_bytes, summed
 from nativerank.distributed.grid import Grid
 from nativerank.distributed.pieces import bounds, cut_along, local
 from nativerank.linalg.gram import to_float64
 from nativerank.linalg.roots import triangular_inverse
 from nativerank.optim.ask import Answer, Part, packed, unpacked, upper
-from nativerank.optim.rows import Rows, Running, added, start
+from nativerank.optim.rows import Rows, Running, start
 from nativerank.optim.units import GRAM, OWNER, Unit
 
 Sends = list[list[Tensor]]
@@ -131,50 +131,53 @@ class Sharded:
     def _tell_inverse(self, rows: Rows, R: Tensor, R_inverse: Tensor) -> None:
         """Fills R^-1 (n, r, r) on every process from the owners' R (m, r, r)."""
         mine = packed(upper(triangular_inverse(to_float64(R)).to(R.dtype)))  # to the bit what a step would have told
-        owners = [[i for i, unit in enumerate(rows.units) if unit.owner == rank] for rank in range(self.grid.world)]
-        expected = [[((len(places), *mine.shape[1:]), mine.dtype)] for places in owners]
+        owners = [unit.owner for unit in rows.units]
+        expected = [[((owners.count(rank), *mine.shape[1:]), mine.dtype)] for rank in range(self.grid.world)]
         found = exchange([[mine]] * self.grid.world, expected, self.grid.everyone, self.device)
-        for places, (inverse,) in zip(owners, found, strict=True):
-            R_inverse[places] = unpacked(inverse, "upper")
+        R_inverse.copy_(unpacked(torch.cat([inverse for (inverse,) in found]), "upper"))
 
     # -- to the owners and back -----------------------------------------------------------------------------------
 
     def _in(self, running: list[Running], active: list[Unit]) -> list[Mapping[str, Part]]:
         """Sends parts and gradients to the owners; solves here what is to be solved here."""
         sends, expected = self._nothing(), self._nothing()
+        kinds = []
         for run in running:
             flat = [packed(part) for part in run.ask.parts.values()]
-            here = len(run.places(self.grid.rank))
-            for rank in range(self.grid.world):
-                sends[rank] += [x[run.places(rank)] for x in flat]
-                expected[rank] += [((here, *x.shape[1:]), x.dtype) for x in flat]
+            kinds.append([(tuple(x.shape[1:]), x.dtype) for x in flat])
+            counts = run.counts(self.grid.world)
+            for rank, rows in enumerate(in_rows(flat).split(counts)):
+                sends[rank].append(rows)
+                expected[rank].append(((counts[self.grid.rank], row_bytes(kinds[-1])), torch.uint8))
         self._shards_in(sends, expected, active, lambda p: p.grad)
         arrived = [iter(found) for found in exchange(sends, expected, self.grid.everyone, self.device)]
         answers = []
-        for run in running:
-            totals = {k: unpacked(added([next(a) for a in arrived]), part.form) for k, part in run.ask.parts.items()}
-            answers.append(run.solve(totals, self.grid.rank))
+        for run, these in zip(running, kinds, strict=True):
+            sums = (x.sum(0) for x in from_rows(torch.stack([next(found) for found in arrived]), these))
+            answers.append(run.solve({k: unpacked(next(sums), part.form) for k, part in run.ask.parts.items()}))
         for p, grad in self._assembled(arrived, active, lambda p: p.grad):
             self.kept[id(p)].grad = grad
         return answers
 
     def _out(self, running: list[Running], answers: list[Mapping[str, Part]], active: list[Unit]) -> None:
         """Sends answers and new weights to whoever needs them; ends the step of the gram rules."""
-        flat = [{name: packed(part) for name, part in answer.items()} for answer in answers]
         sends, expected = self._nothing(), self._nothing()
-        for run, named in zip(running, flat, strict=True):
-            for rank in range(self.grid.world):
-                sends[rank] += named.values()
-                expected[rank] += [((len(run.places(rank)), *x.shape[1:]), x.dtype) for x in named.values()]
+        kinds = []
+        for run, answer in zip(running, answers, strict=True):
+            flat = [packed(part) for part in answer.values()]
+            kinds.append([(tuple(x.shape[1:]), x.dtype) for x in flat])
+            rows = in_rows(flat) if flat else None
+            for rank, count in enumerate(run.counts(self.grid.world)):
+                if rows is not None:
+                    sends[rank].append(rows)
+                    expected[rank].append(((count, rows.shape[1]), torch.uint8))
         self._shards_out(sends, expected, active)
         arrived = [iter(found) for found in exchange(sends, expected, self.grid.everyone, self.device)]
-        for run, answer, named in zip(running, answers, flat, strict=True):
+        for run, answer, these in zip(running, answers, kinds, strict=True):
             told: Answer = {}
-            for name, x in named.items():
-                everything = x.new_empty(len(run.rows.bucket.active), *x.shape[1:])
-                for rank, found in enumerate(arrived):
-                    everything[run.places(rank)] = next(found)
-                told[name] = unpacked(everything, answer[name].form)
+            if answer:
+                everything = iter(from_rows(torch.cat([next(found) for found in arrived]), these))
+                told = {name: unpacked(next(everything), part.form) for name, part in answer.items()}
             run.end(told)
             for i in run.rows.bucket.active if len(run.rows.bucket.sides) > 2 else ():
                 self._take(run.rows.units[i].members[2], run.rows.bucket.sides[2][i])

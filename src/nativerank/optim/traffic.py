@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from nativerank.distributed.collectives import padded_bytes
 from nativerank.distributed.grid import Grid
 from nativerank.distributed.pieces import cut_along
 from nativerank.optim.ask import Ask, Part, packed
@@ -75,7 +76,7 @@ def per_unit(rule: str, shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype,
 def size(part: Part) -> int:
     """Bytes per unit of a part."""
     flat = packed(part)
-    return flat.new_empty(1, *flat.shape[1:]).nbytes
+    return padded_bytes(flat.shape[1:], flat.dtype)
 
 
 def nobody(rule: str, shapes: Any, dtype: torch.dtype, options: Mapping[str, Any]) -> list[Stack]:

@@ -53,12 +53,12 @@ class Spread:
         """What every process holds of the matrices (n, ...) owned here, by rank."""
         mine = x[self.owned[self.grid.rank]]
         expected = [[(tuple(mine.shape), x.dtype)]] * self.grid.world
-        return [part for (part,) in exchange([[x[o]] for o in self.owned], expected, self.grid.everyone)]
+        return [part for (part,) in exchange([[x[o]] for o in self.owned], expected, self.grid.everyone, x.device)]
 
     def to_everybody(self, mine: Tensor) -> Tensor:
         """All owners' answers (n, ...)."""
         expected = [[((o.stop - o.start, *mine.shape[1:]), mine.dtype)] for o in self.owned]
-        found = exchange([[mine]] * self.grid.world, expected, self.grid.everyone)
+        found = exchange([[mine]] * self.grid.world, expected, self.grid.everyone, mine.device)
         return torch.cat([part for (part,) in found])
 
     def gathered(self) -> Tensor:
@@ -84,7 +84,7 @@ def by_owner(x: Spread, whole: Whole) -> Tensor:
     """The rows of whole(X), each matrix done by its owner."""
     done = whole(torch.cat(x.to_owners(x.held), 1))
     expected = [[((o.stop - o.start, *x.held.shape[1:]), done.dtype)] for o in x.owned]
-    found = exchange([[rows] for rows in done.chunk(x.grid.world, 1)], expected, x.grid.everyone)
+    found = exchange([[rows] for rows in done.chunk(x.grid.world, 1)], expected, x.grid.everyone, done.device)
     return torch.cat([part for (part,) in found])
 
 

@@ -218,7 +218,10 @@ class Outer:
             yield (3,), torch.float64
 
     def _swap(self, sends: Sequence[list[Tensor]], expected: Sequence[list[Kind]]) -> list[list[Tensor]]:
-        return exchange(sends, expected, self.grid.everyone) if self.grid.world > 1 else [list(sends[0])]
+        if self.grid.world == 1:
+            return [list(sends[0])]
+        device = next(self.model.parameters()).device  # also of a process that sends nothing
+        return exchange(sends, expected, self.grid.everyone, device)
 
     # -- the inner optimizer's state ------------------------------------------------------------------------------
 

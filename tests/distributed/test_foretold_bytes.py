@@ -86,7 +86,6 @@ def test_every_process_sends_and_keeps_what_was_foretold(forked, grid):
 def test_padding_is_at_most_8_bytes_a_tensor(forked):
     found = [rank["optimizer"] for (rank,) in forked(steps, 4, 1, 4, [("spectron", "gram")], torch.float32)]
     assert all(foretold <= counted < foretold + 8 * tensors for counted, foretold, tensors in found)
-    assert any(foretold < counted for counted, foretold, _ in found), "triangles of 21 numbers of 4 bytes"
 
 
 def test_weights_that_stay_gathered_are_gathered_once(forked):

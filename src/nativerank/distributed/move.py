@@ -24,7 +24,7 @@ Change = Callable[[Whole], Whole]
 
 
 @dataclass(frozen=True)
-class Unit:
+class Relocation:
     """Parameters (by name) that change together with their state, and what makes new tensors of the old ones."""
 
     parameters: tuple[str, ...]
@@ -76,7 +76,7 @@ def held(pieces: Iterable[Piece], grid: Grid) -> Holding:
 
 
 @torch.no_grad()
-def move(units: Sequence[Unit], before: Holding, after: Holding, grid: Grid, device: torch.device) -> None:
+def move(units: Sequence[Relocation], before: Holding, after: Holding, grid: Grid, device: torch.device) -> None:
     """Fills the pieces `after` of these units, and of whatever is held elsewhere than before.
 
     Args:
@@ -87,7 +87,7 @@ def move(units: Sequence[Unit], before: Holding, after: Holding, grid: Grid, dev
     """
     shifted = [name for name in _shifted(before.spots, after.spots) if not any(u.has(name) for u in units)]
     also = dict.fromkeys(name.rpartition("/")[0] or name for name in shifted)
-    units = [*units, *(Unit((name,)) for name in also)]
+    units = [*units, *(Relocation((name,)) for name in also)]
     for first in range(0, len(units), grid.world):
         turn = units[first : first + grid.world]  # the i-th of them is put together by process i
         whole = _gathered(turn, before, grid, device)
@@ -110,7 +110,7 @@ def _shifted(before: Census, after: Census) -> list[str]:
     return [name for name in new if name in old and old[name] != new[name]]
 
 
-def _gathered(turn: Sequence[Unit], before: Holding, grid: Grid, device: torch.device) -> Whole:
+def _gathered(turn: Sequence[Relocation], before: Holding, grid: Grid, device: torch.device) -> Whole:
     """The whole tensors of this process's unit."""
     sends = [
         [before.pieces[s.name].tensor.to(device) for s in before.spots[grid.rank] if s.writes and unit.has(s.name)]
@@ -128,7 +128,7 @@ def _gathered(turn: Sequence[Unit], before: Holding, grid: Grid, device: torch.d
     return whole
 
 
-def _dealt(turn: Sequence[Unit], whole: Whole, after: Holding, grid: Grid, device: torch.device) -> None:
+def _dealt(turn: Sequence[Relocation], whole: Whole, after: Holding, grid: Grid, device: torch.device) -> None:
     """Copies what the processes made of their units to everybody's pieces."""
     sends = [[s.of(whole[s.name]).to(device, s.dtype) for s in spots if s.name in whole] for spots in after.spots]
     coming = [[s for s in after.spots[grid.rank] if unit.has(s.name)] for unit in turn]

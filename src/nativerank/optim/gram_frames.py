@@ -19,7 +19,7 @@ from nativerank.optim.frames import frame_rho, in_new_basis, news
 from nativerank.optim.gram_products import (
     Pair,
     Parts,
-    Rows,
+    RowsOf,
     Totals,
     change,
     factors_of,
@@ -51,7 +51,7 @@ from nativerank.optim.gram_steps import (
 )
 
 
-def sct(U: Stack, V: Stack, s: Stack, options: Options, rows: Rows) -> Asking:
+def sct(U: Stack, V: Stack, s: Stack, options: Options, rows: RowsOf) -> Asking:
     """(U, V, s, record) of this process's rows after the step."""
     sides = [U, V]
     if options["riemannian"]:
@@ -80,7 +80,7 @@ def solve_sct(totals: Totals, small: list[State], options: Options, dtype: torch
     return parts | solve_frames(totals, s, steps, options, dtype)
 
 
-def stiefel_spectron(U: Stack, V: Stack, s: Stack, options: Options, rows: Rows) -> Asking:
+def stiefel_spectron(U: Stack, V: Stack, s: Stack, options: Options, rows: RowsOf) -> Asking:
     """(U, V, s, record) of this process's rows after the step; the record holds rho (n)."""
     sides, M = [U, V], momenta(U, V, options)
     if options["riemannian"]:
@@ -105,7 +105,7 @@ def solve_stiefel(totals: Totals, small: list[State], options: Options, pair: Pa
     return parts | solve_frames(totals, s, [Step(q=x) for x in q], options, pair.dtype)
 
 
-def tsvd(U: Stack, V: Stack, s: Stack, options: Options, rows: Rows) -> Asking:
+def tsvd(U: Stack, V: Stack, s: Stack, options: Options, rows: RowsOf) -> Asking:
     """(U, V, s, record) of this process's rows after the step; R^-1 is in the state, R with who solves."""
     sides, X, kept = [U, V], [], 1 - options["lr"] * options["weight_decay"]
     Q = [at_least_float32(side.weight) for side in sides]
@@ -134,7 +134,7 @@ def solve_tsvd(totals: Totals, small: list[State], options: Options) -> Parts:
     return parts
 
 
-def frame_spectron(A: Stack, V: Stack, options: Options, rows: Rows) -> Asking:
+def frame_spectron(A: Stack, V: Stack, options: Options, rows: RowsOf) -> Asking:
     """(A, V, record) of this process's rows after Spectron's step, in the gauge in which V is orthonormal."""
     M, kept = momenta(A, V, options), 1 - options["lr"] * options["weight_decay"]
     pair = pair_of(A, V, M, options)

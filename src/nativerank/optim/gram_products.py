@@ -37,7 +37,7 @@ from nativerank.optim.directions import (
 )
 from nativerank.optim.products import scheduled_cap
 
-Rows = Callable[[Tensor], Tensor]
+RowsOf = Callable[[Tensor], Tensor]
 Totals = Mapping[str, Tensor]
 Parts = dict[str, Part]
 EPS = torch.finfo(torch.float64).eps
@@ -51,7 +51,7 @@ class Pair(NamedTuple):
     dtype: torch.dtype
 
 
-def muon(side: Stack, options: Options, rows: Rows) -> Asking:
+def muon(side: Stack, options: Options, rows: RowsOf) -> Asking:
     """D of this process's rows: the orthogonalized momentum times its shape scale, times lr."""
     M = at_least_float32(averaged(side, options))
     scale = options["lr"] * shape_scale(options["shape_scale"], *side.shape)
@@ -67,7 +67,7 @@ def solve_muon(totals: Totals, small: list[State], options: Options) -> Parts:
     return {"Q": symmetric(symmetrized(gram_factors(totals["G"], options)))}
 
 
-def spectron(A: Stack, B: Stack, options: Options, rows: Rows) -> Asking:
+def spectron(A: Stack, B: Stack, options: Options, rows: RowsOf) -> Asking:
     """(D_A, D_B, record) of this process's rows."""
     M, certified = momenta(A, B, options), options["certified"]
     pair = pair_of(A, B, M, options)
@@ -88,7 +88,9 @@ def pair_of(A: Stack, B: Stack, M: list[Tensor], options: Options) -> Pair:
     return Pair((scale_A, scale_B), (max(A.shape), max(B.shape)), M[0].dtype)
 
 
-def spectron_parts(A: Stack, B: Stack, M: list[Tensor], options: Options, rows: Rows, wide: tuple[bool, bool]) -> Parts:
+def spectron_parts(
+    A: Stack, B: Stack, M: list[Tensor], options: Options, rows: RowsOf, wide: tuple[bool, bool]
+) -> Parts:
     """Sums for Q and the norms of the factors; of each side in float64 if wanted."""
     parts = Parts()
     for i, (side, m) in enumerate(zip((A, B), M, strict=True)):
@@ -197,7 +199,7 @@ def proven_norm(G: Tensor, Q: Tensor | None, height: int) -> Tensor:
     return torch.hypot(gram_norm(symmetrized(G)), slack)
 
 
-def adamw_capped(A: Stack, B: Stack, options: Options, rows: Rows) -> Asking:
+def adamw_capped(A: Stack, B: Stack, options: Options, rows: RowsOf) -> Asking:
     """(D_A, D_B, record) of AdamW on this process's rows of both factors within `update_cap`."""
     D = [adamw_direction(side, options) for side in (A, B)]
     pair = Pair((1.0, 1.0), (max(A.shape), max(B.shape)), D[0].dtype)
@@ -207,7 +209,7 @@ def adamw_capped(A: Stack, B: Stack, options: Options, rows: Rows) -> Asking:
     return D[0] * rho[..., None, None], D[1] * rho[..., None, None], {"cap_factor": rho}
 
 
-def adam_muon(A: Stack, B: Stack, options: Options, rows: Rows) -> Asking:
+def adam_muon(A: Stack, B: Stack, options: Options, rows: RowsOf) -> Asking:
     """(D_A, D_B, record) of orthogonalized AdamW directions on this process's rows, within `update_cap` if any."""
     M = [at_least_float32(adamw_direction(x, {**options, "lr": 1.0}, options["nesterov"])) for x in (A, B)]
     scale_A, scale_B = (options["lr"] * shape_scale(options["shape_scale"], *side.shape) for side in (A, B))
@@ -220,7 +222,7 @@ def adam_muon(A: Stack, B: Stack, options: Options, rows: Rows) -> Asking:
     return D_A, D_B, {"cap_factor": rho} if measured else {}
 
 
-def direction_parts(A: Stack, B: Stack, M: list[Tensor], rows: Rows, measured: bool) -> Parts:
+def direction_parts(A: Stack, B: Stack, M: list[Tensor], rows: RowsOf, measured: bool) -> Parts:
     """Sums for Q, and if they are to be measured in float64 those for the norms of directions and factors."""
     parts = {f"G_{i}": symmetric(gram(widest(rows(m), measured))) for i, m in enumerate(M)}
     if measured:

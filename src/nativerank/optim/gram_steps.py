@@ -23,7 +23,7 @@ from nativerank.linalg.roots import LIMIT, gram_root_and_inverse, growth, identi
 from nativerank.optim.ask import Answer, Part, symmetric, upper, whole
 from nativerank.optim.directions import Options, Stack, State
 from nativerank.optim.frames import aligned_svd, first_moment, in_new_basis, stepped_spectrum
-from nativerank.optim.gram_products import Parts, Rows, Totals, symmetrized
+from nativerank.optim.gram_products import Parts, RowsOf, Totals, symmetrized
 
 TAME = 64.0  # growth of rounding up to which X C in float32 leaves 2 eps sqrt(growth), 1e-6, in Q^T Q
 
@@ -40,7 +40,7 @@ Root = tuple[Tensor, Tensor, Tensor]
 # -- each process, before -------------------------------------------------------------------------------------------
 
 
-def projections(sides: Sequence[Stack], G: Sequence[Tensor], rows: Rows) -> Parts:
+def projections(sides: Sequence[Stack], G: Sequence[Tensor], rows: RowsOf) -> Parts:
     """Sums for the tangent parts of G: sym(U^T G)."""
     pairs = ((rows(at_least_float32(side.weight)), rows(g)) for side, g in zip(sides, G, strict=True))
     return {f"K_{i}": symmetric(symmetrized(u.mT @ g.to(u))) for i, (u, g) in enumerate(pairs)}
@@ -57,12 +57,12 @@ def spectrum_parts(s: Stack) -> Parts:
     return {"s": whole(s.weight), "s_grad": whole(s.grad)}
 
 
-def square_parts(X: Sequence[Tensor], rows: Rows) -> Parts:
+def square_parts(X: Sequence[Tensor], rows: RowsOf) -> Parts:
     """X^T X."""
     return {f"XX_{i}": symmetric(gram(to_float64(rows(x)))) for i, x in enumerate(X)}
 
 
-def joint_parts(sides: Sequence[Stack], E: Sequence[Tensor], rows: Rows) -> Parts:
+def joint_parts(sides: Sequence[Stack], E: Sequence[Tensor], rows: RowsOf) -> Parts:
     """U^T U, U^T E and E^T E."""
     parts = Parts()
     for i, (side, e) in enumerate(zip(sides, E, strict=True)):
@@ -71,7 +71,7 @@ def joint_parts(sides: Sequence[Stack], E: Sequence[Tensor], rows: Rows) -> Part
     return parts
 
 
-def moment_parts(sides: Sequence[Stack], E: Sequence[Tensor], options: Options, rows: Rows) -> Parts:
+def moment_parts(sides: Sequence[Stack], E: Sequence[Tensor], options: Options, rows: RowsOf) -> Parts:
     """With `riemannian`, U^T m and E^T m of the first moments."""
     parts = Parts()
     for i, (side, e) in enumerate(zip(sides, E, strict=True) if options["riemannian"] else ()):

@@ -29,7 +29,7 @@ from nativerank.optim.parallel import run_all
 
 
 @dataclass
-class Unit:
+class UpdateUnit:
     """Parameters that are updated at once by calling `update`, and how many such calls run side by side."""
 
     parameters: list[Tensor]
@@ -46,7 +46,7 @@ class Owner(Protocol):
 
     param_groups: list[dict[str, Any]]
 
-    def units(self) -> Iterator[Unit]: ...
+    def units(self) -> Iterator[UpdateUnit]: ...
 
 
 class Layerwise:
@@ -106,9 +106,9 @@ class Layerwise:
 
     def reset(self) -> None:
         """Forgets a step that was begun; the next gradient begins another one."""
-        self.units: list[Unit] | None = None
-        self.unit_of: dict[int, Unit] = {}
-        self.waiting: list[Unit] = []
+        self.units: list[UpdateUnit] | None = None
+        self.unit_of: dict[int, UpdateUnit] = {}
+        self.waiting: list[UpdateUnit] = []
         self.norms: dict[int, Tensor] = {}
         self.refused, self.moved = False, 0
 
@@ -130,7 +130,7 @@ class Layerwise:
         self.reset()
         self.moved, self.refused = moved, refused
 
-    def _begun(self) -> list[Unit]:
+    def _begun(self) -> list[UpdateUnit]:
         if self.units is None:
             self.reset()
             self.units = list(self.optimizer.units())
@@ -153,7 +153,7 @@ class Layerwise:
         if not unit.missing:
             self._complete(unit)
 
-    def _complete(self, unit: Unit) -> None:
+    def _complete(self, unit: UpdateUnit) -> None:
         self.mark("backward")
         if self.refuse and not self.refused:
             norms = torch.stack([self.norms[id(p)] for p in unit.parameters])
@@ -166,7 +166,7 @@ class Layerwise:
                 self._run(self.waiting)
         self.mark("optimizer")
 
-    def _run(self, units: list[Unit]) -> None:
+    def _run(self, units: list[UpdateUnit]) -> None:
         """Updates these and frees their gradients; a unit meant for one of several cores never gets them all."""
         for cores in sorted({unit.cores for unit in units}):
             run_all([unit.update for unit in units if unit.cores == cores], cores)
@@ -176,6 +176,6 @@ class Layerwise:
         units.clear()
 
     @staticmethod
-    def _free(unit: Unit) -> None:
+    def _free(unit: UpdateUnit) -> None:
         for p in unit.parameters:
             p.grad = None

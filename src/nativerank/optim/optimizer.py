@@ -25,7 +25,7 @@ from nativerank.distributed.pieces import Piece, local
 from nativerank.linalg.resize import Resized
 from nativerank.optim.check import DEFAULTS, check_group
 from nativerank.optim.directions import step_narrow
-from nativerank.optim.layerwise import Layerwise, Unit
+from nativerank.optim.layerwise import Layerwise, UpdateUnit
 from nativerank.optim.layout import Layout, grid_of_parameters
 from nativerank.optim.parallel import at_once, run_all
 from nativerank.optim.resize import resized_state
@@ -95,15 +95,15 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """From now on updates inside the backward pass (`optim.layerwise`)."""
         self.layerwise = Layerwise(self)
 
-    def units(self) -> Iterator[Unit]:
+    def units(self) -> Iterator[UpdateUnit]:
         """Everything this optimizer updates, in the smallest pieces that give the bits of a whole step."""
         for index, group in enumerate(self.param_groups):
             if RULES[group["rule"]].kind == "elementwise":
-                yield from (Unit([p], partial(self._step_adamw, group, [p])) for p in group["params"])
+                yield from (UpdateUnit([p], partial(self._step_adamw, group, [p])) for p in group["params"])
             else:
                 buckets, pieces, cores = self._pieces(index)
                 for bucket, piece in zip(buckets, pieces, strict=True):
-                    yield Unit([p for side in bucket.sides for p in side], piece, cores)
+                    yield UpdateUnit([p for side in bucket.sides for p in side], piece, cores)
 
     def set_rate(self, multiplier: float) -> None:
         """Sets every group's lr to this share of the peak it was built with."""

@@ -28,8 +28,8 @@ from nativerank.distributed.collectives import Kind, exchange, summed
 from nativerank.distributed.grid import Grid
 from nativerank.distributed.pieces import Piece
 from nativerank.optim.frames import in_new_basis
-from nativerank.optim.outer_rules import PLAIN, Agreed, Sgd, agree, at_other_ranks, changed
-from nativerank.optim.outer_units import Layout, OuterUnit, assigned, dealt_along, seen, wide
+from nativerank.optim.outer_rules import PLAIN, OuterStep, Sgd, agree, at_other_ranks, changed
+from nativerank.optim.outer_units import OuterLayout, OuterUnit, assigned, dealt_along, seen, wide
 from nativerank.optim.rules import RULES, WEIGHT_SHAPED
 
 STATE = "outer_momentum"
@@ -130,9 +130,9 @@ class Outer:
         self.budget = 0.0
         return report
 
-    def layout(self) -> Layout:
+    def layout(self) -> OuterLayout:
         """Units and parameters that are there now."""
-        layout = Layout(self.grid, dict(self.model.named_parameters()), [[] for _ in range(self.grid.world)])
+        layout = OuterLayout(self.grid, dict(self.model.named_parameters()), [[] for _ in range(self.grid.world)])
         for unit in self.units:
             if all(name in layout.parameters for name in unit.members):
                 layout.units[unit.owner].append(unit)
@@ -157,7 +157,7 @@ class Outer:
 
     # -- there and back -------------------------------------------------------------------------------------------
 
-    def _gathered(self, layout: Layout, replicas: int) -> Iterator[tuple[OuterUnit, list[list[Tensor]]]]:
+    def _gathered(self, layout: OuterLayout, replicas: int) -> Iterator[tuple[OuterUnit, list[list[Tensor]]]]:
         """The units owned here, with what each of the first so many replicas has of every member."""
         grid, mine = self.grid, layout.units[self.grid.rank]
         sends: list[list[Tensor]] = [[] for _ in range(grid.world)]
@@ -171,7 +171,7 @@ class Outer:
             by_replica = [parts[i : i + grid.shards] for i in range(0, len(parts), grid.shards)]
             yield unit, [[layout.joined(unit, j, shards) for j in range(len(unit.members))] for shards in by_replica]
 
-    def _agree(self, unit: OuterUnit, ends: Sequence[list[Tensor]], limit: float | None) -> Agreed:
+    def _agree(self, unit: OuterUnit, ends: Sequence[list[Tensor]], limit: float | None) -> OuterStep:
         """The outer step of a unit that is owned here."""
         held, tall = self.held[unit], tuple if unit.form == PLAIN else seen
         start, velocity, *at_end = (tall(tensors) for tensors in (held.start, held.velocity, *ends))
@@ -179,7 +179,7 @@ class Outer:
         held.start, held.velocity = ([x.contiguous() for x in tall(xs)] for xs in found[:2])
         return found
 
-    def _spread(self, layout: Layout, found: dict[OuterUnit, Agreed]) -> dict[str, Norms]:
+    def _spread(self, layout: OuterLayout, found: dict[OuterUnit, OuterStep]) -> dict[str, Norms]:
         """New weights and moments everywhere; the norms of every pair."""
         sends = [
             [t for unit, agreed in found.items() for t in self._outgoing(layout, unit, agreed, shard)]
@@ -201,7 +201,7 @@ class Outer:
         self.optimizer.loaded()
         return norms
 
-    def _outgoing(self, layout: Layout, unit: OuterUnit, agreed: Agreed, shard: int) -> Iterator[Tensor]:
+    def _outgoing(self, layout: OuterLayout, unit: OuterUnit, agreed: OuterStep, shard: int) -> Iterator[Tensor]:
         """What processes with this shard get of a unit that is owned here."""
         for name, whole in zip(unit.members, self.held[unit].start, strict=True):
             yield layout.part_of(unit, name, whole, shard)
@@ -209,7 +209,7 @@ class Outer:
         if agreed.gap is not None and agreed.change is not None and agreed.kept is not None:
             yield torch.stack([agreed.gap.max(), agreed.change.max(), agreed.kept.min()])
 
-    def _returned(self, layout: Layout, unit: OuterUnit) -> Iterator[Kind]:
+    def _returned(self, layout: OuterLayout, unit: OuterUnit) -> Iterator[Kind]:
         """What this process gets of a unit."""
         yield from (layout.kind(unit, name, self.grid.shard) for name in unit.members)
         p = layout.parameters[unit.members[0]]
@@ -225,7 +225,7 @@ class Outer:
 
     # -- the inner optimizer's state ------------------------------------------------------------------------------
 
-    def _turn(self, layout: Layout, turns: dict[str, Tensor]) -> None:
+    def _turn(self, layout: OuterLayout, turns: dict[str, Tensor]) -> None:
         """Moments that are held here, in the new bases."""
         turns = turns | self._raw_turns(layout, turns)
         for unit in (unit for units in layout.units for unit in units):
@@ -234,7 +234,7 @@ class Outer:
                 tall = {k: v.mT if i == 1 and k in WEIGHT_SHAPED else v for k, v in state.items()}
                 in_new_basis(tall, turns[unit.members[i]])
 
-    def _raw_turns(self, layout: Layout, turns: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _raw_turns(self, layout: OuterLayout, turns: dict[str, Tensor]) -> dict[str, Tensor]:
         """R_i^T T R'^-T of every factor of tsvd, whose R becomes the mean of the replicas'."""
         rules = {id(p): group["rule"] for group in self.optimizer.param_groups for p in group["params"]}
         raw = {n: T for n, T in turns.items() if "R" in RULES[rules[id(layout.parameters[n])]].state}

@@ -50,7 +50,7 @@ class Sgd(NamedTuple):
     limit: float | None = None
 
 
-class Agreed(NamedTuple):
+class OuterStep(NamedTuple):
     """What a unit's owner found.
 
     weights, velocity: the new ones, in the dtypes of the old. bases: T (..., r, r) of every factor that changed its
@@ -78,7 +78,7 @@ def changed(form: str) -> tuple[int, ...]:
     return {TRIPLE: (0, 1), FRAME: (0, 1)}.get(form, ())
 
 
-def agree(form: str, start: Weights, ends: Sequence[Weights], velocity: Weights, sgd: Sgd) -> Agreed:
+def agree(form: str, start: Weights, ends: Sequence[Weights], velocity: Weights, sgd: Sgd) -> OuterStep:
     """One outer step of a unit.
 
     Args:
@@ -93,10 +93,10 @@ def agree(form: str, start: Weights, ends: Sequence[Weights], velocity: Weights,
     steps = [sgd.lr * (new + sgd.momentum * x if sgd.nesterov else x) for new, x in zip(d, v, strict=True)]
     targets = tuple(x - step for x, step in zip(wide, steps, strict=True))
     if form == PLAIN:
-        return Agreed(cast(targets, start), cast(v, velocity))
+        return OuterStep(cast(targets, start), cast(v, velocity))
     new, change, t = shortened(form, start, wide, targets, sgd.limit)
     moved = velocity_in_new_basis(form, tuple(v), new)
-    return Agreed(cast(new.weights, start), cast(moved, velocity), new.bases, gap(form, ends, means), change, t)
+    return OuterStep(cast(new.weights, start), cast(moved, velocity), new.bases, gap(form, ends, means), change, t)
 
 
 def shortened(

@@ -81,7 +81,7 @@ def wide(x: Tensor) -> torch.dtype:
 
 
 @dataclass
-class Layout:
+class OuterLayout:
     """Where the parameters of a model, which shards of the grid hold as DTensors, lie at this moment.
 
     `units` are those of all processes by owner, without those whose parameters are gone (guides that have faded).

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import Shard
 
-from nativerank.distributed.move import Holding, Unit, Whole, held, move
+from nativerank.distributed.move import Holding, Relocation, Whole, held, move
 from nativerank.distributed.pieces import cut_along, piece_of
 from nativerank.distributed.rewrap import loosen, tighten
 from nativerank.distributed.wrap import reshard
@@ -34,7 +34,7 @@ Resize = tuple[Any, int, torch.Generator | None]  # a factor layer, its new rank
 
 @contextmanager
 def reshaped(
-    optimizer: LowRankOptimizer, model: nn.Module, names: Collection[str] = (), units: Sequence[Unit] = ()
+    optimizer: LowRankOptimizer, model: nn.Module, names: Collection[str] = (), units: Sequence[Relocation] = ()
 ) -> Iterator[None]:
     """Surgery on a model whose parameters many processes hold; on one process nothing but the surgery.
 
@@ -73,10 +73,10 @@ def resize(optimizer: LowRankOptimizer, model: nn.Module, changes: Sequence[Resi
         return
     reshard(model)
     names = {id(p): name for name, p in model.named_parameters()}
-    found: dict[tuple[str, ...], Unit] = {}
+    found: dict[tuple[str, ...], Relocation] = {}
     for layer, rank, generator in changes:
         members = tuple(names[id(p)] for p in members_of(layer))
-        found.setdefault(members, Unit(members, partial(_resized, layer, rank, generator, members)))
+        found.setdefault(members, Relocation(members, partial(_resized, layer, rank, generator, members)))
     with reshaped(optimizer, model, [name for members in found for name in members], list(found.values())):
         for layer, rank, _ in changes:
             layer.reshape(rank)

@@ -19,7 +19,7 @@ from nativerank.optim.frames import frame_spectron, sct, stiefel_spectron, tsvd
 from nativerank.optim.precision import state_dtype
 from nativerank.optim.products import adam_muon, adamw_capped, muon, spectron
 
-Rows = tuple[int, int] | None
+RowRange = tuple[int, int] | None
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,9 @@ def step_device(parameter: Tensor) -> torch.device:
     return parameter.device if parameter.device.type == "cuda" else torch.device("cpu")
 
 
-def initial_state(name: str, held: Tensor, shape_tall: int, seed: int, kept: str = "fp32", part: Rows = None) -> Tensor:
+def initial_state(
+    name: str, held: Tensor, shape_tall: int, seed: int, kept: str = "fp32", part: RowRange = None
+) -> Tensor:
     """One state tensor at step 0: zeros (of the option `state_dtype`), or a random unit vector over the tall side.
 
     Args:

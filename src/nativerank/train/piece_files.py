@@ -46,7 +46,7 @@ def begin(piece: Piece) -> Sizes:
 
 
 @dataclass(frozen=True)
-class Part:
+class StoredPart:
     """What one file holds of a tensor: `size` from `begin` on."""
 
     file: Path
@@ -70,7 +70,7 @@ class Stored:
     def __init__(self, files: Sequence[Path]):
         self.where = files[0] if len(files) == 1 else files[0].parent
         self.shapes: dict[str, Sizes] = {}
-        self._parts: dict[str, list[Part]] = {}
+        self._parts: dict[str, list[StoredPart]] = {}
         for file in files:
             for name, (shape, part) in _parts_of(file).items():
                 if self.shapes.setdefault(name, shape) != shape:
@@ -94,7 +94,7 @@ class Stored:
         for p in pieces:
             if self.shapes[p.name] != tuple(p.shape):
                 raise ValueError(f"{self.where}: {p.name} has shape {self.shapes[p.name]}, expected {tuple(p.shape)}")
-        wanted: dict[Path, list[tuple[Piece, Part]]] = {}
+        wanted: dict[Path, list[tuple[Piece, StoredPart]]] = {}
         for p in pieces:
             for part in self._parts[p.name]:
                 wanted.setdefault(part.file, []).append((p, part))
@@ -104,7 +104,7 @@ class Stored:
                     _copy(stored, piece, part)
 
 
-def _copy(stored: Any, piece: Piece, part: Part) -> None:
+def _copy(stored: Any, piece: Piece, part: StoredPart) -> None:
     """What a part and a piece have in common, from a file into the piece."""
     target, source = [], []
     size: Sizes = tuple(piece.tensor.shape)
@@ -119,7 +119,7 @@ def _copy(stored: Any, piece: Piece, part: Part) -> None:
     piece.tensor[tuple(target)].copy_(value)
 
 
-def _parts_of(file: Path) -> dict[str, tuple[Sizes, Part]]:
+def _parts_of(file: Path) -> dict[str, tuple[Sizes, StoredPart]]:
     """name -> (shape of the whole, what of it lies here), from the header alone."""
     with _opened(file) as stored:
         sizes = {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}
@@ -132,13 +132,13 @@ def _parts_of(file: Path) -> dict[str, tuple[Sizes, Part]]:
             start, shape = tuple(map(int, entry["saved_offsets"])), tuple(map(int, entry["shape"]))
             if not len(start) == len(shape) == len(size) or min((*start, *shape), default=0) < 0:
                 raise ValueError(name)
-            found[name] = (shape, Part(file, start, size))
+            found[name] = (shape, StoredPart(file, start, size))
     except (ValueError, TypeError, KeyError):
         raise ValueError(f"{file} is damaged: its header does not say where its tensors belong") from None
     return found
 
 
-def _tile(parts: list[Part], shape: Sizes) -> bool:
+def _tile(parts: list[StoredPart], shape: Sizes) -> bool:
     """Whether parts, cut along one dimension, are the whole and nothing twice."""
     along = {d for part in parts for d, size in enumerate(part.size) if size != shape[d] or part.begin[d]}
     if len(along) > 1 or (not along and len(parts) > 1 and 0 not in shape):

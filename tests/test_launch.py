@@ -144,7 +144,8 @@ def test_the_sky_task_starts_the_same_program():
     assert "$" not in line
     launcher, config = check_command(shlex.split(line))
     assert (launcher.nnodes, launcher.nproc_per_node, launcher.node_rank) == ("2", "8", 1)
-    assert any(config.out.startswith(f"{folder}/") for folder in task["file_mounts"])
+    assert any(config.out.startswith(f"{folder}/") for folder in task["volumes"])
+    assert not task.get("file_mounts")  # a bucket is no disk that nodes share
     assert subprocess.run(["bash", "-nc", task["run"] + task["setup"]]).returncode == 0
 
 
@@ -154,5 +155,7 @@ def test_the_sky_task_fits_the_published_schema():
     task = template("sky.yaml")
     jsonschema.validate(task, schemas.get_task_schema())
     jsonschema.validate(task["resources"], schemas.get_resources_schema())
-    for storage in task["file_mounts"].values():
-        jsonschema.validate(storage, schemas.get_storage_schema())
+    comment = (LAUNCH / "sky.yaml").read_text()
+    volume = yaml.safe_load("\n".join(re.findall(r"^#   (\w+: .*)$", comment, flags=re.M)))
+    jsonschema.validate(volume, schemas.get_volume_schema())
+    assert [volume["name"]] == list(task["volumes"].values())

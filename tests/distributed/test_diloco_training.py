@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nativerank.config import DilocoConfig, ParallelConfig
 from nativerank.distributed.grid import Grid
-from nativerank.train.diloco import check_diloco
+from nativerank.train.diloco import check_diloco, notes
 from nativerank.train.loop import train
 from nativerank.train.metrics import read_rows
 from nativerank.train.resolve import resolve
@@ -114,6 +115,47 @@ def test_replicas_meet_and_the_run_goes_on_as_if_nothing_had_killed_it(trained, 
 def test_the_last_round_may_be_shorter(trained):
     rows = steps(trained(2, train__steps=7, train__eval_every=0, train__checkpoint_every=0))
     assert [row["step"] for row in rows if "outer" in row] == [2, 4, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("momentum", "steps", "said"),
+    [
+        (0.9, 199, ["has 100 meetings .*momentum 0.9, which remembers 10: .* 0.5 was better"]),
+        (0.9, 30, ["has 15 meetings"]),
+        (0.9, 200, []),  # 10 / (1 - 0.9) meetings of every second step
+        (0.8, 98, ["has 49 meetings .* which remembers 5:"]),
+        (0.5, 2, []),
+        (0.0, 2, []),
+    ],
+)
+def test_a_momentum_that_is_long_for_the_run_is_noted(run_config, momentum, steps, said):
+    config = run_config(**DILOCO | {"parallel__diloco__momentum": momentum})
+    found = notes(config, steps)
+    assert len(found) == len(said) and all(re.search(*pair) for pair in zip(said, found, strict=True))
+    assert notes(run_config(parallel__diloco__momentum=momentum), steps) == [], "nobody meets"
+
+
+class Told(Quiet):
+    """Keeps what a start says."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.folder = folder
+
+    def begin(self, facts):
+        (self.folder / "warnings.json").write_text(json.dumps(facts["warnings"]))
+
+
+def told_worker(rank, world, port, config, folder):
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world)}
+    train(config, Told(folder))
+
+
+def test_the_start_says_so(start_all, run_config, tmp_path):
+    start_all(told_worker, 2, run_config(out=tmp_path / "run", **DILOCO), tmp_path)
+    (first, *_) = json.loads((tmp_path / "warnings.json").read_text())
+    assert "4 meetings" in first
 
 
 class Traffic(TorchDispatchMode):

@@ -37,7 +37,7 @@ from nativerank.optim.roles import factor_modules
 from nativerank.optim.schedule import multiplier
 from nativerank.train import checkpoint
 from nativerank.train.closing import export, peak_memory_bytes, sample_text, xz_of_validation
-from nativerank.train.diloco import check_diloco, gradient_grid
+from nativerank.train.diloco import check_diloco, gradient_grid, notes
 from nativerank.train.folder import claim, write_config
 from nativerank.train.guard import Diverged
 from nativerank.train.metrics import JsonLines, TensorBoard, Tracker, require_tensorboard
@@ -356,7 +356,10 @@ class Run(RunState):
             "parameters": count_parameters(self.model),
             "factorized": len(factor_modules(self.model)),
             "left_dense": len(linear_modules(self.model)),
-            "warnings": [f"{e.name}: {e.warning}" for e in self.report.entries if e.warning] if self.report else [],
+            "warnings": [
+                *notes(c, self.steps),
+                *(f"{e.name}: {e.warning}" for e in (self.report.entries if self.report else ()) if e.warning),
+            ],
             "steps": self.steps,
             "tokens_per_step": self.tokens_per_step,
             "train_tokens": self.dataset.split("train").tokens,

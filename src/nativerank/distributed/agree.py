@@ -125,18 +125,22 @@ def equal(settings: Mapping[str, Any]) -> None:
 
 @contextmanager
 def together(grid: Grid | None = None) -> Iterator[None]:
-    """A block, without collectives inside, that raises on every process if it raises on one.
+    """A block that raises ValueError or OSError on every process if it does on one.
+
+    Collectives are for blocks whose errors of these kinds are the same on all processes, or settled in there. Any other
+    error passes at once, for it may have left the others in the middle of something: `watching` tells them.
 
     Args:
-        grid: None before there is one.
+        grid: None before there is one, and anybody who watches: then every error is settled.
 
     Raises:
         Exception: what the block raised on the first process; `Agreed` on the others.
     """
+    settled = Exception if grid is None else (ValueError, OSError)
     failure: Exception | None = None
     try:
         yield
-    except Exception as error:
+    except settled as error:
         failure = error
     rank, world = launched() if grid is None else (grid.rank, grid.world)
     verdict = _first_of(grid, None if failure is None else one_line(failure)) if world > 1 else None

@@ -55,11 +55,6 @@ def check_diloco(config: RunConfig, grid: Grid) -> None:
             raise ValueError(f"parallel.diloco.{key} must not be {excluded}")
 
 
-def gradient_grid(config: RunConfig, grid: Grid) -> Grid:
-    """The processes that exchange gradients and share an optimizer."""
-    return grid.within_replica() if config.parallel.diloco.every else grid
-
-
 def notes(config: RunConfig, steps: int) -> list[str]:
     """What a person should know before a run of so many steps: an outer momentum that is long for it."""
     d = config.parallel.diloco

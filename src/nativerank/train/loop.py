@@ -37,7 +37,7 @@ from nativerank.optim.roles import factor_modules
 from nativerank.optim.schedule import multiplier
 from nativerank.train import checkpoint
 from nativerank.train.closing import export, peak_memory_bytes, sample_text, xz_of_validation
-from nativerank.train.diloco import check_diloco, gradient_grid, notes
+from nativerank.train.diloco import check_diloco, notes
 from nativerank.train.folder import claim, write_config
 from nativerank.train.guard import Diverged
 from nativerank.train.metrics import JsonLines, TensorBoard, Tracker, require_tensorboard
@@ -103,8 +103,7 @@ def train(config: RunConfig, listener: Listener) -> dict[str, Any]:
         check_same_data(dataset, grid)
         damaged: list[str] = []
         origin, newest = checkpoint.find(out, config.resume, damaged.append, grid)
-        with together(grid):
-            built = build(config, dataset, origin is None, gradient_grid(config, grid))
+        built = build(config, dataset, origin is None, grid)
         device = next(built.model.parameters()).device
         stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
         torch.manual_seed(init_seed(config.train.seed, f"training {grid.rank}" if grid.rank else "training"))  # dropout

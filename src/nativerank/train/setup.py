@@ -99,6 +99,11 @@ class Built:
     uneven: list[str]
 
 
+def gradient_grid(config: RunConfig, grid: Grid) -> Grid:
+    """The processes that exchange gradients and share an optimizer."""
+    return grid.within_replica() if config.parallel.diloco.every else grid
+
+
 def build(config: RunConfig, dataset: Dataset, fresh: bool = True, grid: Grid = SINGLE) -> Built:
     """The model of a resolved configuration with its initial (or --init) weights, and its optimizer.
 
@@ -106,13 +111,30 @@ def build(config: RunConfig, dataset: Dataset, fresh: bool = True, grid: Grid = 
         config: resolved.
         dataset: decides the vocabulary of a preset.
         fresh: False leaves the weights undrawn, for those of a checkpoint.
-        grid: of the processes that train it. The first one draws the weights, in its host memory, and deals them out; a
-            model to start from (--init) is read by all of them.
+        grid: of all processes. The first one of those that exchange gradients draws the weights, in its host memory,
+            and deals them out; a model to start from (--init) is read by all of them.
 
     Raises:
         ValueError: a vocabulary smaller than the data's, a context beyond the model's, or what factorize and
             build_optimizer refuse.
     """
+    own = gradient_grid(config, grid)
+    with together(grid):
+        model, report = whole_model(config, dataset, fresh, own)
+    # Here processes talk to each other, so one that fails leaves alone.
+    drawn = {name: p.detach() for name, p in model.named_parameters()} if own.rank == 0 else {}
+    forward, uneven = spread(config, model, own)
+    if fresh and own.shards > 1 and not config.init:
+        deal(model, drawn, own)
+    with together(grid):
+        optimizer = optimizer_for(config, model, own)
+    return Built(model, optimizer, report, forward, uneven)
+
+
+def whole_model(
+    config: RunConfig, dataset: Dataset, fresh: bool, grid: Grid
+) -> tuple[nn.Module, FactorizeReport | None]:
+    """What `build` spreads over the grid, and what became what; asks no other process."""
     device = pick_device(config.device or "cpu")
     if config.init:
         model, report = initial_model(config, dataset)
@@ -124,11 +146,7 @@ def build(config: RunConfig, dataset: Dataset, fresh: bool = True, grid: Grid = 
     model.train()
     if config.train.recompute:
         recompute_blocks(model)
-    drawn = {name: p.detach() for name, p in model.named_parameters()} if grid.rank == 0 else {}
-    forward, uneven = spread(config, model, grid)
-    if fresh and grid.shards > 1 and not config.init:
-        deal(model, drawn, grid)
-    return Built(model, optimizer_for(config, model, grid), report, forward, uneven)
+    return model, report
 
 
 def spread(config: RunConfig, model: nn.Module, grid: Grid) -> tuple[nn.Module, list[str]]:

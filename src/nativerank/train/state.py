@@ -22,11 +22,11 @@ from nativerank.distributed.rewrap import let_go
 from nativerank.models import count_parameters
 from nativerank.rank.controller import RankController
 from nativerank.train import checkpoint
-from nativerank.train.diloco import check_taken_up, gradient_grid, outer_of, replicas_apart
+from nativerank.train.diloco import check_taken_up, outer_of, replicas_apart
 from nativerank.train.guard import Diverged, Guard
 from nativerank.train.resolve import share_of_batch, tokens_per_step
 from nativerank.train.saver import Saver
-from nativerank.train.setup import Built, data_fingerprint, spread
+from nativerank.train.setup import Built, data_fingerprint, gradient_grid, spread
 
 
 class RunState:

@@ -5,13 +5,14 @@ COUNT factors (d, r), a row shard of each on every process, as one stack (n, d /
 | way | exchanges | r x r problems per process |
 |---|---|---|
 | gram | packed Gram triangles to owners, packed answers to everybody | n / N |
-| gram-float64 | the same with sums and product in float64, as the optimizer retracts | n / N |
+| gram-float32 | retraction with sums in float32 too | n / N |
 | owner | row shards to owners and back | n / N, on whole matrices |
 | gather | all shards to everybody | n, the same algebra |
 | gather-qr | all shards to everybody | n Householder QRs with a sign fix |
 
-gram and owner are the two algebras of the optimizer. Its retractions in gram are float64, since there is no second
-exchange for factors that float32 does not bring back to a frame; here none needs it.
+gram and owner are the two algebras of the optimizer. Its retractions in gram take sums in float64, since there is no
+second exchange for factors that float32 does not bring back to a frame; the product is float32 where that suffices, as
+here.
 """
 
 from collections.abc import Callable
@@ -73,11 +74,10 @@ class Spread:
 
 
 def by_gram(x: Spread, solve: Solve, wide: bool = False) -> Tensor:
-    """X Q with Q = solve(X^T X)."""
-    X = to_float64(x.held) if wide else x.held
-    parts = x.to_owners(packed(symmetric(gram(X))))
+    """X Q with Q = solve(X^T X); `wide`: from sums in float64."""
+    parts = x.to_owners(packed(symmetric(gram(to_float64(x.held) if wide else x.held))))
     answer = solve(unpacked(sum(parts[1:], parts[0]), "symmetric"))
-    return (X @ unpacked(x.to_everybody(packed(answer)), answer.form)).to(x.held.dtype)
+    return x.held @ unpacked(x.to_everybody(packed(answer)), answer.form).to(x.held.dtype)
 
 
 def by_owner(x: Spread, whole: Whole) -> Tensor:
@@ -103,16 +103,16 @@ def measure_once(grid: Grid, repeats: int) -> list[dict[str, Any]]:
         "orthogonalize": (momenta, ways(momenta, orthogonalize, lambda G: symmetric(orthogonalizing_factor(G)))),
         "retract": (
             moved,
-            {"gram-float64": lambda: by_gram(moved, inverse_root, wide=True), **ways(moved, retract, inverse_root)},
+            ways(moved, retract, inverse_root, wide=True) | {"gram-float32": lambda: by_gram(moved, inverse_root)},
         ),
     }
     return [{"task": task, **contest(*what, repeats)} for task, what in tasks.items()]
 
 
-def ways(x: Spread, whole: Whole, solve: Solve) -> Calls:
+def ways(x: Spread, whole: Whole, solve: Solve, wide: bool = False) -> Calls:
     """All contestants of a task, given what it does to whole matrices and in r x r."""
     return {
-        "gram": lambda: by_gram(x, solve),
+        "gram": lambda: by_gram(x, solve, wide),
         "owner": lambda: by_owner(x, whole),
         "gather": lambda: x.own_rows(whole(x.gathered())),
         "gather-qr": lambda: x.own_rows(torch.stack([looped(X) for X in x.gathered()])),

@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 
 from nativerank.distributed.gradients import clip, loss_and_norms
 from nativerank.distributed.grid import make_grid
-from nativerank.distributed.pieces import cut_along, full
+from nativerank.distributed.pieces import cut_along, full, local
 from nativerank.distributed.wrap import deal, gradient_sync, original_class, reshard, wrap
 from nativerank.methods import factorize
 from nativerank.optim.roles import assign_roles, long_sides
@@ -97,18 +97,24 @@ def test_gradients_and_their_norm_are_those_of_the_whole_batch(forked, mode, pla
     assert len({tuple(norms) for _, norms in found}) == 1  # to the last bit
 
 
-def unsynchronised(rank, shape):
+def after_one_pass(rank, shape):
+    """How many parameters are whole on this process after a pass that is not the last; and what it has of gradients."""
     grid, model = make_grid(*shape, "cpu"), make_model()
     forward, _ = wrap(model, grid, {})
     ids = torch.randint(0, 60, (2, 6), generator=torch.Generator().manual_seed(rank))
     backward(model, forward, [(ids, False)])
-    return [p.grad for p in model.parameters()] if shape[1] == 1 else [p.grad is None for p in model.parameters()]
+    held = [local(p.grad) for p in model.parameters() if p.grad is not None]
+    whole = [p for p in model.parameters() if not isinstance(p, DTensor)]
+    return len(whole), held
 
 
 def test_ddp_exchanges_nothing_before_the_last_pass(forked):
-    one, two = forked(unsynchronised, 2, GRIDS["ddp"])
-    assert not any(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    (_, one), (_, two) = forked(after_one_pass, 2, GRIDS["ddp"])
+    assert one and not any(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
-def test_fsdp_scatters_nothing_before_the_last_pass(forked):
-    assert all(all(found) for found in forked(unsynchronised, 2, GRIDS["fsdp"]))
+def test_shards_keep_no_whole_gradient_between_passes(forked):
+    parameters = list(make_model().parameters())
+    for whole, held in forked(after_one_pass, 2, GRIDS["fsdp"]):
+        assert whole == 0 and len(held) == len(parameters)
+        assert sum(g.numel() for g in held) < 0.6 * sum(p.numel() for p in parameters)

@@ -8,8 +8,10 @@ for its sender, and what stays in a process is free. For B bytes, all of a tenso
 | FSDP all-gather, forward; again backward where blocks were let go | B (S - 1) / S |
 | FSDP reduce-scatter of gradients (a ring) | B (S - 1) / S |
 | all-reduce of gradients over replicas (a ring; DDP is S = 1) | 2 B / S (R - 1) / R |
-| optimizer, `gram` and `owner` | 1 / N of what all send for each unit, see `optim.traffic` |
+| optimizer, `gram` and `owner` | see `optim.traffic`, which has the formulas of both |
 | optimizer, gathering Muon | B (S - 1) / S: whole momenta on every process, which solves every matrix |
+
+With accumulation the first two phases are those of every pass, the others of the last one alone.
 
 FSDP2 pads shards to equal size, and B is counted with that padding; the optimizer's exchanges pad each tensor to 8
 bytes, which is left out. Owners are spread by cost, which is never quite even: figures are means over processes, those
@@ -21,7 +23,6 @@ columns (Cholesky, inverse and what joins them).
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -37,8 +38,8 @@ from nativerank.optim.gram_rules import refusal
 from nativerank.optim.optimizer import LowRankOptimizer
 from nativerank.optim.precision import state_dtype
 from nativerank.optim.rules import RULES, SMALL, WEIGHT_SHAPED
-from nativerank.optim.traffic import choose, gram_parts
-from nativerank.optim.units import ALGEBRAS, GRAM, OWNER, Unit, assign, units_of
+from nativerank.optim.traffic import choose, row_counts, sent_bytes
+from nativerank.optim.units import ALGEBRAS, GRAM, Unit, assign, units_of
 
 Groups = Sequence[dict[str, Any]]
 GATHER = "gather"
@@ -118,7 +119,7 @@ def optimizer_scale(groups: Groups, grid: Grid, algebra: str) -> dict[str, Any]:
     """The optimizer's traffic by phase, state and r x r FLOPs: of a process on average, and the largest of any."""
     units = units_of(groups)
     assign(units, grid, lambda unit: choose(unit, groups[unit.group], grid, algebra))
-    phases = sent_bytes(units, groups, grid)
+    phases = phase_bytes(units, groups, grid)
     total = sum(phases.values(), torch.zeros(()))
     state = state_bytes(groups, units, grid)
     flops = torch.zeros(grid.world, dtype=torch.float64)
@@ -135,41 +136,12 @@ def optimizer_scale(groups: Groups, grid: Grid, algebra: str) -> dict[str, Any]:
     }
 
 
-def sent_bytes(units: Sequence[Unit], groups: Groups, grid: Grid) -> dict[str, Tensor]:
-    """What every process sends in a step of the optimizer, (replicas, shards): asked first, to the owners, and back."""
-    before, there, back = torch.zeros(3, grid.replicas, grid.shards, dtype=torch.float64)
-    others = grid.world - 1
+def phase_bytes(units: Sequence[Unit], groups: Groups, grid: Grid) -> dict[str, Tensor]:
+    """What every process sends in a step of the optimizer, (replicas, shards) each: `sent_bytes` of all units."""
+    found = torch.zeros(3, grid.replicas, grid.shards, dtype=torch.float64)
     for unit in units:
-        owner = divmod(unit.owner, grid.shards)
-        if unit.algebra == GRAM:
-            found = gram_parts(unit, groups[unit.group])
-            before += 2 * found.sums * others / grid.world
-            there += found.parts
-            there[owner] -= found.parts
-            back[owner] += others * found.answers
-        elif unit.algebra == OWNER:
-            for p in unit.members:
-                if cut_along(p) is None:
-                    back[owner] += others * p.numel() * p.element_size()
-                    continue
-                sizes = shard_bytes(p, grid.shards)
-                there[owner[0]] += sizes
-                there[owner] -= sizes[owner[1]]
-                back[owner] += grid.replicas * sizes.sum() - sizes[owner[1]]
-    return {"before": before, "to_owners": there, "back": back}
-
-
-def shard_bytes(p: Tensor, shards: int) -> Tensor:
-    """Bytes of every shard of a parameter that is cut (shards,)."""
-    along = cut_along(p)
-    assert along is not None
-    return row_counts(p.shape[along], shards) * (p.numel() // p.shape[along] * p.element_size())
-
-
-@lru_cache
-def row_counts(rows: int, shards: int) -> Tensor:
-    """Rows in each shard (shards,)."""
-    return torch.tensor([bounds(rows, shards, shard)[1] for shard in range(shards)], dtype=torch.float64)
+        found += sent_bytes(unit, groups[unit.group], grid, unit.algebra)
+    return dict(zip(("before", "to_owners", "back"), found, strict=True))
 
 
 def gathering_scale(groups: Groups, grid: Grid) -> dict[str, Any]:

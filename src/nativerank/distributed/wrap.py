@@ -13,7 +13,6 @@ DistributedDataParallel sends them to the others, `deal` does where there are sh
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from inspect import signature
 from typing import Any
 
 import torch
@@ -27,8 +26,6 @@ from torch.nn.parallel import DistributedDataParallel
 from nativerank.distributed.grid import Grid
 from nativerank.distributed.pieces import bounds, cut_along, local
 
-# PyTorch 2.13 gave it a new name.
-SYNC_BUFFERS = [name for name in signature(DistributedDataParallel).parameters if name.endswith("_buffers")][-1]
 DTYPES: dict[str | None, torch.dtype | None] = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -88,12 +85,11 @@ def _placement(p: nn.Parameter, dims: Mapping[int, int], shards: int) -> Shard:
 
 
 def _ddp(model: nn.Module, grid: Grid, reduce: str | None, unused: bool) -> DistributedDataParallel:
-    still: dict[str, Any] = {SYNC_BUFFERS: False}  # rotary tables and the like never change
     on_cpu = next(model.parameters()).device.type == "cpu"
     wrapped = DistributedDataParallel(
         model,
         process_group=grid.along_replicas,
-        **still,
+        forward_sync_buffers=False,  # rotary tables and the like never change
         find_unused_parameters=unused,
         # Where a gradient lies in its bucket changes after the first step, and with its alignment the last digit of
         # products on a CPU: a resumed run would differ.
@@ -144,13 +140,16 @@ def deal(model: nn.Module, weights: dict[str, Tensor], grid: Grid) -> None:
 
 
 def gradient_sync(module: nn.Module, last: bool) -> AbstractContextManager[Any]:
-    """For the forward and backward pass of one micro-batch: gradients are exchanged in that of the last one only.
+    """For the forward and backward pass of one micro-batch: replicas exchange gradients in that of the last one only.
+
+    Shards add up their part in every pass: whole gradients that wait for the last one would take as much memory as
+    without shards.
 
     Args:
         module: from `wrap`.
     """
     if isinstance(module, FSDPModule):
-        module.set_requires_gradient_sync(last)
+        module.set_requires_all_reduce(last)
         module.set_is_last_backward(last)
     elif isinstance(module, DistributedDataParallel) and not last:
         return module.no_sync()

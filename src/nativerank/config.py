@@ -303,9 +303,9 @@ class ParallelConfig:
             sends the shards to one process per matrix and back; "auto" takes what moves fewer bytes, per shape.
         reshard_after_forward: free the gathered weights of a block after its forward pass and gather them again for the
             backward pass; false keeps them: less traffic, more memory.
-        precision: what gathered weights are computed in, fsdp and hsdp only. None as in one process: on CUDA each keeps
-            a bfloat16 copy of every weight from the forward to the backward pass, which "bf16" gathers again instead.
-        reduce: what gradients are added up in over processes; None is their own precision.
+        precision: what weights are gathered and computed in, fsdp and hsdp only; shards stay float32. None is "bf16" on
+            CUDA and "fp32" elsewhere. "fp32" on CUDA gathers twice the bytes, and products keep bfloat16 copies.
+        reduce: what gradients are added up in over processes; None is "fp32".
         timeout: seconds that a process waits for the others before it gives up.
         diloco: gradients that stay within a replica.
     """

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from nativerank.config import DataConfig, ModelConfig, RankConfig, RunConfig, TrainConfig
+from nativerank.distributed.grid import Grid
 from nativerank.layers import LowRankLinear
 from nativerank.train.loop import train
 from nativerank.train.metrics import read_rows
 from nativerank.train.resolve import free_folder, resolve, tokens_per_step
-from nativerank.train.setup import build, compile_blocks, git_commit, open_data
+from nativerank.train.setup import build, compile_blocks, git_commit, open_data, precisions
 
 
 def resolved(**changes):
@@ -201,3 +202,19 @@ def test_given_weights_bring_their_context_along_and_can_be_resumed(tmp_path, ru
     train(run_config(out=tmp_path / "b", init=tmp_path / "a", train__steps=2), listen())
     again = cli("train", "--config", tmp_path / "b/config.yaml", "--train.steps", 3, "--resume", "auto")
     assert (again.code, again.err) == (0, "") and "resumed at step 2" in again.out
+
+
+@pytest.mark.parametrize(
+    ("changes", "shards", "wanted"),
+    [
+        ({"device": "cuda"}, 2, ("bf16", "fp32")),
+        ({"device": "cuda", "parallel__precision": "fp32"}, 2, ("fp32", "fp32")),
+        ({"device": "cuda", "parallel__reduce": "bf16"}, 2, ("bf16", "bf16")),
+        ({"device": "cuda"}, 1, (None, None)),
+        ({"device": "cpu"}, 2, (None, None)),
+        ({"device": "cpu", "parallel__precision": "bf16"}, 2, ("bf16", "fp32")),
+    ],
+)
+def test_shards_on_cuda_are_gathered_in_bfloat16_and_gradients_added_up_in_float32(run_config, changes, shards, wanted):
+    found = precisions(run_config(**changes), Grid(shards=shards))
+    assert (found["precision"], found["reduce"]) == wanted

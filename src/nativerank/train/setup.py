@@ -158,10 +158,16 @@ def spread(config: RunConfig, model: nn.Module, grid: Grid) -> tuple[nn.Module, 
         grid,
         long_sides(roles),
         reshard_after_forward=p.reshard_after_forward,
-        precision=p.precision,
-        reduce=p.reduce,
+        **precisions(config, grid),
         unused=bool(roles.guides),
     )
+
+
+def precisions(config: RunConfig, grid: Grid) -> dict[str, str | None]:
+    """`precision` and `reduce` of `wrap`, by this device: bf16 and fp32 where CUDA computes in bfloat16 anyway."""
+    p = config.parallel
+    precision = p.precision or ("bf16" if config.device == "cuda" and grid.shards > 1 else None)
+    return {"precision": precision, "reduce": p.reduce or ("fp32" if precision else None)}
 
 
 def check_fit(config: RunConfig, dataset: Dataset, model: Any) -> None:

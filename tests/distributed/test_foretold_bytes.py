@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from nativerank.accounting.traffic import exchanged_bytes, held_state_bytes, optimizer_scale, sent_bytes, state_bytes
+from nativerank.accounting.traffic import exchanged_bytes, held_state_bytes, optimizer_scale, phase_bytes, state_bytes
 from nativerank.bench.sent import Sent
 from nativerank.config import ParallelConfig, RunConfig
 from nativerank.distributed.grid import make_grid
@@ -57,7 +57,7 @@ def step(grid, method, algebra, dtype, reshard):
             optimizer.step()
     layout = optimizer.layout
     foretold = sum(
-        part[grid.replica, grid.shard].item() for part in sent_bytes(layout.units, layout.groups, grid).values()
+        part[grid.replica, grid.shard].item() for part in phase_bytes(layout.units, layout.groups, grid).values()
     )
     gradients = exchanged_bytes(model, grid, reshard, None, None)["total"]
     tensors = 40 * len(layout.units) * grid.world  # more than travel

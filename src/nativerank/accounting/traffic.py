@@ -13,9 +13,9 @@ for its sender, and what stays in a process is free. For B bytes, all of a tenso
 
 With accumulation the first two phases are those of every pass, the others of the last one alone.
 
-FSDP2 pads shards to equal size, and B is counted with that padding; the optimizer's exchanges pad each tensor to 8
-bytes, which is left out. Owners are spread by cost, which is never quite even: figures are means over processes, those
-called largest the most of any process.
+FSDP2 pads shards to equal size, and B is counted with that padding; the shards of `owner` are padded to 8 bytes each,
+which is left out. Owners are spread by cost, which is never quite even: figures are means over processes, those called
+largest the most of any process, for which the step waits.
 
 r x r FLOPs of a factor: (4 k - 3) 2 r^3 for k orthogonalizing steps, 2 r^3 for bringing a frame back to orthonormal
 columns (Cholesky, inverse and what joins them).

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from nativerank.accounting.traffic import exchanged_bytes, sent_bytes
+from nativerank.accounting.traffic import exchanged_bytes, phase_bytes
 from nativerank.bench.measure import rounds
 from nativerank.bench.once import measure_once
 from nativerank.bench.sent import Sent
@@ -89,7 +89,7 @@ class Contestant:
         if self.grid.world == 1:
             return found
         traffic, layout = self.counted_step(batch), self.optimizer.layout
-        foretold = sum(sent_bytes(layout.units, layout.groups, self.grid).values(), torch.zeros(()))
+        foretold = sum(phase_bytes(layout.units, layout.groups, self.grid).values(), torch.zeros(()))
         gradients = exchanged_bytes(self.model, self.grid, True, None, None)
         return found | {
             "algebra": self.algebra,

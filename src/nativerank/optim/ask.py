@@ -6,8 +6,10 @@ and returns what an ordinary rule returns, for its rows:
     answer = yield Ask({"G": symmetric(gram(rows(M)))}, solve)      M (n, d_local, r), rows(M) (n, <= d_local, r)
 
 The engine adds the parts of all rules up over the processes, each unit's in one place, calls `solve` there and hands
-every process the results of all units: one reduce-scatter and one all-gather for all rules together. Without `solve`
-the sums themselves are the answer: one all-reduce.
+every process the results of all units: an all-to-all there and one back for all rules together. They move the bytes of
+a reduce-scatter and an all-gather, which would want as much for every process and one dtype; owners have unequal
+shares, parts are of any dtype, and the shards of units in the other algebra (`owner`) travel in the same two. Without
+`solve` the sums themselves are the answer: one all-reduce.
 """
 
 import math

@@ -6,19 +6,22 @@ Sent by all processes together, in one step, of a unit with W bytes of weights o
             (N - 1) / S W of new weights back, (N - 1) W in ddp
     gram    (N - 1) (P + Q) for P bytes of parts and Q of answers, and 2 (N - 1) T where T bytes are summed first
 
-What one process sends is a share 1 / N of it, since owners are spread evenly. P, Q and T are read off the rule itself,
-asked about no matrices at all, so they are what travels.
+`sent_bytes` says it of every process: 1 / N of it on average, more for whoever owns more. Exchanges keep buffers of what
+a process sends and gets, for their moment. P, Q and T are read off the rule itself, asked about no matrices at all,
+so they are what travels.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from nativerank.distributed.collectives import padded_bytes
 from nativerank.distributed.grid import Grid
-from nativerank.distributed.pieces import cut_along
+from nativerank.distributed.pieces import bounds, cut_along
 from nativerank.optim.ask import Ask, Part, packed
 from nativerank.optim.directions import Stack
 from nativerank.optim.gram_rules import GRAM_RULES, refusal
@@ -34,17 +37,39 @@ class GramBytes(NamedTuple):
     sums: int
 
 
-def owner_bytes(weights: int, grid: Grid, cut: bool = True) -> int:
-    """What all processes together send for one unit of this many bytes in `owner`."""
-    if not cut:
-        return (grid.world - 1) * weights
-    return (grid.shards - 1 + grid.world - 1) * weights // grid.shards
+def sent_bytes(unit: Unit, options: Mapping[str, Any], grid: Grid, algebra: str) -> Tensor:
+    """What every process sends for a unit in a step, (3, replicas, shards): summed first, to the owner, and back."""
+    found = torch.zeros(3, grid.replicas, grid.shards, dtype=torch.float64)
+    before, there, back = found
+    others, owner = grid.world - 1, divmod(unit.owner, grid.shards)
+    if algebra == GRAM:
+        parts, answers, sums = gram_parts(unit, options)
+        before += 2 * sums * others / grid.world
+        there += parts
+        there[owner] -= parts
+        back[owner] += others * answers
+    for p in unit.members if algebra == OWNER else ():
+        if cut_along(p) is None:
+            back[owner] += others * p.numel() * p.element_size()
+            continue
+        sizes = shard_bytes(p, grid.shards)
+        there[owner[0]] += sizes
+        there[owner] -= sizes[owner[1]]
+        back[owner] += grid.replicas * sizes.sum() - sizes[owner[1]]
+    return found
 
 
-def gram_bytes(unit: Unit, options: Mapping[str, Any], grid: Grid) -> int:
-    """What all processes together send for one unit in `gram`."""
-    found = gram_parts(unit, options)
-    return (grid.world - 1) * (found.parts + found.answers + 2 * found.sums)
+def shard_bytes(p: Tensor, shards: int) -> Tensor:
+    """Bytes of every shard of a parameter that is cut (shards,)."""
+    along = cut_along(p)
+    assert along is not None
+    return row_counts(p.shape[along], shards) * (p.numel() // p.shape[along] * p.element_size())
+
+
+@lru_cache
+def row_counts(rows: int, shards: int) -> Tensor:
+    """Rows in each shard (shards,)."""
+    return torch.tensor([bounds(rows, shards, shard)[1] for shard in range(shards)], dtype=torch.float64)
 
 
 def gram_parts(unit: Unit, options: Mapping[str, Any]) -> GramBytes:
@@ -119,6 +144,5 @@ def choose(unit: Unit, options: Mapping[str, Any], grid: Grid, algebra: str) -> 
         return OWNER
     if algebra == GRAM:
         return GRAM
-    weights = sum(p.numel() * p.element_size() for p in unit.members)
-    owner = owner_bytes(weights, grid, cut_along(unit.members[0]) is not None)
-    return GRAM if gram_bytes(unit, options, grid) < owner else OWNER
+    gram, owner = (sent_bytes(replace(unit, owner=0), options, grid, way).sum() for way in (GRAM, OWNER))
+    return GRAM if gram < owner else OWNER

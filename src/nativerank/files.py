@@ -1,7 +1,8 @@
 """Folders that are complete or not there, and hashes of files: what every room that writes relies on.
 
 `new_folder` writes under a temporary name beside the target, makes sure of the disk, then renames. A crash, kill -9 or
-full disk at any moment leaves what was there before, and at worst a hidden `.NAME.partial-*` folder.
+full disk at any moment leaves what was there before, and at worst a hidden `.NAME.partial-*` folder. A folder that is
+replaced is `.NAME.replaced` until the new one has its name; where a crash came in between, that is what there is.
 """
 
 import errno
@@ -14,16 +15,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 PARTIAL = ".partial-"
+REPLACED = ".replaced"
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
-def new_folder(out: Path, replace: bool = False) -> Iterator[Path]:
+def new_folder(out: Path, replace: bool = False, synced: bool = False) -> Iterator[Path]:
     """A temporary folder beside `out` that takes its name at the end of the block, and disappears if the block fails.
 
     Args:
         out: the folder to be.
         replace: take the place of what `out` holds, once the new folder is complete.
+        synced: whoever writes the files makes sure that they reach the disk.
 
     Raises:
         ValueError: `out` exists and is not an empty folder (unless `replace`); or the disk is full.
@@ -35,11 +38,11 @@ def new_folder(out: Path, replace: bool = False) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o777 & ~_umask())  # mkdtemp makes it private
-        for path in (*(p for p in temporary.iterdir() if p.is_file()), temporary):
+        for path in (*(p for p in temporary.iterdir() if p.is_file() and not synced), temporary):
             sync(path)
         with _aside(out if replace else None):
             _rename(temporary, out)
-        sync(out.parent)
+            sync(out.parent)
     except OSError as error:
         raise named_if_full(error, out) from None
     finally:
@@ -59,10 +62,21 @@ def check_free(out: Path) -> None:
         raise ValueError(f"{out} exists and is not empty; choose another folder or remove it")
 
 
+def replaced(out: Path) -> Path:
+    """Where what stood at `out` is while something else takes its place."""
+    return out.with_name(f".{out.name}{REPLACED}")
+
+
 def remove_partial(out: Path) -> None:
-    """Removes the temporary folders that killed writers of `out`, a name or a pattern, left behind."""
+    """Removes what killed writers of `out`, a name or a pattern, left behind; what they were to replace comes back."""
     for leftover in out.parent.glob(f".{out.name}{PARTIAL}*"):
         shutil.rmtree(leftover, ignore_errors=True)
+    for old in out.parent.glob(replaced(out).name):
+        name = old.with_name(old.name.removeprefix(".").removesuffix(REPLACED))
+        if name.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.rename(old, name)
 
 
 def sha256_file(path: Path) -> str:
@@ -77,15 +91,16 @@ def _aside(out: Path | None) -> Iterator[None]:
     if out is None or not out.exists():
         yield
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{out.name}{PARTIAL}", dir=out.parent)) / out.name
+    old = replaced(out)
+    shutil.rmtree(old, ignore_errors=True)  # of a writer that was killed while it removed it
     os.rename(out, old)
     try:
         yield
     except BaseException:
-        os.rename(old, out)
+        if not out.exists():
+            os.rename(old, out)
         raise
-    finally:
-        shutil.rmtree(old.parent, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _rename(temporary: Path, out: Path) -> None:

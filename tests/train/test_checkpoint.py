@@ -2,6 +2,7 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import pickle
 import resource
@@ -12,7 +13,9 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from nativerank.distributed.pieces import Piece
 from nativerank.methods import build_optimizer
 from nativerank.train import checkpoint, generators
 from nativerank.train.loop import train
@@ -159,6 +162,47 @@ def test_a_half_written_folder_is_never_taken_for_a_checkpoint(crashed, resume):
     assert not partial.exists(), "the next save removes it"
 
 
+def save_again_and_die(out, renames):
+    """Saves step 1 with other weights; kill -9 after so many renames."""
+    rename, done = os.rename, []
+
+    def until_killed(source, target):
+        rename(source, target)
+        done.append(target)
+        if len(done) == renames:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.rename = until_killed
+    checkpoint.save(out, 1, {"model": [piece(2.0)], "optimizer": []}, STATE)
+
+
+def piece(value):
+    return Piece("w", torch.full((3,), value), (3,))
+
+
+STATE = {"step": 1, "loader": {}, "guard": {}, "best": {}, "data": ""}
+
+
+@pytest.mark.parametrize(("renames", "value"), [(1, 1.0), (2, 2.0)])
+def test_a_step_that_is_saved_again_is_there_whenever_the_save_is_killed(tmp_path, renames, value):
+    checkpoint.save(tmp_path, 1, {"model": [piece(1.0)], "optimizer": []}, STATE)
+    process = multiprocessing.get_context("fork").Process(target=save_again_and_die, args=(tmp_path, renames))
+    process.start()
+    process.join(30)
+    assert process.exitcode == -signal.SIGKILL
+    # The first rename has moved the old one aside, the second has given the new one its name.
+    assert (tmp_path / "checkpoints" / "step-000001").exists() == (renames == 2)
+    found = checkpoint.newest_usable(tmp_path, pytest.fail)
+    assert found is not None and found.step == 1
+    assert load_file(found.path / "model.safetensors")["w"].tolist() == [value] * 3
+    checkpoint.save(tmp_path, 2, {"model": [piece(3.0)], "optimizer": []}, STATE)
+    names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step-000001", "step-000002"], "the next save gives it its name back and removes the rest"
+    (first, _) = checkpoint.list_checkpoints(tmp_path)
+    checkpoint.check(first.path)
+    assert load_file(first.path / "model.safetensors")["w"].tolist() == [value] * 3
+
+
 def test_the_newest_and_the_best_stay(tmp_path, run_config, listen, monkeypatch):
     losses = iter([3.0, 2.0, 1.0, 2.5, 2.6, 2.7, 0.5])  # by validations at 2, 4, 6, 8, 10, 12 and the end
     loss = type("Loss", (), dict(perplexity=1.0, bits_per_byte=1.0, tokens=1))
@@ -200,13 +244,13 @@ def test_no_checkpoint_holds_weights_that_are_not_finite(tmp_path, run_config, l
     assert [c.step for c in checkpoint.list_checkpoints(out)] == [2]
 
 
-@pytest.mark.parametrize("victim", ["write_pieces", "sync"])
-def test_a_full_disk_leaves_the_earlier_ones(tmp_path, cli, flags, monkeypatch, victim):
+@pytest.mark.parametrize(("victim", "of_a_save"), [("write_pieces", 2), ("sync", 4)])
+def test_a_full_disk_leaves_the_earlier_ones(tmp_path, cli, flags, monkeypatch, victim, of_a_save):
     calls, original = [], getattr(checkpoint, victim)
 
     def fails_at_the_second_save(*args):
         calls.append(1)
-        if len(calls) > 2:
+        if len(calls) > of_a_save:
             raise OSError(errno.ENOSPC, "No space left on device")
         return original(*args)
 

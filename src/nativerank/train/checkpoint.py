@@ -9,9 +9,10 @@
 N processes write model-0000k-of-0000N.safetensors and optimizer-...: each the pieces of tensors that it holds
 (`train.piece_files`), which any number of processes can read. A save goes to a temporary name, every file is fsynced
 and its hash told to process 0, which writes the manifest and renames (`nativerank.files`): kill -9 of any process or a
-full disk leaves at most a hidden folder, which the next save removes, and earlier checkpoints as they were. Reading
-checks every hash first, each process a share of them, and never unpickles; a folder with a file that could hold code is
-refused. All functions that take a grid are called by all of its processes, and return or raise on all of them.
+full disk leaves at most a hidden folder, which the next save removes, and earlier checkpoints as they were (one whose
+step was being saved again perhaps under a hidden name, which counts too). Reading checks every hash first, each process
+a share of them, and never unpickles; a folder with a file that could hold code is refused. All functions that take a
+grid are called by all of its processes, and return or raise on all of them.
 """
 
 import hashlib
@@ -29,7 +30,7 @@ from torch import nn
 from nativerank.distributed.agree import Agreed, from_each, from_first, together
 from nativerank.distributed.grid import SINGLE, Grid
 from nativerank.distributed.pieces import Piece, piece_of
-from nativerank.files import named_if_full, new_folder, remove_partial, sha256_file, sync
+from nativerank.files import REPLACED, named_if_full, new_folder, remove_partial, sha256_file, sync
 from nativerank.hub.weights import named_tensors
 from nativerank.layers import init_seed
 from nativerank.train.generators import PREFIX as RANDOM
@@ -108,13 +109,15 @@ def save(
 
         def begin() -> str:
             remove_partial(target.with_name(PREFIX + "*"))
-            return stack.enter_context(new_folder(target, replace=True)).name
+            return stack.enter_context(new_folder(target, replace=True, synced=True)).name
 
         def end() -> None:
             (partial / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
             files = {name: entry for own in written for name, entry in own.items()} | {STATE: _entry(partial / STATE)}
             manifest = {"step": step, "processes": grid.world, "files": files}
             (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+            for name in (STATE, MANIFEST):  # the processes have seen to theirs
+                sync(partial / name)
             stack.close()  # it takes its name
             then()
 
@@ -148,12 +151,14 @@ def _entry(file: Path) -> dict[str, Any]:
 
 
 def list_checkpoints(folder: Path) -> list[Checkpoint]:
-    """Complete-looking checkpoints of a run folder, oldest first."""
-    found = []
-    for path in (folder / "checkpoints").glob(PREFIX + "*"):
-        if path.name.removeprefix(PREFIX).isdigit():
-            found.append(Checkpoint(path, int(path.name.removeprefix(PREFIX))))
-    return sorted(found, key=lambda c: c.step)
+    """Complete-looking checkpoints of a run folder, oldest first; what a killed save was about to replace is one."""
+    found: dict[int, Checkpoint] = {}
+    for pattern in (f".{PREFIX}*{REPLACED}", f"{PREFIX}*"):  # a step has one, under its own name if there is such
+        for path in (folder / "checkpoints").glob(pattern):
+            number = path.name.removeprefix(".").removeprefix(PREFIX).removesuffix(REPLACED)
+            if number.isdigit():
+                found[int(number)] = Checkpoint(path, int(number))
+    return sorted(found.values(), key=lambda c: c.step)
 
 
 def check(path: Path, grid: Grid = SINGLE) -> None:

@@ -6,8 +6,8 @@ Sent by all processes together, in one step, of a unit with W bytes of weights o
             (N - 1) / S W of new weights back, (N - 1) W in ddp
     gram    (N - 1) (P + Q) for P bytes of parts and Q of answers, and 2 (N - 1) T where T bytes are summed first
 
-`sent_bytes` says it of every process: 1 / N of it on average, more for whoever owns more. Exchanges keep buffers of what
-a process sends and gets, for their moment. P, Q and T are read off the rule itself, asked about no matrices at all,
+`sent_bytes` says it of every process: 1 / N of it on average, more for whoever owns more. An exchange keeps buffers of
+what a process sends and gets, for its moment. P, Q and T are read off the rule itself, asked about no matrices at all,
 so they are what travels.
 """
 

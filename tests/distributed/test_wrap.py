@@ -78,8 +78,11 @@ def gradients(rank, shape, tied, recompute):
     wanted = torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.01)
     loss, norms, votes = loss_and_norms(torch.tensor(float(rank)), model.parameters(), grid, [1.0, float(rank)])
     assert (loss, votes) == ((grid.world - 1) / 2, [grid.world, sum(range(grid.world))])
+    _, each, _ = loss_and_norms(torch.tensor(0.0), model.parameters(), grid, apart=True)
+    assert (len(norms), len(each)) == (1, grid.replicas)
+    norms += each
     found += [abs(norm - wanted.item()) for norm in norms]
-    clip(model.parameters(), norms[grid.replica], 0.01)
+    clip(model.parameters(), norms[0], 0.01)
     found.append(worst(lambda p: p.grad, lambda p: p.grad))
     with torch.no_grad():
         model(input_ids=ids, use_cache=False)

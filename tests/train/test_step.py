@@ -68,7 +68,7 @@ def test_a_refused_step_moves_nothing_and_says_so(model):
         asked.append((loss, grad_norm))
         return False
 
-    result = train_step(model, sgd(model), [batch(2)], 1, 1.0, refuse)
+    result = train_step(model, sgd(model), [batch(2)], 1, 1.0, accept=refuse)
     assert not result.updated and asked == [(result.loss, result.grad_norm)]
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
 
@@ -90,7 +90,7 @@ def test_a_stopwatch_sums_a_phase_over_its_marks(monkeypatch):
 
 def test_the_loss_is_the_mean_negative_log_likelihood(model):
     inputs, targets, _ = batch(2)
-    result = train_step(model, sgd(model), [(inputs, targets, None)], 1, 1.0, lambda *_: False)
+    result = train_step(model, sgd(model), [(inputs, targets, None)], 1, 1.0, accept=lambda *_: False)
     with torch.no_grad():
         logits = model(input_ids=inputs).logits.double()
     by_hand = -logits.log_softmax(-1).gather(-1, targets[..., None]).mean()

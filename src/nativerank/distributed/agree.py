@@ -205,8 +205,11 @@ def from_each(grid: Grid, make: Callable[[], T]) -> list[T]:
 
 def totals(values: Sequence[float | Tensor], grid: Grid, device: torch.device) -> list[float]:
     """Sums over all processes, in float64, of a few numbers or scalar tensors: one all-reduce."""
-    parts = [torch.as_tensor(value, dtype=torch.float64, device=device).detach() for value in values]
-    flat = torch.stack(parts)
+    numbers = [0.0 if isinstance(value, Tensor) else float(value) for value in values]
+    flat = torch.tensor(numbers, dtype=torch.float64).to(device)
+    for place, value in enumerate(values):
+        if isinstance(value, Tensor):
+            flat[place] = value.detach()
     if grid.world > 1:
         dist.all_reduce(flat, group=grid.everyone)
     found: list[float] = flat.tolist()

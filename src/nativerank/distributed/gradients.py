@@ -3,7 +3,8 @@
     loss    mean of the processes' means (each takes part with as many tokens)
     norm    sqrt of the sum of squares over the shards of one replica; a replica of whole gradients is one process
 
-Every replica fills a place of its own, so replicas whose gradients differ on purpose see each other's norms too.
+The first replica's shards say the norm, which is the same in all; replicas whose gradients differ on purpose each fill
+a place of their own.
 """
 
 import math
@@ -18,20 +19,23 @@ from nativerank.distributed.pieces import local
 
 
 def loss_and_norms(
-    loss: Tensor, parameters: Iterable[Tensor], grid: Grid, votes: Sequence[float] = ()
+    loss: Tensor, parameters: Iterable[Tensor], grid: Grid, votes: Sequence[float] = (), apart: bool = False
 ) -> tuple[float, list[float], list[float]]:
-    """(mean loss, gradient norm of each replica, sums of the votes).
+    """(mean loss, gradient norm, or that of each replica, sums of the votes).
 
     Args:
         loss: of this process, a scalar.
         parameters: with their gradients, sharded along the grid's shards or whole.
         grid: of all processes.
         votes: numbers to be summed on the way.
+        apart: replicas keep gradients of their own.
     """
-    own = torch.nn.utils.get_total_norm(local_gradients(parameters)).double().square()
-    places: list[float | Tensor] = [own if replica == grid.replica else 0.0 for replica in range(grid.replicas)]
+    places: list[float | Tensor] = [0.0] * (grid.replicas if apart else 1)
+    if apart or grid.replica == 0:
+        own = torch.nn.utils.get_total_norm(local_gradients(parameters))
+        places[grid.replica if apart else 0] = own.double().square()
     value, *sums = totals([loss, *places, *votes], grid, loss.device)
-    squares, counted = sums[: grid.replicas], sums[grid.replicas :]
+    squares, counted = sums[: len(places)], sums[len(places) :]
     return value / grid.world, [math.sqrt(s) if s >= 0 else s for s in squares], counted
 
 

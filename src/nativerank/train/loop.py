@@ -273,7 +273,16 @@ class Run(RunState):
         optimizer, batches, clip = self.optimizer, self._batches(), self.config.optim.clip
         if optimizer.layerwise is None:
             result = train_step(
-                self.forward, optimizer, batches, self.accumulation, clip, accept, measured, self.grid, votes
+                self.forward,
+                optimizer,
+                batches,
+                self.accumulation,
+                clip,
+                accept=accept,
+                time_phases=measured,
+                grid=self.grid,
+                apart=self.outer is not None,
+                votes=votes,
             )
         else:
             refuse = self.guard.config.action != "off"

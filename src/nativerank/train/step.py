@@ -63,9 +63,11 @@ def train_step(
     batches: Iterable[Batch],
     accumulation: int,
     clip: float,
+    *,
     accept: Callable[[float, float], bool] = lambda loss, grad_norm: True,
     time_phases: bool = True,
     grid: Grid = SINGLE,
+    apart: bool = False,
     votes: Sequence[float] = (),
 ) -> StepResult:
     """Moves the weights once along the mean gradient of `accumulation` micro-batches.
@@ -79,6 +81,7 @@ def train_step(
         accept: asked with the loss and the unclipped norm before the optimizer runs; False leaves the weights alone.
         time_phases: on CUDA, synchronise so that the phases' seconds mean something.
         grid: of all processes; loss and norm are those of all of them together.
+        apart: replicas of the grid keep gradients of their own, and are clipped by their own norms.
         votes: of this process, summed over all in the exchange that is made anyway.
     """
     device = next(model.parameters()).device
@@ -97,9 +100,9 @@ def train_step(
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip or float("inf"))
         value, grad_norm = total.item(), norm.item()
     else:
-        value, norms, votes = loss_and_norms(total, model.parameters(), grid, votes)
-        grad_norm = math.fsum(norms) / len(norms)  # all the same where replicas share their gradients
-        clip_gradients(model.parameters(), norms[grid.replica], clip or float("inf"))
+        value, norms, votes = loss_and_norms(total, model.parameters(), grid, votes, apart)
+        grad_norm = math.fsum(norms) / len(norms)
+        clip_gradients(model.parameters(), norms[grid.replica if apart else 0], clip or float("inf"))
     watch.mark("clip")
     updated = accept(value, grad_norm)
     if updated:

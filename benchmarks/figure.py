@@ -22,6 +22,7 @@ STORIES = {
     "equal-flops": ("curves",),
     "frames": (),  # its table says it better
     "adaptive-rank": (),
+    "diloco": (),
 }
 
 

@@ -4,6 +4,7 @@ import torch
 from torch.testing import assert_close
 
 from nativerank.bench import once
+from nativerank.bench.distributed import task_rows
 from nativerank.distributed.grid import make_grid
 from nativerank.linalg.orthogonalize import orthogonalize, orthogonalizing_factor
 from nativerank.linalg.retract import retract
@@ -39,5 +40,12 @@ def test_the_contest_is_recorded(forked):
     tasks, _ = forked(small_contest, 2)
     assert [row["task"] for row in tasks] == ["orthogonalize", "retract"]
     assert set(tasks[1]["seconds"]) == {"gram", "gram-float32", "owner", "gather", "gather-qr"}
-    assert all(len(times) == 2 for row in tasks for times in row["seconds"].values())
+    for row in task_rows({"once": tasks}):
+        (raw,) = (one for one in tasks if one["task"] == row["task"])
+        assert all(len(times) == 2 and min(times) > 0 for times in raw["seconds"].values())
+        for way, seconds in row["seconds"].items():
+            assert min(raw["seconds"][way]) <= seconds <= max(raw["seconds"][way])
+            each = [one / other for one, other in zip(raw["seconds"]["gather-qr"], raw["seconds"][way], strict=True)]
+            assert min(each) <= row["speedup"][way] <= max(each), "of rounds, by turns"
+        assert row["speedup"]["gather-qr"] == 1
     assert max(tasks[1]["off_orthonormal"].values()) < 1e-5

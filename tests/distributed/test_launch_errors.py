@@ -22,6 +22,7 @@ IMPOSSIBLE = {
         r"a grid of 2 replicas x 2 shards has 4 processes, but there are 2; .*",
     ),
     "replicas": ({"parallel__mode": "ddp", "parallel__replicas": 1}, r"a grid of 1 replicas x 1 .* there are 2; .*"),
+    "divisor": ({"parallel__shards": 3}, r"parallel.shards 3 does not divide the 2 processes"),
     "mode": ({"parallel__mode": "none"}, r"parallel.mode none is one process, but 2 were started"),
     "fixed": ({"parallel__mode": "fsdp", "parallel__replicas": 2}, r"parallel.replicas is 1 in mode fsdp, got 2"),
     "batch": (

@@ -3,6 +3,7 @@
 import io
 import signal
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from nativerank.data.loader import sequential_batches
 from nativerank.data.shards import Dataset
 from nativerank.distributed.agree import Agreed, first_difference, first_error, from_first, together, totals
 from nativerank.distributed.grid import SINGLE
-from nativerank.distributed.start import grid_shape, start
+from nativerank.distributed.start import check_device, grid_shape, start
 from nativerank.train.resolve import resolve, share_of_batch
 from nativerank.train.signals import SIGNALS, Stopping
 
@@ -42,13 +43,14 @@ def test_the_grid_follows_from_the_mode(mode, replicas, shards, world, nodes, de
     ("mode", "replicas", "shards", "world", "said"),
     [
         ("none", None, None, 2, "one process, but 2"),
-        ("hsdp", 3, None, 4, "3 replicas x 1 shards has 3 processes, but there are 4"),
-        ("hsdp", 2, 3, 4, "2 replicas x 3 shards has 6 processes, but there are 4"),
+        ("hsdp", 3, None, 4, "parallel.replicas 3 does not divide the 4 processes"),
+        ("hsdp", 2, 3, 4, "parallel.shards 3 does not divide the 4 processes"),
         ("hsdp", None, None, 3, "but there are 3"),
         ("fsdp", None, 2, 4, "1 replicas x 2 shards"),
         ("ddp", None, 2, 4, "parallel.shards is 1 in mode ddp, got 2"),
         ("fsdp", 2, None, 4, "parallel.replicas is 1 in mode fsdp, got 2"),
-        ("auto", 2, None, 1, "but there are 1"),
+        ("auto", None, 3, 2, "parallel.shards 3 does not divide the 2 processes"),
+        ("auto", 2, None, 1, "parallel.replicas 2 does not divide the 1 process"),
     ],
 )
 def test_a_grid_that_cannot_be_names_the_numbers(mode, replicas, shards, world, said):
@@ -138,6 +140,38 @@ def agreements(rank):
     return found
 
 
+def timeouts(rank):
+    with start("hsdp", timeout=7.0) as grid:
+        groups = [grid.everyone, grid.along_shards, grid.along_replicas]
+        return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
+
+
+def test_rows_and_columns_wait_as_long_as_the_whole_grid(launched):
+    assert launched(timeouts, 4) == [[74.0] * 3] * 4
+
+
+@pytest.mark.parametrize(
+    ("own", "gpus", "said"),
+    [
+        ({"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "8"}, 1, None),  # a launcher that shows each process its own
+        ({"LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4"}, 4, None),
+        ({"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, 1, "no GPU of its own: 1 visible for 2 processes"),
+        ({"LOCAL_WORLD_SIZE": "2"}, 2, "LOCAL_RANK is not set"),
+        ({"LOCAL_WORLD_SIZE": "1"}, 1, None),
+    ],
+)
+def test_every_process_has_a_gpu_of_its_own(monkeypatch, own, gpus, said):
+    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    with pytest.raises(ValueError, match=said) if said else nullcontext():
+        check_device("cuda")
+
+
 def test_processes_agree(launched):
     for rank, found in enumerate(launched(agreements, 4)):
         quiet = rank != 0
@@ -165,7 +199,7 @@ def commands(rank, words, own):
 def test_an_error_is_one_line_of_the_first_process_and_ends_all(launched, flags, tmp_path):
     (tmp_path / "file").write_text("")
     cases = {
-        "a grid of 3 replicas": {"parallel__mode": "hsdp", "parallel__replicas": 3},
+        "parallel.replicas 3 does not divide": {"parallel__mode": "hsdp", "parallel__replicas": 3},
         "parallel.mode none is one process, but 2": {"parallel__mode": "none"},
         "cannot be shared evenly by 2 processes": {"train__batch_size": 3},
         "nccl needs CUDA": {"device": "cuda"},

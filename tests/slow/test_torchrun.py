@@ -44,7 +44,7 @@ def test_torchrun_trains_as_one_process(torchrun, flags, tmp_path, processes, mo
     code, said = torchrun(processes, *flags(**common, out=tmp_path / "many", parallel__mode=mode))
     assert code == 0, said
     assert said.count("run folder") == 1  # one process speaks
-    assert f"{processes} processes: {processes // 2 if mode == 'hsdp' else 1} replicas x 2 shards" in said
+    assert f"{processes} processes: {f'hsdp, {processes // 2} replicas x 2 shards' if mode == 'hsdp' else mode}" in said
     assert losses(tmp_path / "many") == pytest.approx(losses(tmp_path / "one"), abs=1e-5, rel=0)
     one, many = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "many"))
     assert one.keys() == many.keys()

@@ -47,8 +47,10 @@ class TrainConsole:
             f"{facts['aux_lr']:g}, {facts['device']} -> {facts['out']}"
         )
         if "shards" in facts:
-            grid = f"{facts['replicas']} replicas x {facts['shards']} shards"
-            self.say(f"{facts['replicas'] * facts['shards']} processes: {grid}")
+            from nativerank.distributed.grid import in_words
+
+            replicas, shards = facts["replicas"], facts["shards"]
+            self.say(f"{replicas * shards} processes: {in_words(replicas, shards)}")
             if uneven := facts["uneven"]:
                 more = f" and {len(uneven) - 1} more" if len(uneven) > 1 else ""
                 self.say(f"note: {uneven[0]}{more}: cut along rows, since {facts['shards']} does not divide d_in")

@@ -134,7 +134,7 @@ def together(grid: Grid | None = None) -> Iterator[None]:
         grid: None before there is one, and anybody who watches: then every error is settled.
 
     Raises:
-        Exception: what the block raised on the first process; `Agreed` on the others.
+        Agreed: on all of them, for what the block raised on one; one process alone raises that.
     """
     settled = Exception if grid is None else (ValueError, OSError)
     failure: Exception | None = None
@@ -144,7 +144,7 @@ def together(grid: Grid | None = None) -> Iterator[None]:
         failure = error
     rank, world = launched() if grid is None else (grid.rank, grid.world)
     verdict = _first_of(grid, None if failure is None else one_line(failure)) if world > 1 else None
-    if failure is not None and (rank == 0 or not isinstance(failure, (ValueError, OSError))):
+    if failure is not None and (world == 1 or not isinstance(failure, (ValueError, OSError))):
         raise failure
     if verdict is not None:
         raise Agreed(verdict, rank != 0, getattr(failure, "exit_code", 2)) from failure
@@ -167,7 +167,7 @@ def from_first(grid: Grid, make: Callable[[], T]) -> T:
     """What `make` returns on the first process, on all of them.
 
     Raises:
-        Exception: what it raised there; `Agreed` on the others.
+        Agreed: on all of them, for what it raised there; one process alone raises that.
     """
     if grid.world == 1:
         return make()
@@ -180,10 +180,10 @@ def from_first(grid: Grid, make: Callable[[], T]) -> T:
             failure = error
             answer[1:] = [one_line(error), getattr(error, "exit_code", 2)]
     dist.broadcast_object_list(answer, group=grid.everyone, group_src=0)
-    if failure is not None:
+    if failure is not None and not isinstance(failure, (ValueError, OSError)):
         raise failure
     if answer[1] is not None:
-        raise Agreed(answer[1], True, answer[2])
+        raise Agreed(answer[1], grid.rank != 0, answer[2]) from failure
     made: T = answer[0]
     return made
 

@@ -7,6 +7,7 @@ column, `fsdp` a grid of one row, `hsdp` any other. One process is the grid of o
 """
 
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -55,15 +56,30 @@ class Grid:
 SINGLE = Grid()
 
 
-def make_grid(replicas: int, shards: int, device_type: str) -> Grid:
+def make_grid(replicas: int, shards: int, device_type: str, timeout: timedelta | None = None) -> Grid:
     """The grid of all processes of an initialised process group.
+
+    Args:
+        replicas, shards: see above. device_type: "cuda" or "cpu".
+        timeout: of rows and columns; None leaves PyTorch's, whatever the whole group has.
 
     Raises:
         ValueError: replicas * shards is not their number.
     """
     if replicas * shards != dist.get_world_size():
         raise ValueError(f"a grid of {replicas} x {shards} does not match the {dist.get_world_size()} processes")
-    return grid_of(init_device_mesh(device_type, (replicas, shards), mesh_dim_names=("replicate", "shard")))
+    grid = grid_of(init_device_mesh(device_type, (replicas, shards), mesh_dim_names=("replicate", "shard")))
+    for group in (grid.along_shards, grid.along_replicas):
+        if timeout is not None and group is not None:
+            dist.distributed_c10d._set_pg_timeout(timeout, group)  # a mesh makes its groups without one
+    return grid
+
+
+def in_words(replicas: int, shards: int) -> str:
+    """A grid of several processes for a person: its mode, and numbers where there are two."""
+    if replicas > 1 and shards > 1:
+        return f"hsdp, {replicas} replicas x {shards} shards"
+    return "ddp" if shards == 1 else "fsdp"
 
 
 def grid_of(mesh: DeviceMesh) -> Grid:

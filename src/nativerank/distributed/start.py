@@ -58,8 +58,11 @@ def grid_shape(
     replicas, shards = fixed[0] or replicas, fixed[1] or shards
     if world == 1 and replicas is None and shards is None:
         return 1, 1
+    for key, value in (("replicas", replicas), ("shards", shards)):
+        if value is not None and world % value:
+            raise ValueError(f"parallel.{key} {value} does not divide the {world} process{'es' * (world > 1)}")
     if replicas is None:
-        replicas = max(1, world // shards) if shards is not None else nodes if nodes > 1 else 2
+        replicas = world // shards if shards is not None else nodes if nodes > 1 else 2
     if shards is None:
         shards = max(1, world // replicas)
     if replicas * shards != world:
@@ -77,6 +80,7 @@ def start(
     shards: int | None = None,
     device_type: str = "cpu",
     timeout: float = 600.0,
+    shared: tuple[type[BaseException], ...] = (Agreed,),
 ) -> Iterator[Grid]:
     """The grid of this run's processes for the block; `SINGLE`, and nothing else happens, for one process.
 
@@ -84,6 +88,7 @@ def start(
         mode, replicas, shards: see `grid_shape`.
         device_type: "cuda" or "cpu".
         timeout: as in `watching`; a process that waits in vain for much longer raises.
+        shared: as in `watching`.
 
     Raises:
         ValueError: on every process: a grid that does not match their number, or a process without a GPU of its own.
@@ -96,16 +101,16 @@ def start(
     if world == 1:
         yield SINGLE
         return
-    wait = timedelta(seconds=2 * timeout + 60)  # `watching` ends it before, and names who is waited for
     where: dict[str, Any] = {"backend": "gloo"}
     if device_type == "cuda":
         device = torch.device("cuda", local_rank())
         torch.cuda.set_device(device)
         where = {"backend": "cpu:gloo,cuda:nccl", "device_id": device}
+    wait = group_timeout(timeout)
     dist.init_process_group(store=fresh_store(), rank=rank, world_size=world, timeout=wait, **where)
     try:
-        yield make_grid(*shape, device_type)
-    except Agreed:
+        yield make_grid(*shape, device_type, wait)
+    except shared:
         dist.destroy_process_group()
         raise
     except BaseException:
@@ -117,6 +122,11 @@ def start(
         dist.destroy_process_group()
 
 
+def group_timeout(timeout: float) -> timedelta:
+    """After which a collective gives up: `watching` ends the run before, and names who is waited for."""
+    return timedelta(seconds=2 * timeout + 60)
+
+
 def check_device(device_type: str) -> None:
     """Raises a ValueError if this process cannot have a device of its own, or PyTorch no backend for it."""
     if device_type not in ("cpu", "cuda"):
@@ -126,8 +136,13 @@ def check_device(device_type: str) -> None:
             raise ValueError(
                 "nccl needs CUDA, which this machine or this PyTorch build does not have; use --device cpu"
             )
-        if local_world() > torch.cuda.device_count():
+        if "LOCAL_RANK" not in os.environ and local_world() > 1:
             raise ValueError(
-                f"{local_world()} processes on this machine need as many GPUs, it has {torch.cuda.device_count()}; "
-                "lower --nproc-per-node"
+                "LOCAL_RANK is not set, so this process does not know its GPU; start with torchrun, or set it to the "
+                "process's number on its machine"
+            )
+        if local_rank() >= torch.cuda.device_count():
+            raise ValueError(
+                f"process {local_rank()} on this machine has no GPU of its own: {torch.cuda.device_count()} visible "
+                f"for {local_world()} processes; lower --nproc-per-node"
             )

@@ -88,11 +88,13 @@ def train(config: RunConfig, listener: Listener) -> dict[str, Any]:
         config = resolve(config)
         if config.track == "tensorboard":
             require_tensorboard()
-    equal({key: value for key, value in flat(config).items() if key != "out"})
+    settings = {key: value for key, value in flat(config).items() if key != "out"}
+    equal(settings | {package: versions()[package] for package in ("nativerank", "torch", "transformers")})
     p = config.parallel
     with ExitStack() as stack:
-        grid = stack.enter_context(start(p.mode, p.replicas, p.shards, config.device or "cpu", p.timeout))
-        watch = stack.enter_context(watching(p.timeout, (Agreed, Interrupted, Diverged)))
+        device_type, shared = config.device or "cpu", (Agreed, Interrupted, Diverged)
+        grid = stack.enter_context(start(p.mode, p.replicas, p.shards, device_type, p.timeout, shared))
+        watch = stack.enter_context(watching(p.timeout, shared))
         with together(grid):
             check_parallel(config, grid)
             check_diloco(config, grid)

@@ -291,22 +291,23 @@ class DilocoConfig:
 class ParallelConfig:
     """How the processes that torchrun started share a run; one process needs none of it.
 
-    Processes form a grid of `replicas` x `shards`. A matrix is cut into `shards` pieces along its long side, and every
-    replica holds all of them. The batch of a step, and with it what is learned, does not depend on the grid.
+    They form a grid of `replicas` x `shards`: the `shards` processes of a row share one copy of the model, and every
+    matrix is cut into as many pieces. The batch of a step, and with it what is learned, does not depend on the grid.
 
     Args:
-        mode: "ddp" is one column (every process holds the model), "fsdp" one row (each holds a shard), "hsdp" any other
-            grid; "none" is one process. "auto" takes none for one process, fsdp on CUDA and ddp on CPU.
-        replicas: rows of the grid; None follows from the mode: 1 for fsdp, for hsdp the nodes (2 on a single node).
-        shards: columns of the grid; None are the processes that the rows leave.
+        mode: "ddp" (DistributedDataParallel): a copy of the model in every process. "fsdp" (FSDP2): all processes share
+            one. "hsdp" (HSDP): several copies, each shared by several processes. "none" is one process. "auto" takes
+            fsdp on CUDA and ddp on CPU; ddp is faster where the model fits, hsdp where nodes have slow links.
+        replicas: copies of the model. None follows from the mode: 1 for fsdp, for hsdp one per node (2 on one node).
+        shards: processes that share one copy of the model; None is what replicas leave. For hsdp best those of a node.
         algebra: how update rules see a matrix that is cut: "gram" adds up the shards' small Gram matrices, "owner"
             sends the shards to one process per matrix and back; "auto" takes what moves fewer bytes, per shape.
         reshard_after_forward: free the gathered weights of a block after its forward pass and gather them again for the
-            backward pass; false keeps them: less traffic, more memory.
+            backward pass, fsdp and hsdp only. False keeps them: half the gathering, for models that fit.
         precision: what weights are gathered and computed in, fsdp and hsdp only; shards stay float32. None is "bf16" on
             CUDA and "fp32" elsewhere. "fp32" on CUDA gathers twice the bytes, and products keep bfloat16 copies.
         reduce: what gradients are added up in over processes; None is "fp32".
-        timeout: seconds that a process waits for the others before it gives up.
+        timeout: seconds that a process waits for the others before it gives up; more than a micro-batch ever takes.
         diloco: gradients that stay within a replica.
     """
 

@@ -137,6 +137,8 @@ def deal(model: nn.Module, weights: dict[str, Tensor], grid: Grid) -> None:
             whole.copy_(weights.pop(name))
         dist.broadcast(whole, group=grid.everyone, group_src=0)
         part.copy_(whole.narrow(along, *bounds(parameter.shape[along], grid.shards, grid.shard)))
+    for buffer in model.buffers():  # whole everywhere
+        dist.broadcast(buffer, group=grid.everyone, group_src=0)
 
 
 def gradient_sync(module: nn.Module, last: bool) -> AbstractContextManager[Any]:

@@ -33,10 +33,21 @@ def load(folder: str | Path) -> nn.Module:
     base, config = base_config(folder), read_config(folder)
     if config.get("model_type") != MODEL_TYPE:
         return load_stock(folder, base)
-    model = skeleton(base)
-    factorize_modules(model, kind=config["kind"], overrides=config["ranks"], include=list(config["ranks"]))
+    model = outline(folder)
     read_into(named_tensors(allocate(model)), folder / WEIGHTS)
     return model.eval()
+
+
+def outline(folder: Path) -> nn.Module:
+    """The model saved in a folder as `load` returns it, but as shapes on the meta device.
+
+    Raises:
+        ValueError: not a model folder, or a config that does not hold together.
+    """
+    config, model = read_config(model_folder(folder)), skeleton(base_config(folder))
+    if config.get("model_type") == MODEL_TYPE:
+        factorize_modules(model, kind=config["kind"], overrides=config["ranks"], include=list(config["ranks"]))
+    return model
 
 
 def base_config(folder: Path) -> Any:

@@ -83,7 +83,7 @@ def train(config: RunConfig, listener: Listener) -> dict[str, Any]:
         Diverged: the loss left the road for good.
         Interrupted: a signal came; everything is saved.
     """
-    own_name = config.out is not None
+    own_name = bool(config.out)
     with together():
         config = resolve(config)
         if config.track == "tensorboard":
@@ -357,6 +357,8 @@ class Run(RunState):
     # -- begin and end ----------------------------------------------------------------------------------------
 
     def _announce(self, resumed: Path | None) -> None:
+        if self.grid.rank:
+            return
         c = self.config
         facts = {
             "event": "resume" if resumed else "start",

@@ -19,13 +19,14 @@ from nativerank.data.shards import Dataset
 from nativerank.distributed.agree import from_each, together
 from nativerank.distributed.grid import SINGLE, Grid
 from nativerank.distributed.wrap import deal, wrap
-from nativerank.hub.load import load, tokenizer_fingerprint
+from nativerank.hub.load import load, outline, tokenizer_fingerprint
 from nativerank.layers import FactorizeReport, matrix_parameters
 from nativerank.methods import build_optimizer, factorize, find_method
 from nativerank.models import allocate, find_preset, hf_config, materialize, read_hf_config, skeleton
 from nativerank.optim.check import RULE_OPTIONS
 from nativerank.optim.optimizer import LowRankOptimizer
 from nativerank.optim.roles import assign_roles, long_sides
+from nativerank.train.checkpoint import fingerprint
 from nativerank.version import __version__
 
 
@@ -68,10 +69,10 @@ def open_checked(folder: Path) -> Dataset:
 
 def check_same_data(dataset: Dataset, grid: Grid) -> None:
     """Raises a ValueError, on every process, if one of them reads other data than the first."""
-    found = from_each(grid, lambda: data_fingerprint(dataset))
+    found = from_each(grid, lambda: fingerprint(data_fingerprint(dataset)))
     with together(grid):
-        for rank, fingerprint in enumerate(found):
-            if fingerprint != found[0]:
+        for rank, other in enumerate(found):
+            if other != found[0]:
                 raise ValueError(f"rank {rank} reads other data than rank 0 in {dataset.path}")
 
 
@@ -111,8 +112,8 @@ def build(config: RunConfig, dataset: Dataset, fresh: bool = True, grid: Grid = 
         config: resolved.
         dataset: decides the vocabulary of a preset.
         fresh: False leaves the weights undrawn, for those of a checkpoint.
-        grid: of all processes. The first one of those that exchange gradients draws the weights, in its host memory,
-            and deals them out; a model to start from (--init) is read by all of them.
+        grid: of all processes. The first one of those that exchange gradients draws or reads the weights, in its host
+            memory, and deals them out.
 
     Raises:
         ValueError: a vocabulary smaller than the data's, a context beyond the model's, or what factorize and
@@ -124,7 +125,7 @@ def build(config: RunConfig, dataset: Dataset, fresh: bool = True, grid: Grid = 
     # Here processes talk to each other, so one that fails leaves alone.
     drawn = {name: p.detach() for name, p in model.named_parameters()} if own.rank == 0 else {}
     forward, uneven = spread(config, model, own)
-    if fresh and own.shards > 1 and not config.init:
+    if fresh and own.shards > 1:
         deal(model, drawn, own)
     with together(grid):
         optimizer = optimizer_for(config, model, own)
@@ -137,7 +138,7 @@ def whole_model(
     """What `build` spreads over the grid, and what became what; asks no other process."""
     device = pick_device(config.device or "cpu")
     if config.init:
-        model, report = initial_model(config, dataset)
+        model, report = initial_model(config, dataset, fresh and grid.rank == 0)
     else:
         model, report = _new_model(config, dataset, fresh and grid.rank == 0)
     check_fit(config, dataset, model)
@@ -254,10 +255,10 @@ def name_end_of_text(hf: Any, eot_id: int) -> None:
         part.bos_token_id = part.eos_token_id = eot_id
 
 
-def initial_model(config: RunConfig, dataset: Dataset) -> tuple[nn.Module, None]:
-    """The model of --init with its weights, and no report."""
+def initial_model(config: RunConfig, dataset: Dataset, weights: bool = True) -> tuple[Any, None]:
+    """The model of --init, with its weights or memory for them, and no report."""
     assert config.init is not None
-    model = load(config.init)
+    model: Any = load(config.init) if weights else allocate(outline(Path(config.init)))
     found = tokenizer_fingerprint(Path(config.init))
     if found is not None and found != dataset.tokenizer_sha256:
         raise ValueError(

@@ -7,13 +7,16 @@ import signal
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from nativerank.distributed import watch as watch_module
 from nativerank.distributed.signs import Seen, Sign, position, verdict
 from nativerank.distributed.watch import EXIT_CODE, Watch, is_broken, watching
+from nativerank.train.signals import catch_signals
 
 TIMEOUT = 1.5
 BEFORE = Sign(count=5, step=3, marks=6, moves=5, loose=False, where="train/step.py:9 step", host="h", pid=7)
@@ -50,6 +53,14 @@ WAITING = (0, 30, {"waits": True})
         (
             {f"r{i}": (0, 30, {"where": "data/loader.py:1 next"} if i == 3 else {}) for i in range(4)},
             r"no progress .*: rank 3 \(host h, pid 4\) in step 3 at data/loader.py:1 next; ranks 0, 1, 2 .*",
+        ),
+        (
+            {f"r{i}": (0, 30, {"where": f"data/loader.py:{i // 2} next"}) for i in range(4)},  # two and two
+            r"no progress .*\): ranks 0, 1 in step 3 at data/loader.py:0 next; ranks 2, 3 in step 3 at .*:1 next",
+        ),
+        (
+            {f"r{i}": WAITING for i in range(4)} | {"r3": (0, 30, {"waits": True, "where": "optim/x.py:1 step"})},
+            r"no progress .*\): rank 3 \(.*\) waits in step 3 at optim/x.py:1 step; ranks 0, 1, 2 wait in step 3 .*",
         ),
         ({f"r{i}": WAITING for i in range(4)}, r"no progress .*\): ranks 0, 1, 2, 3 wait in step 3 .*"),
         ({"r1": (11, 11, {"left": "MemoryError: no"}), "r2": (10.5, 10, {"left": "RuntimeError: gloo"})},
@@ -98,6 +109,29 @@ def test_a_position_is_the_innermost_line_of_the_root():
     assert position(frame, here)[0] != stack  # another line, another number
 
 
+def frames(*files):
+    """A stack as `position` sees it, innermost first."""
+    frame = None
+    for line, file in reversed(list(enumerate(files, 1))):
+        code = SimpleNamespace(co_filename=file, co_name="f")
+        frame = SimpleNamespace(f_code=code, f_lasti=line, f_lineno=line, f_back=frame)
+    return frame
+
+
+@pytest.mark.parametrize(
+    ("files", "where", "waits"),
+    [
+        (("/t/torch/distributed/c10d.py", "/n/optim/rows.py", "/n/train/loop.py"), "optim/rows.py:2 f", True),
+        (("/n/distributed/agree.py", "/n/distributed/gradients.py"), "distributed/agree.py:1 f", True),  # .tolist()
+        (("/t/torch/_tensor.py", "/n/distributed/collectives.py"), "distributed/collectives.py:2 f", True),
+        (("/n/data/loader.py", "/n/distributed/agree.py", "/n/train/loop.py"), "data/loader.py:1 f", False),
+        (("/t/torch/_tensor.py", "/n/optim/rows.py", "/t/torch/distributed/c10d.py"), "optim/rows.py:2 f", False),
+    ],
+)
+def test_what_counts_as_waiting(files, where, waits):
+    assert position(frames(*files), "/n/")[1:] == (where, waits)
+
+
 def test_one_process_watches_nobody():
     with watching(0.01) as watch, watch.in_step(1):
         time.sleep(0.1)
@@ -120,13 +154,17 @@ def test_which_errors_are_looked_into(error, broken):
 # -- real processes ------------------------------------------------------------------------------------------------
 
 
+PIDS = multiprocessing.get_context("fork").Array("i", 4)
+
+
 def worker(rank, world, store, folder, timeout, act):
     """Six steps with a collective each; writes what it printed and exits as a command would."""
     sys.stderr = sys.stdout = open(folder / f"rank-{rank}", "w", buffering=1)
     torch.set_num_threads(1)
+    PIDS[rank] = os.getpid()
     client = dist.TCPStore("localhost", store, is_master=False)
     dist.init_process_group("gloo", store=client, rank=rank, world_size=world)
-    with watching(timeout) as watch:
+    with watching(timeout) as watch, catch_signals():
         for step in range(1, 7):
             with watch.in_step(step):
                 watch.mark()
@@ -203,7 +241,7 @@ def spin():
 )
 def test_one_process_that_is_lost_ends_all_with_one_line(run, what, code, line):
     codes, printed = run(On(2, what), timeout=60 if code == 1 else TIMEOUT)
-    assert codes == [EXIT_CODE, EXIT_CODE, code, EXIT_CODE]
+    assert codes == [EXIT_CODE, EXIT_CODE, code, EXIT_CODE], printed
     (found,) = errors(printed)
     assert re.fullmatch(line, found.removeprefix("nativerank: error: ")), found
     assert printed.count("Traceback") == (code == 1)  # its own, which says where it failed
@@ -213,6 +251,33 @@ def test_the_first_process_is_watched_too(run):
     codes, printed = run(On(0, lambda: os.kill(os.getpid(), signal.SIGSTOP)), world=2)
     assert codes == [-signal.SIGKILL, EXIT_CODE]
     assert re.fullmatch(r"nativerank: error: no sign of life for [12] s: rank 0 \(.*", *errors(printed))
+
+
+def stop_while_others_are_told_to_end():
+    for process in PIDS:
+        if process not in (0, os.getpid()):
+            os.kill(process, signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def test_after_a_signal_nobody_waits_long_for_one_that_is_lost(run, monkeypatch):
+    """Their main threads are in a collective, where Python does not get to handle the signal."""
+    monkeypatch.setattr(watch_module, "SIGNALLED_SECONDS", 1.5)
+    codes, printed = run(On(2, stop_while_others_are_told_to_end), timeout=10)
+    assert codes == [EXIT_CODE, EXIT_CODE, -signal.SIGKILL, EXIT_CODE]
+    assert re.fullmatch(r"nativerank: error: no sign of life for [123] s: rank 2 \(.*", *errors(printed))
+
+
+def tell_all_to_end():
+    for process in PIDS:
+        os.kill(process or os.getpid(), signal.SIGTERM)
+    time.sleep(3)
+
+
+def test_after_a_signal_all_finish_what_they_do(run, monkeypatch):
+    monkeypatch.setattr(watch_module, "SIGNALLED_SECONDS", 1.5)
+    codes, printed = run(On(2, tell_all_to_end), timeout=10)
+    assert (codes, errors(printed)) == ([0] * 4, [])
 
 
 def busy():

@@ -15,11 +15,25 @@ hang.
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from types import FrameType
 
 FAILED_SECONDS = 10.0  # after a process said that it failed, the others may notice by themselves
+# Where this package waits for other processes. With nccl a collective only starts there; the wait is for its result.
+WAITS = ("distributed/agree.py:", "distributed/gradients.py:", "distributed/collectives.py:")
+AWAITED: list[int] = []  # threads that the main thread waits for, the last one at this moment
+
+
+@contextmanager
+def waiting_for(thread: int) -> Iterator[None]:
+    """For the block the main thread waits for this one of its own process, which then shows where the process is."""
+    AWAITED.append(thread)
+    try:
+        yield
+    finally:
+        AWAITED.pop()
 
 
 @dataclass(frozen=True)
@@ -29,7 +43,7 @@ class Sign:
     Attributes:
         count: of its signs. step: that its main thread is in. marks: how often it got somewhere.
         moves: signs before which the stack of the main thread had moved. loose: whether those are progress now.
-        where: innermost line of this package on that stack. waits: whether a collective is below it.
+        where: innermost line of this package on that stack. waits: whether it waits for others there.
         host, pid: for whoever looks for it. left: None while it is there, then why it left, "" at a good end.
     """
 
@@ -69,17 +83,23 @@ class Seen:
             self.moved = now
 
 
-def verdict(board: dict[int, Seen], now: float, timeout: float) -> str | None:
-    """What ends the run, as one line that names the processes; None if nothing does."""
+def lost(board: dict[int, Seen], now: float, timeout: float) -> str | None:
+    """The line for a process that failed, or of which nothing is heard any more; None if there is none."""
     # Of those that failed the first one did for a reason of its own.
     failed = sorted((seen.heard, rank) for rank, seen in board.items() if seen.sign.left)
     if failed and now - failed[0][0] >= min(timeout, FAILED_SECONDS):
         return gone({failed[0][1]: board[failed[0][1]].sign})
+    silent = {rank: s for rank, s in board.items() if s.sign.left is None and now - s.heard >= timeout}
+    if not silent:
+        return None
+    return f"no sign of life for {max(now - seen.heard for seen in silent.values()):.0f} s: {places(silent)}"
+
+
+def verdict(board: dict[int, Seen], now: float, timeout: float) -> str | None:
+    """What ends the run, as one line that names the processes; None if nothing does."""
+    if line := lost(board, now, timeout):
+        return line
     here = {rank: seen for rank, seen in board.items() if seen.sign.left is None}
-    silent = {rank: seen for rank, seen in here.items() if now - seen.heard >= timeout}
-    if silent:
-        seconds = max(now - seen.heard for seen in silent.values())
-        return f"no sign of life for {seconds:.0f} s: {places(silent)}"
     quiet = now - max((seen.moved for seen in here.values()), default=now)
     if quiet < timeout:
         return None
@@ -97,12 +117,13 @@ def gone(which: dict[int, Sign]) -> str:
 
 
 def suspects(here: dict[int, Seen]) -> dict[int, Seen]:
-    """Those that the others seem to wait for: behind the others; or not in a collective; or elsewhere than most."""
+    """Those that the others seem to wait for: behind the others; or not waiting; or elsewhere than most; else all."""
     furthest = max((s.sign.step, s.sign.marks) for s in here.values())
     behind = [rank for rank, s in here.items() if (s.sign.step, s.sign.marks) < furthest]
     busy = [rank for rank, s in here.items() if not s.sign.waits]
-    common = Counter(s.sign.where for s in here.values()).most_common(1)[0][0]
-    elsewhere = [rank for rank, s in here.items() if s.sign.where != common]
+    (common, most), *others = Counter(s.sign.where for s in here.values()).most_common(2)
+    tie = bool(others) and others[0][1] == most
+    elsewhere = [] if tie else [rank for rank, s in here.items() if s.sign.where != common]
     for found in (behind, busy, elsewhere):
         if 0 < len(found) < len(here):
             return {rank: here[rank] for rank in found}
@@ -135,7 +156,10 @@ def places(which: dict[int, Seen]) -> str:
 
 
 def position(frame: FrameType | None, root: str) -> tuple[int, str, bool]:
-    """(a number that changes when the stack moves, innermost line below `root`, whether a collective is below it)."""
+    """(a number that changes when the stack moves, innermost line below `root`, whether others are waited for there).
+
+    That is so where a collective of PyTorch is below it, or at one of WAITS.
+    """
     lines: list[tuple[int, int]] = []
     where, waits = "", False
     while frame is not None:
@@ -146,4 +170,4 @@ def position(frame: FrameType | None, root: str) -> tuple[int, str, bool]:
             where = f"{name.removeprefix(root)}:{frame.f_lineno} {code.co_name}"
         waits |= not where and "/torch/distributed/" in name
         frame = frame.f_back
-    return hash(tuple(lines)), where, waits
+    return hash(tuple(lines)), where, waits or where.startswith(WAITS)

@@ -7,6 +7,9 @@ all; the last rank watches too, a little more patiently, for rank 0 could be the
 tells all processes through the store; the first to do so prints one line, and all leave. The exit code is
 EXIT_CODE: torchrun then starts the job again (--max-restarts) or ends it.
 
+After SIGTERM or SIGINT (a launcher that lost one process stops the others) ten seconds without sign of a process are
+enough: the main thread may wait for it on a device, where Python never gets to handle the signal.
+
 A collective that fails because another process has died becomes one line too: `watching` waits until the signs show who
 it was. What fails for another reason passes through as it is.
 """
@@ -28,9 +31,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from nativerank.distributed.signs import Seen, Sign, gone, position, verdict
+from nativerank.distributed.signs import AWAITED, Seen, Sign, gone, lost, position, verdict
 
 EXIT_CODE = 4
+SIGNALLED_SECONDS = 10.0  # without sign of a process, after a signal to end
 ROOT = Path(__file__).parents[1].as_posix() + "/"
 OVER = "over"  # key of the store: the line of who ended the run
 BROKEN = re.compile(r"gloo|nccl|connection|broken pipe|socket|timed? ?out", re.I)
@@ -122,6 +126,39 @@ def fresh_stores() -> tuple[dist.Store, dist.Store]:
     return one, two
 
 
+class Bell:
+    """Tells that SIGTERM or SIGINT came, even while the main thread never gets to its handler.
+
+    The operating system's part of Python's handler writes the number of the signal into a pipe at once.
+    """
+
+    def __init__(self) -> None:
+        self.reading, self.writing = os.pipe()
+        for end in (self.reading, self.writing):
+            os.set_blocking(end, False)
+        self.before: int | None = None
+        with suppress(ValueError):  # not in the main thread: whoever runs us there handles signals
+            self.before = signal.set_wakeup_fd(self.writing, warn_on_full_buffer=False)
+
+    def rang(self) -> bool:
+        """Whether one came since the last time."""
+        try:
+            return bool({signal.SIGTERM, signal.SIGINT} & set(os.read(self.reading, 4096)))
+        except OSError:
+            return False
+
+    def give_back(self) -> None:
+        """From now on signals do not ring here."""
+        if self.before is not None:
+            signal.set_wakeup_fd(self.before)
+            self.before = None
+
+    def close(self) -> None:
+        """Done by who reads, after `give_back`."""
+        os.close(self.reading)
+        os.close(self.writing)
+
+
 class Signs:
     """The two threads of a process."""
 
@@ -133,7 +170,8 @@ class Signs:
         self.store, self.reading = fresh_stores()  # of the talking and of the main thread
         self.host, self.pid = socket.gethostname(), os.getpid()
         self.count = self.moves = self.stack = 0
-        self.stopped, self.ending = threading.Event(), threading.Event()
+        self.stopped, self.ending, self.signalled = threading.Event(), threading.Event(), threading.Event()
+        self.bell = Bell()
         now = time.monotonic()
         self.board = {rank: Seen(now, now) for rank in range(self.world)}
         self.answered = now  # when the store last did
@@ -152,6 +190,7 @@ class Signs:
 
     def stop(self, left: str) -> None:
         """Ends the threads; the last sign says why."""
+        self.bell.give_back()
         self.stopped.set()
         try:
             self._say(self.reading, left)  # the other one may be stuck
@@ -165,7 +204,7 @@ class Signs:
         while not self.stopped.wait(self.interval):
             try:
                 self._say(self.store, None)
-                if self.watches:
+                if self.watches or self.signalled.is_set():
                     self._hear()
                 over = self.store.check([OVER])
             except (RuntimeError, OSError):
@@ -175,7 +214,7 @@ class Signs:
                 self.end(None)
 
     def _say(self, store: dist.Store, left: str | None) -> None:
-        stack, where, waits = position(sys._current_frames().get(self.main), ROOT)
+        stack, where, waits = position(sys._current_frames().get((self.main, *AWAITED)[-1]), ROOT)
         self.count, self.moves, self.stack = self.count + 1, self.moves + (stack != self.stack), stack
         w = self.watch
         sign = Sign(self.count, w.step, w.marks, self.moves, w.loose, where, waits, self.host, self.pid, left)
@@ -197,17 +236,38 @@ class Signs:
         """Until the end: judges what was heard. The watchers find out first, in order; the rest after them."""
         patience = self.timeout + {0: 0.0, self.world - 1: 5.0}.get(self.rank, 10.0) * self.interval
         before = time.monotonic()
-        while not self.stopped.wait(self.interval) and self.timeout:
+        while not self.stopped.wait(self.interval):
             now = time.monotonic()
             if now - before > max(self.timeout / 2, 2 * self.interval):  # this process was stopped: maybe all were
-                self.answered = now
-                self.board = {rank: Seen(now, now, seen.sign) for rank, seen in self.board.items()}
+                self._begin_anew(now)
             before = now
+            if self.signalled.is_set():
+                if line := self._lost(now):
+                    self._finish(line)
+            elif self.bell.rang():
+                self._begin_anew(now)
+                self.signalled.set()
+            if not self.timeout:
+                continue
             if now - self.answered >= patience:
-                silent = f"no sign of life for {now - self.answered:.0f} s: rank 0, or the store on its host"
-                self._finish(silent if self.watches else None)
+                self._finish(self._silence(now) if self.watches else None)
             elif self.watches and (line := verdict(self.board, now, patience)):
                 self._finish(line)
+        self.bell.close()
+
+    def _begin_anew(self, now: float) -> None:
+        """Counts the seconds from now on."""
+        self.answered = now
+        self.board = {rank: Seen(now, now, seen.sign) for rank, seen in self.board.items()}
+
+    def _silence(self, now: float) -> str:
+        return f"no sign of life for {now - self.answered:.0f} s: rank 0, or the store on its host"
+
+    def _lost(self, now: float) -> str | None:
+        """After a signal: who need not be waited for."""
+        if now - self.answered >= SIGNALLED_SECONDS and self.board[0].sign.left is None:
+            return self._silence(now)
+        return lost(self.board, now, SIGNALLED_SECONDS)
 
     def _finish(self, line: str | None) -> None:
         """Ends the run: one process prints its line, the others hear that it is over, and get the time to."""

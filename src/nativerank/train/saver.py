@@ -8,6 +8,7 @@ what this process holds. The threads of all processes settle the manifest over a
 uses; an error in one is an error in all, raised by the next `save` or `wait`.
 """
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
@@ -21,6 +22,8 @@ from torch import Tensor
 
 from nativerank.distributed.grid import SINGLE, Grid
 from nativerank.distributed.pieces import Piece
+from nativerank.distributed.signs import waiting_for
+from nativerank.distributed.start import group_timeout
 from nativerank.train import checkpoint
 
 
@@ -31,13 +34,15 @@ class Saver:
         folder: of the run.
         grid: all of its processes make one of these, and call its methods together.
         background: see above.
+        timeout: seconds, as of `distributed.start`; the threads of processes wait for each other as long as these.
     """
 
-    def __init__(self, folder: Path, grid: Grid = SINGLE, background: bool = False):
+    def __init__(self, folder: Path, grid: Grid = SINGLE, background: bool = False, timeout: float = 600.0):
         self.folder, self.grid = folder, grid
         self._thread = ThreadPoolExecutor(1, "checkpoint") if background else None
+        self._id = self._thread.submit(threading.get_ident).result() if self._thread else 0
         if background and grid.world > 1:
-            self.grid = replace(grid, everyone=dist.new_group(backend="gloo"))
+            self.grid = replace(grid, everyone=dist.new_group(timeout=group_timeout(timeout), backend="gloo"))
         self._buffers: dict[tuple[str, str], Tensor] = {}
         self._in_flight: Future[checkpoint.Checkpoint] | None = None
 
@@ -72,7 +77,8 @@ class Saver:
         """
         if self._in_flight is not None:
             try:
-                self._in_flight.result()
+                with waiting_for(self._id):  # who writes gets on; who waits does so for the others
+                    self._in_flight.result()
             finally:
                 if self._in_flight.done():  # not if a signal came while waiting
                     self._in_flight = None
@@ -80,7 +86,8 @@ class Saver:
     def close(self) -> None:
         """Lets the save in flight come to its end, whatever that is."""
         if self._thread is not None:
-            self._thread.shutdown()
+            with waiting_for(self._id):
+                self._thread.shutdown()
 
     def _copied(self, tensors: checkpoint.Contents) -> checkpoint.Contents:
         """The pieces with what they are now, in buffers; those that another process writes are left out."""

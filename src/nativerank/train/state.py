@@ -66,7 +66,7 @@ class RunState:
         self.train_flops = 0.0
         self.count_flops()
         self.fingerprint = checkpoint.fingerprint(data_fingerprint(dataset))
-        self.saver = Saver(out, grid, t.checkpoint_async)
+        self.saver = Saver(out, grid, t.checkpoint_async, config.parallel.timeout)
 
     def agreed(self) -> bool:
         """Whether replicas that train on their own have met after this step; others are of one mind."""

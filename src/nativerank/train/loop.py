@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -31,46 +31,22 @@ from nativerank.distributed.start import start
 from nativerank.distributed.watch import Watch, watching
 from nativerank.evaluate.loss import Loss, check_document_mask, validation_loss
 from nativerank.evaluate.probes import Probe, fixed_batch, probed_names
-from nativerank.layers import init_seed, linear_modules
-from nativerank.models import count_parameters
-from nativerank.optim.roles import factor_modules
+from nativerank.layers import init_seed
 from nativerank.optim.schedule import multiplier
 from nativerank.train import checkpoint
-from nativerank.train.closing import export, peak_memory_bytes, sample_text, xz_of_validation
-from nativerank.train.diloco import check_diloco, notes
+from nativerank.train.answers import GuardedRun
+from nativerank.train.closing import export, sample_text
+from nativerank.train.diloco import check_diloco
+from nativerank.train.facts import start_facts, step_row, summary_row
 from nativerank.train.folder import claim, write_config
 from nativerank.train.guard import Diverged
-from nativerank.train.metrics import JsonLines, TensorBoard, Tracker, require_tensorboard
+from nativerank.train.listen import Listener, Silence
+from nativerank.train.metrics import JsonLines, TensorBoard, require_tensorboard
 from nativerank.train.profile import Profiler
 from nativerank.train.resolve import check_parallel, resolve
 from nativerank.train.setup import Built, build, check_same_data, compile_blocks, open_data, versions
 from nativerank.train.signals import Interrupted, Stopping, catch_signals
-from nativerank.train.state import RunState, described
 from nativerank.train.step import Batch, StepResult, layerwise_step, train_step
-
-
-class Listener(Protocol):
-    """Who shows the run to a person; warnings alone if `quiet`."""
-
-    quiet: bool
-
-    def begin(self, facts: dict[str, Any]) -> None: ...
-
-    def row(self, row: dict[str, Any]) -> None: ...
-
-    def warn(self, message: str) -> None: ...
-
-
-class Silence:
-    """Listens for the processes that have no person in front of them."""
-
-    quiet = True
-
-    def begin(self, facts: dict[str, Any]) -> None: ...
-
-    def row(self, row: dict[str, Any]) -> None: ...
-
-    def warn(self, message: str) -> None: ...
 
 
 def train(config: RunConfig, listener: Listener) -> dict[str, Any]:
@@ -123,14 +99,13 @@ def train(config: RunConfig, listener: Listener) -> dict[str, Any]:
             raise Agreed(str(error), True, error.exit_code) from error
 
 
-class Run(RunState):
+class Run(GuardedRun):
     """One run on its way: its state, and the means to go on from there."""
 
     def __init__(
         self, config: RunConfig, out: Path, dataset: Dataset, built: Built, listener: Listener, grid: Grid = SINGLE
     ):
-        super().__init__(config, out, dataset, built, self._complain, grid)
-        self.listener = listener
+        super().__init__(config, out, dataset, built, listener, grid)
         self.device = next(self.model.parameters()).device
         t = config.train
         assert t.context
@@ -138,7 +113,6 @@ class Run(RunState):
         self.probe = Probe(self.model, names, fixed_batch(dataset.split("val"), t.context), grid)
         self.watch = Watch()
         self.started = time.perf_counter()
-        self.trackers: list[Tracker] = []
         self.profiler: Profiler | None = None
 
     def begin(self, origin: Path | None, newest: checkpoint.Checkpoint | None, damaged: list[str]) -> None:
@@ -163,7 +137,11 @@ class Run(RunState):
         if config.compile:
             compile_blocks(self.model)
         self.profiler = Profiler(out, self.device) if config.profile and self.grid.rank == 0 else None
-        self._announce(origin)
+        if self.grid.rank == 0:
+            facts = start_facts(self, self.device, origin)
+            for tracker in self.trackers:
+                tracker.row(facts)
+            self.listener.begin(facts)
 
     # -- the loop ---------------------------------------------------------------------------------------------
 
@@ -227,25 +205,7 @@ class Run(RunState):
         if self.profiler:
             self.profiler.step()
         seconds = time.perf_counter() - began
-        row: dict[str, Any] = {
-            "step": self.step,
-            "tokens": self.step * self.tokens_per_step,
-            "loss": result.loss,
-            "lr": (o.lr or 0) * rate,
-            "aux_lr": (o.aux_lr or 0) * rate,
-            "grad_norm": result.grad_norm,
-            "tokens_per_second": self.tokens_per_step / seconds,
-            "seconds": seconds,
-            "train_flops": self.train_flops,
-        }
-        if alpha is not None:
-            row["guide_alpha"] = alpha
-        if measured:
-            row["optimizer_share"] = result.seconds["optimizer"] / sum(result.seconds.values())
-        if self.device.type == "cuda":
-            row["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
-        if result.kept:
-            row["kept"] = result.kept
+        row = step_row(self, result, alpha, rate, seconds, measured)
         if verdict:
             self._respond(verdict, row)
         if before is not None and "rolled_back_to" not in row:
@@ -300,39 +260,6 @@ class Run(RunState):
                 positions = torch.from_numpy(document_positions(inputs, self.dataset.eot_id)).to(self.device)
             yield torch.from_numpy(inputs).to(self.device), torch.from_numpy(targets).to(self.device), positions
 
-    # -- the guard --------------------------------------------------------------------------------------------
-
-    def _respond(self, event: str, row: dict[str, Any]) -> str:
-        """Acts on an event: notes it in the row, and sets the run back if that is the answer, which it returns."""
-        last = self.last_good() if self.guard.may_go_back(event) else None
-        try:
-            answer = self.guard.response(event, last is not None)
-            if answer == "rollback" and self.rollbacks >= self.config.guard.max_events:
-                raise Diverged(f"{self.rollbacks} rollbacks to step {last.step if last else 0}; lower --optim.lr")
-        except Diverged as error:
-            last = last or self.last_good()
-            row.update(event=event, action="stop")
-            self._record(row)
-            raise Diverged(f"step {self.step}: {error}; {described(last)}") from None
-        row.update(event=event, action=answer)
-        kept = f", but {row['kept']} parameters had moved" if row.get("kept") and answer != "rollback" else ""
-        self.listener.warn(f"step {self.step}: {event.replace('_', ' ')} (loss {row['loss']:.3f}): {answer}{kept}")
-        if answer == "rollback" and last is not None:
-            self.go_back(last.path)
-            row["rolled_back_to"] = self.step
-        return answer
-
-    def _complain(self, message: str) -> None:
-        self.listener.warn(message)
-        self._record({"event": "checkpoint_damaged", "step": self.step, "reason": message})
-
-    def _judge_norms(self, row: dict[str, Any]) -> None:
-        """Lets the guard look at the norms of the probed factors."""
-        sigmas = {f"{n}.{k}": v[k] for n, v in row["probes"].items() for k in ("sigma_A", "sigma_B") if k in v}
-        event = self.guard.judge_norms(sigmas)
-        if event and self._respond(event, row) == "none":
-            self.guard.sigmas = sigmas  # nothing to go back to: from here on these are the norms to compare with
-
     # -- validation and records -------------------------------------------------------------------------------
 
     def _validate(self, max_tokens: int | None, between: Callable[[], None] = lambda: None) -> Loss:
@@ -349,45 +276,7 @@ class Run(RunState):
             grid=self.grid,
         )
 
-    def _record(self, row: dict[str, Any]) -> None:
-        for tracker in self.trackers:
-            tracker.row(row)
-        self.listener.row(row)
-
     # -- begin and end ----------------------------------------------------------------------------------------
-
-    def _announce(self, resumed: Path | None) -> None:
-        if self.grid.rank:
-            return
-        c = self.config
-        facts = {
-            "event": "resume" if resumed else "start",
-            "step": self.step,
-            "method": c.method,
-            "model": c.init or c.model.config or c.model.preset,
-            "parameters": count_parameters(self.model),
-            "factorized": len(factor_modules(self.model)),
-            "left_dense": len(linear_modules(self.model)),
-            "warnings": [
-                *notes(c, self.steps),
-                *(f"{e.name}: {e.warning}" for e in (self.report.entries if self.report else ()) if e.warning),
-            ],
-            "steps": self.steps,
-            "tokens_per_step": self.tokens_per_step,
-            "train_tokens": self.dataset.split("train").tokens,
-            "lr": c.optim.lr,
-            "aux_lr": c.optim.aux_lr,
-            "device": str(self.device),
-            "out": str(self.out),
-            "environment": versions(),
-        }
-        if resumed:
-            facts["checkpoint"] = str(resumed)
-        if self.grid.world > 1:
-            facts |= {"replicas": self.grid.replicas, "shards": self.grid.shards, "uneven": self.uneven}
-        for tracker in self.trackers:
-            tracker.row(facts)
-        self.listener.begin(facts)
 
     def _finish(self, stopping: Stopping) -> dict[str, Any]:
         """The whole validation split, the factored export, a sample, the summary.
@@ -405,31 +294,11 @@ class Run(RunState):
         self.saver.wait()
         export(self.model, self.out, self.dataset, self.grid)
         prompt, sample = sample_text(self.model, self.dataset, self.config, self.grid)
-        summary = from_first(self.grid, lambda: self._summary(loss, prompt, sample))
+        seconds = time.perf_counter() - self.started
+        summary = from_first(self.grid, lambda: summary_row(self, self.device, loss, prompt, sample, seconds))
         for tracker in self.trackers:
             tracker.row(summary)
         return summary
-
-    def _summary(self, loss: Loss, prompt: str, sample: str) -> dict[str, Any]:
-        return {
-            "event": "end",
-            "step": self.step,
-            "tokens": self.step * self.tokens_per_step,
-            "val_loss": loss.nats,
-            "perplexity": loss.perplexity,
-            "bits_per_byte": loss.bits_per_byte,
-            "xz_bits_per_byte": xz_of_validation(self.dataset),
-            "val_tokens": loss.tokens,
-            "prompt": prompt,
-            "sample": sample,
-            "refused_steps": self.guard.refused,
-            "parameters": count_parameters(self.model),
-            "train_flops": self.train_flops,
-            "ranks": self.ranks.ranks.now,
-            "seconds": time.perf_counter() - self.started,
-            "peak_memory_bytes": peak_memory_bytes(self.device),
-            "out": str(self.out),
-        }
 
     def close(self) -> None:
         """Ends the records, and the save in flight if there is one."""

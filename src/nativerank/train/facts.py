@@ -1,0 +1,104 @@
+"""The rows that a run writes: how it starts, what a step was, how it ended."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nativerank.evaluate.loss import Loss
+from nativerank.layers import linear_modules
+from nativerank.models import count_parameters
+from nativerank.optim.roles import factor_modules
+from nativerank.train.closing import peak_memory_bytes, xz_of_validation
+from nativerank.train.diloco import notes
+from nativerank.train.setup import versions
+from nativerank.train.state import RunState
+from nativerank.train.step import StepResult
+
+
+def start_facts(run: RunState, device: torch.device, resumed: Path | None) -> dict[str, Any]:
+    """What is about to run, from which checkpoint if any."""
+    c = run.config
+    facts = {
+        "event": "resume" if resumed else "start",
+        "step": run.step,
+        "method": c.method,
+        "model": c.init or c.model.config or c.model.preset,
+        "parameters": count_parameters(run.model),
+        "factorized": len(factor_modules(run.model)),
+        "left_dense": len(linear_modules(run.model)),
+        "warnings": [
+            *notes(c, run.steps),
+            *(f"{e.name}: {e.warning}" for e in (run.report.entries if run.report else ()) if e.warning),
+        ],
+        "steps": run.steps,
+        "tokens_per_step": run.tokens_per_step,
+        "train_tokens": run.dataset.split("train").tokens,
+        "lr": c.optim.lr,
+        "aux_lr": c.optim.aux_lr,
+        "device": str(device),
+        "out": str(run.out),
+        "environment": versions(),
+    }
+    if resumed:
+        facts["checkpoint"] = str(resumed)
+    if run.grid.world > 1:
+        facts |= {"replicas": run.grid.replicas, "shards": run.grid.shards, "uneven": run.uneven}
+    return facts
+
+
+def step_row(
+    run: RunState, result: StepResult, alpha: float | None, rate: float, seconds: float, measured: bool
+) -> dict[str, Any]:
+    """The step that was just made.
+
+    Args:
+        alpha: weight of the guides in it. rate: share of the peak rates. seconds: it took.
+        measured: the seconds of its phases mean something.
+    """
+    o = run.config.optim
+    row: dict[str, Any] = {
+        "step": run.step,
+        "tokens": run.step * run.tokens_per_step,
+        "loss": result.loss,
+        "lr": (o.lr or 0) * rate,
+        "aux_lr": (o.aux_lr or 0) * rate,
+        "grad_norm": result.grad_norm,
+        "tokens_per_second": run.tokens_per_step / seconds,
+        "seconds": seconds,
+        "train_flops": run.train_flops,
+    }
+    if alpha is not None:
+        row["guide_alpha"] = alpha
+    if measured:
+        row["optimizer_share"] = result.seconds["optimizer"] / sum(result.seconds.values())
+    if next(run.model.parameters()).is_cuda:
+        row["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
+    if result.kept:
+        row["kept"] = result.kept
+    return row
+
+
+def summary_row(
+    run: RunState, device: torch.device, loss: Loss, prompt: str, sample: str, seconds: float
+) -> dict[str, Any]:
+    """How the run ended: the loss on the whole validation split, a sample, what it took."""
+    return {
+        "event": "end",
+        "step": run.step,
+        "tokens": run.step * run.tokens_per_step,
+        "val_loss": loss.nats,
+        "perplexity": loss.perplexity,
+        "bits_per_byte": loss.bits_per_byte,
+        "xz_bits_per_byte": xz_of_validation(run.dataset),
+        "val_tokens": loss.tokens,
+        "prompt": prompt,
+        "sample": sample,
+        "refused_steps": run.guard.refused,
+        "parameters": count_parameters(run.model),
+        "train_flops": run.train_flops,
+        "ranks": run.ranks.ranks.now,
+        "seconds": seconds,
+        "peak_memory_bytes": peak_memory_bytes(device),
+        "out": str(run.out),
+    }

@@ -248,8 +248,8 @@ def load(path: Path, model: nn.Module, tensors: Contents, grid: Grid = SINGLE, s
 
 def _read(files: list[Path], pieces: list[Piece], grid: Grid) -> Stored:
     """Fills this process's pieces; what is stored must be what all processes hold together."""
+    stored = from_first(grid, lambda: Stored(files))
     with together(grid):
-        stored = Stored(files)
         stored.fill(pieces)
     names, here = sorted(n for n in stored.shapes if not n.startswith(RANDOM)), {p.name for p in pieces}
     held = from_each(grid, lambda: bytes(name in here for name in names))

@@ -7,7 +7,8 @@ PyTorch's `HuggingFaceStorageReader` reads these files. They are not written and
 keep the shape of the whole, and leaves in memory what was there where a piece is missing (torch 2.13); here pieces must
 tile the whole.
 
-A process reads the headers of all files and of their tensors only the slices that it holds.
+One process reads the headers of all files and tells the others (`Stored` can be pickled); each then opens only the
+files that hold something of what it holds, and reads those slices.
 """
 
 import json

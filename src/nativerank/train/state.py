@@ -4,6 +4,7 @@ Model, optimizer, data cursor, guard, ranks, the best validation so far and the 
 state gives the bits that `save` saw; `go_back` is `load` with the data going on from where they are.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -148,7 +149,11 @@ class RunState:
 
     def _finite(self) -> bool:
         """Whether what this process holds of the weights is."""
-        return all(bool(torch.isfinite(local(p)).all()) for p in self.model.parameters())
+        weights = [w for p in self.model.parameters() if (w := local(p).detach()).numel()]
+        if not weights:
+            return True
+        largest = torch._foreach_norm(weights, math.inf)  # of the entries, so it does not overflow; one look at all
+        return bool(torch.stack([n.isfinite() for n in largest]).all())
 
     def _tensors(self) -> checkpoint.Contents:
         """The tensors of a checkpoint, as far as this process holds them."""

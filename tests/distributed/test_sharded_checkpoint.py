@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
 
 from nativerank import files
+from nativerank.distributed import signs
 from nativerank.distributed.grid import SINGLE, make_grid
 from nativerank.distributed.pieces import Piece
 from nativerank.layers import matrix_parameters
@@ -359,6 +361,27 @@ def test_a_disk_that_is_full_for_one_is_an_error_for_all(forked, tmp_path, backg
 def test_a_disk_that_not_all_share_is_named(forked, tmp_path):
     for ((_, line, _),) in forked(fill_the_disk, 2, tmp_path, False, errno.ENOENT, 1):
         assert "is not on a disk that all processes share" in line
+
+
+def test_whoever_waits_for_a_save_shows_where_its_thread_is(tmp_path, monkeypatch):
+    """A save that is long must not look like a process that stands still."""
+    seen = []
+
+    def look(*args):
+        thread = threading.get_ident()
+        until = time.monotonic() + 30
+        while not signs.AWAITED:
+            assert time.monotonic() < until
+            time.sleep(0.001)
+        seen.append((list(signs.AWAITED) == [thread], threading.main_thread().ident != thread))
+
+    monkeypatch.setattr(checkpoint, "write_pieces", look)
+    saver = Saver(tmp_path, background=True)
+    saver.save(1, {"model": []}, STATE)
+    with pytest.raises(ValueError, match="not on a disk"):
+        saver.wait()  # nothing was written
+    assert seen == [(True, True)] and signs.AWAITED == []
+    saver.close()
 
 
 def test_an_error_in_the_background_is_known_before_the_next_save(tmp_path, monkeypatch):

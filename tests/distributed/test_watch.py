@@ -183,6 +183,9 @@ def run(tmp_path, monkeypatch):
     def go(act, world=4, timeout=TIMEOUT):
         # As under torchrun, the store outlives the workers.
         server = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        # Its thread has to be up before this process forks: a lock that it held then would stay locked in the workers.
+        server.set("up", "yes")
+        assert server.get("up") == b"yes"
         context = multiprocessing.get_context("fork")
         args = [(rank, world, server.port, tmp_path, timeout, act) for rank in range(world)]
         workers = [context.Process(target=worker, args=a) for a in args]

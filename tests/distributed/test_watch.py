@@ -176,18 +176,25 @@ def worker(rank, world, store, folder, timeout, act):
     dist.destroy_process_group()
 
 
+def serve(pipe):
+    """The store, in a process of its own: its threads hold locks at times, which workers must not inherit by a fork."""
+    server = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    pipe.send(server.port)
+    time.sleep(600)
+
+
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """run(On(...), world=4, timeout=TIMEOUT): (exit codes, everything printed); what still runs is killed."""
 
     def go(act, world=4, timeout=TIMEOUT):
-        # As under torchrun, the store outlives the workers.
-        server = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-        # Its thread has to be up before this process forks: a lock that it held then would stay locked in the workers.
-        server.set("up", "yes")
-        assert server.get("up") == b"yes"
         context = multiprocessing.get_context("fork")
-        args = [(rank, world, server.port, tmp_path, timeout, act) for rank in range(world)]
+        pipe, theirs = context.Pipe()
+        server = context.Process(
+            target=serve, args=(theirs,), daemon=True
+        )  # as under torchrun, it outlives the workers
+        server.start()
+        args = [(rank, world, port, tmp_path, timeout, act) for port in [pipe.recv()] for rank in range(world)]
         workers = [context.Process(target=worker, args=a) for a in args]
         for process in workers:
             process.start()
@@ -197,6 +204,8 @@ def run(tmp_path, monkeypatch):
             if process.is_alive():
                 os.kill(process.pid, signal.SIGKILL)
                 process.join()
+        server.kill()
+        server.join()
         printed = "".join((tmp_path / f"rank-{rank}").read_text() for rank in range(world))
         return [process.exitcode for process in workers], printed
 

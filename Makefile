@@ -6,7 +6,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-EXTRAS := demo,report,dev
+TESTABLE := $(VENV)/.testable
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: install train test test-slow lint bench clean
 
@@ -15,14 +16,19 @@ install: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("nativerank needs Python 3.11 or newer, found " + sys.version.split()[0] + "; try: make PYTHON=python3.11 ..." if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	$(PIP) torch
+	$(PIP) -e '.[demo,report]'
+	touch $@
+
+# What tests need besides: linters, and every library that a model of ours goes to.
+$(TESTABLE): $(INSTALLED)
+	$(PIP) -e '.[demo,report,dev]'
 	touch $@
 
 train: install
 	$(BIN)/nativerank train
 
-lint: install
+lint: $(TESTABLE)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -31,7 +37,7 @@ lint: install
 test: lint
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2 --dist loadfile -m "not slow"
 
-test-slow: install
+test-slow: $(TESTABLE)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2 --dist loadfile -m slow
 
 bench: install

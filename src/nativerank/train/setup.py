@@ -6,7 +6,7 @@ import platform
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import transformers
@@ -211,13 +211,24 @@ def optimizer_for(config: RunConfig, model: nn.Module, grid: Grid = SINGLE) -> L
     )
 
 
-def new_skeleton(config: RunConfig, dataset: Dataset) -> tuple[nn.Module, FactorizeReport | None]:
+class Vocabulary(Protocol):
+    """A data set, as far as an architecture needs it."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def eot_id(self) -> int | None: ...
+
+
+def new_skeleton(config: RunConfig, dataset: Vocabulary) -> tuple[nn.Module, FactorizeReport | None]:
     """The model of a resolved configuration without --init, as shapes on the meta device; and what became what."""
     if config.model.config:
         hf = read_hf_config(config.model.config)
     else:
         hf = hf_config(find_preset(config.model.preset), dataset.vocab_size, config.train.context)
-    name_end_of_text(hf, dataset.eot_id)
+    if dataset.eot_id is not None:
+        name_end_of_text(hf, dataset.eot_id)
     model, report = skeleton(hf), None
     if find_method(config.method or "").layer:
         r = config.rank

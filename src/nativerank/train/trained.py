@@ -1,0 +1,216 @@
+"""What was trained, from wherever it lies: one function for every command that uses a model.
+
+    RUN, finished             its model/
+    RUN, else or with a step  the newest complete checkpoint (or that of the step); a damaged one is named and passed by
+    .../checkpoints/step-N    that checkpoint, which is refused if it is damaged
+    a model folder            factored or stock, as `nativerank.hub.load` reads it
+
+A checkpoint holds weights alone, as many files as there were processes. What they belong to says the run's config.yaml:
+the architecture is built on the meta device, brought to the ranks that the checkpoint names, given memory and filled.
+Nothing of the optimizer is read. The data folder is asked for the tokenizer only, so a run that was moved without its
+data can still be used, then without a tokenizer.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tokenizers import Tokenizer
+from torch import nn
+
+from nativerank.config import RunConfig
+from nativerank.data.demo import prepared_demo
+from nativerank.data.shards import Dataset, read_manifest
+from nativerank.data.tokenizer import load_tokenizer
+from nativerank.distributed.pieces import Piece
+from nativerank.hub.load import CONFIG as MODEL_CONFIG
+from nativerank.hub.load import TOKENIZER, load, outline
+from nativerank.hub.weights import named_tensors
+from nativerank.layers.guided import guided_layers
+from nativerank.models import allocate, find_preset
+from nativerank.optim.roles import factor_modules
+from nativerank.train import checkpoint
+from nativerank.train.folder import CONFIG as RUN_CONFIG
+from nativerank.train.folder import read_config
+from nativerank.train.metrics import FILE as METRICS
+from nativerank.train.metrics import read_rows
+from nativerank.train.piece_files import Stored
+from nativerank.train.setup import data_fingerprint, name_end_of_text, new_skeleton
+
+Complain = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model that can be used.
+
+    Attributes:
+        model: in evaluation mode on the CPU, float32.
+        tokenizer: None where none is known.
+        folder: that of the weights: a model folder or a checkpoint.
+        label: for people, such as "runs/a at step 300".
+        data: the prepared folder that it was trained on, None where that is not known or no longer the same.
+    """
+
+    model: nn.Module
+    tokenizer: Tokenizer | None
+    folder: Path
+    label: str
+    data: Path | None = None
+
+
+class Words(NamedTuple):
+    """What an architecture has to know of the data: rows of the embedding, the id that ends a text."""
+
+    vocab_size: int
+    eot_id: int | None
+
+
+def to_stderr(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def open_trained(path: str | Path, step: int | None = None, complain: Complain = to_stderr) -> Trained:
+    """The model in a run, a checkpoint or a model folder.
+
+    Args:
+        path: of any of them.
+        step: of a run: that of the checkpoint to take.
+        complain: told of damaged checkpoints that were passed by, and of data that have changed.
+
+    Raises:
+        ValueError: no such folder, or none of these; a run without a complete checkpoint, or none at that step; the
+            checkpoint that was asked for is damaged; guides that are still there.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise ValueError(f"no such folder: {path}")
+    if is_checkpoint(path):
+        run = path.resolve().parent.parent
+        if step is not None:
+            raise ValueError(f"{path} is a checkpoint already; a step is for its run, {path.parent.parent}")
+        if not (run / RUN_CONFIG).is_file():
+            raise ValueError(f"{path} lies in no run folder, so nothing says which model it is of: no {RUN_CONFIG}")
+        return from_checkpoint(path, path.parent.parent, complain)
+    if (path / RUN_CONFIG).is_file():
+        if step is None and (final := finished(path)) is not None:
+            return from_model_folder(path / "model", f"{path} at step {final}" if final else str(path))
+        return from_checkpoint(chosen(path, step, complain), path, complain)
+    if (path / MODEL_CONFIG).is_file() or (path / "model").is_dir():
+        if step is not None:
+            raise ValueError(f"{path} is not a run folder, so it has no checkpoint of step {step}")
+        return from_model_folder(path if (path / MODEL_CONFIG).is_file() else path / "model", str(path))
+    raise ValueError(f"{path} is not a run, a checkpoint or a model folder")
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder is, or should be, a checkpoint."""
+    return (path / checkpoint.MANIFEST).is_file() and (path / checkpoint.STATE).is_file()
+
+
+def finished(run: Path) -> int | None:
+    """The step at which a run wrote its model/, 0 if it does not say; None if it did not, or has gone on since."""
+    if not (run / "model" / MODEL_CONFIG).is_file():
+        return None
+    if not (run / METRICS).is_file():
+        return 0
+    steps = [int(row["step"]) for row in read_rows(run) if row.get("event") == "end"]
+    newest = max((c.step for c in checkpoint.list_checkpoints(run)), default=0)
+    if not steps:  # going on drops the row of the end
+        return None if newest else 0
+    return steps[-1] if steps[-1] >= newest else None
+
+
+def chosen(run: Path, step: int | None, complain: Complain) -> Path:
+    """The checkpoint of a step, or the newest one that is not damaged.
+
+    Raises:
+        ValueError: there is none, naming those there are; or the one asked for is damaged.
+    """
+    if step is None:
+        newest = checkpoint.newest_usable(run, complain)
+        if newest is None:
+            raise ValueError(f"the run in {run} has no complete checkpoint yet; continue it with --resume auto")
+        return newest.path
+    found = {c.step: c.path for c in checkpoint.list_checkpoints(run)}
+    if step not in found:
+        raise ValueError(f"{run} has no checkpoint of step {step}; there are: {', '.join(map(str, found)) or 'none'}")
+    return found[step]
+
+
+def from_model_folder(folder: Path, label: str) -> Trained:
+    """What a factored or stock folder holds."""
+    tokenizer = load_tokenizer(folder / TOKENIZER) if (folder / TOKENIZER).is_file() else None
+    return Trained(load(folder), tokenizer, folder, label)
+
+
+def from_checkpoint(path: Path, run: Path, complain: Complain) -> Trained:
+    """The model of a checkpoint, of however many processes.
+
+    Raises:
+        ValueError: it is damaged, is not of this run's configuration, or still has guides.
+    """
+    checkpoint.check(path)
+    config, state = read_config(run), checkpoint.read_state(path)
+    label = f"{run} at step {state['step']}"
+    stored = Stored([path / name for name in checkpoint.tensor_files("model", checkpoint.processes_of(path))])
+    refuse_guides(stored, config, label)
+    data, tokenizer = tokenizer_of(config, state["data"], label, complain)
+    model = allocate(built(config, stored, data))
+    tensors = named_tensors(model)
+    stored.fill(Piece(name, tensor, tuple(tensor.shape)) for name, tensor in tensors.items())
+    if extra := sorted(set(stored.shapes) - set(tensors)):
+        raise ValueError(f"{path} holds {extra[0]}, which the model of {run / RUN_CONFIG} does not have")
+    return Trained(model.eval(), tokenizer, path, label, data.path if data else None)
+
+
+def refuse_guides(stored: Stored, config: RunConfig, label: str) -> None:
+    """Raises a ValueError where the guides of self-guided training are not freed: without them it is another model."""
+    if any(name.endswith(".guide") for name in stored.shapes):
+        freed = round(config.guide.share * (config.train.steps or 0))
+        raise ValueError(
+            f"{label} still has the dense guides of self-guided training, without which it is another model; "
+            f"they are freed at step {freed}"
+        )
+
+
+def built(config: RunConfig, stored: Stored, data: Dataset | None) -> nn.Module:
+    """The architecture of a run on the meta device, in the ranks that are stored."""
+    if config.init:
+        model: Any = outline(Path(config.init))
+        if data is not None:
+            name_end_of_text(model.config, data.eot_id)
+    else:
+        words = Words(vocabulary(config, stored), data.eot_id if data else None)
+        model, _ = new_skeleton(config, words)
+    for layer in guided_layers(model).values():
+        layer.free_guide()
+    for name, layer in factor_modules(model):
+        down = stored.shapes.get(f"{name}.down.weight") or stored.shapes.get(f"{name}.down")
+        if down is not None:
+            layer.reshape(down[-2])
+    return model
+
+
+def vocabulary(config: RunConfig, stored: Stored) -> int:
+    """Rows of the token embedding of a preset, as they are stored."""
+    rows = stored.shapes.get("model.embed_tokens.weight")
+    return rows[0] if rows else find_preset(config.model.preset).vocab_size
+
+
+def tokenizer_of(
+    config: RunConfig, fingerprint: str, label: str, complain: Complain
+) -> tuple[Dataset | None, Tokenizer | None]:
+    """The data of a run, without a look at its tokens, and their tokenizer; none where they are gone or others now."""
+    try:
+        preset = find_preset(config.model.preset)
+        folder = Path(config.data.path) if config.data.path else prepared_demo(preset.vocab_size, quiet=True)
+        data = Dataset(folder, read_manifest(folder))
+        if checkpoint.fingerprint(data_fingerprint(data)) != fingerprint:
+            raise ValueError(f"{folder} holds other data now")
+        return data, data.tokenizer()
+    except ValueError as error:
+        complain(f"{label} has no tokenizer: {error}")
+        return None, None

@@ -136,6 +136,7 @@ class OptimConfig:
             clip 0 and train.accumulation 1; of a step with a bad gradient, updates made before it was seen stay.
         state_dtype: what the means of gradients and of their squares are kept in: "bf16" halves the optimizer's memory;
             vectors (norms, biases, s) stay as they are.
+        aux_state_dtype: the same for embedding and head; None is state_dtype. "fp8" keeps 8 bits, with a scale per 256.
         update_cap: lowrank-adamw and adam-muon: a step whose ||dW||_2 may exceed this (times the schedule) is
             shortened; None is no cap for lowrank-adamw, 0.15 for adam-muon.
         frames: stiefel-spectron only: "both" keeps U and V of U diag(s) V^T orthonormal, "one" trains A V^T with only V
@@ -170,6 +171,7 @@ class OptimConfig:
     certified: bool = False
     layerwise: bool = False
     state_dtype: Literal["fp32", "bf16"] = "fp32"
+    aux_state_dtype: Literal["fp32", "bf16", "fp8"] | None = None
     update_cap: float | None = None
     frames: Literal["both", "one"] | None = None
     s_lr: float | None = None

@@ -18,7 +18,7 @@ from torch import nn
 from nativerank.config import nearest
 from nativerank.distributed.grid import Grid
 from nativerank.layers import FactorizeReport, Guides, factorize_modules, matrix_parameters
-from nativerank.optim.check import AUXILIARY
+from nativerank.optim.check import AUXILIARY, DEFAULTS
 from nativerank.optim.optimizer import LowRankOptimizer
 from nativerank.optim.reshape import reshaped
 from nativerank.optim.roles import Pair, assign_roles
@@ -213,6 +213,7 @@ def build_optimizer(
     lr: float | None = None,
     aux_lr: float | None = None,
     weight_decay: float = 0.0,
+    aux_state_dtype: str | None = None,
     matrices: Sequence[str] | None = None,
     guided_steps: int | None = None,
     stochastic_guide: bool = True,
@@ -231,6 +232,7 @@ def build_optimizer(
         lr: peak rate of the hidden matrices; None takes the row's.
         aux_lr: peak AdamW rate of everything else.
         weight_decay: decoupled, on the hidden matrices, times lr.
+        aux_state_dtype: "fp32", "bf16" or "fp8": what AdamW's moments of the rest are kept in; None is state_dtype.
         matrices: names of the dense parameters that a dense method treats as hidden matrices; None finds them.
         guided_steps: self-guided only: updates after which the guides are gone. They follow the optimizer's steps; a
             loop that resumes calls `optimizer.guides.set(step)` before it loads a state.
@@ -286,7 +288,7 @@ def build_optimizer(
             "rule": "adamw",
             "lr": row.rates.aux_lr if aux_lr is None else aux_lr,
             **common,
-            **({"state_dtype": chosen["state_dtype"]} if "state_dtype" in chosen else {}),
+            "state_dtype": aux_state_dtype or chosen.get("state_dtype", DEFAULTS["state_dtype"]),
         },
     ]
     optimizer = LowRankOptimizer([g for g in groups if g["params"]], grid, algebra)

@@ -139,6 +139,7 @@ def test_the_printed_command_goes_on(tmp_path, cli, flags, fingerprint, monkeypa
         *((method, {}) for method in METHODS),
         ("sct", dict(optim__retract_every=3)),
         ("sct", dict(optim__riemannian=True)),
+        ("spectron", dict(optim__aux_state_dtype="fp8")),
     ],
 )
 def test_every_method_resumes_bit_for_bit(tmp_path, run_config, listen, crash, fingerprint, method, changes):

@@ -34,10 +34,11 @@ from nativerank.distributed.grid import Grid
 from nativerank.distributed.pieces import bounds, cut_along, local
 from nativerank.linalg.orthogonalize import orthogonalize_flops
 from nativerank.optim.directions import NONE
+from nativerank.optim.float8 import SCALES, scale_shape
 from nativerank.optim.gram_rules import refusal
 from nativerank.optim.optimizer import LowRankOptimizer
-from nativerank.optim.precision import state_dtype
-from nativerank.optim.rules import RULES, SMALL, WEIGHT_SHAPED
+from nativerank.optim.precision import kept_as, state_dtype
+from nativerank.optim.rules import RULES, SMALL, WEIGHT_SHAPED, elementwise_states
 from nativerank.optim.traffic import choose, row_counts, sent_bytes
 from nativerank.optim.units import ALGEBRAS, GRAM, Unit, assign, units_of
 
@@ -188,7 +189,8 @@ def state_bytes(groups: Groups, units: Iterable[Unit], grid: Grid) -> Tensor:
         if RULES[group["rule"]].kind == "elementwise":
             for p in group["params"]:
                 everywhere += kept_bytes("step", p, group)
-                spread(p, 2 * kept_bytes("exp_avg", p, group))
+                for name in set(elementwise_states(p, group["state_dtype"])) - {"step"}:
+                    spread(p, kept_bytes(name, p, group))
     for unit in units:
         group, gram = groups[unit.group], unit.algebra == GRAM
         for position, p in enumerate(unit.members):
@@ -215,7 +217,9 @@ def kept_bytes(name: str, p: Tensor, options: Mapping[str, Any]) -> int:
     if name in SMALL:
         return min(p.shape[-2:]) ** 2 * torch.promote_types(p.dtype, torch.float32).itemsize
     if name in WEIGHT_SHAPED:
-        return p.numel() * state_dtype(p, options["state_dtype"]).itemsize
+        return p.numel() * state_dtype(p, kept_as(p, options["state_dtype"])).itemsize
+    if name in SCALES:
+        return prod(scale_shape(p)) * torch.float32.itemsize
     return p.numel() // min(p.shape[-2:]) * p.element_size()  # a vector over the tall side
 
 

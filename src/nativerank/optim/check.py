@@ -78,9 +78,10 @@ def proof_needs_lr_below_1(options: Options) -> bool:
     return bounded and options["orthogonalizer"] != NONE and options["step"] == "paper" and not options["certified"]
 
 
-def choices() -> Iterator[tuple[str, tuple[str, ...]]]:
-    """The options that take one of a few words, with these."""
-    for name, hint in typing.get_type_hints(OptimConfig).items():
+def choices(auxiliary: bool = False) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """The options that take one of a few words, with these; embedding, head and the rest may have smaller state."""
+    hints = typing.get_type_hints(OptimConfig)
+    for name, hint in (hints | ({"state_dtype": hints["aux_state_dtype"]} if auxiliary else {})).items():
         literals = [h for h in (hint, *typing.get_args(hint)) if typing.get_origin(h) is typing.Literal]
         if literals and name in DEFAULTS:
             yield name, typing.get_args(literals[0])
@@ -105,10 +106,14 @@ def check_group(group: dict[str, Any]) -> None:
 
 def check_values(options: Options) -> None:
     """Raises a ValueError naming the first option whose value is none of its choices, or out of its range."""
-    for name, known in choices():
+    auxiliary = options.get("name") == AUXILIARY
+
+    def key(name: str) -> str:
+        return f"optim.aux_{name}" if auxiliary and name in ("lr", "state_dtype") else f"optim.{name}"
+
+    for name, known in choices(auxiliary):
         if options[name] not in known:
-            raise ValueError(f"optim.{name} must be one of {', '.join(known)}, got {options[name]!r}")
+            raise ValueError(f"{key(name)} must be one of {', '.join(known)}, got {options[name]!r}")
     for name, (holds, wanted) in RANGES.items():
         if not holds(options[name]):
-            key = "aux_lr" if name == "lr" and options.get("name") == AUXILIARY else name
-            raise ValueError(f"optim.{key} must be {wanted}, got {options[name]}")
+            raise ValueError(f"{key(name)} must be {wanted}, got {options[name]}")

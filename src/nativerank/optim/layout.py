@@ -19,8 +19,9 @@ from torch.distributed.tensor import DTensor
 from nativerank.distributed.grid import SINGLE, Grid, grid_of
 from nativerank.distributed.pieces import Piece, bounds, cut_along, local
 from nativerank.optim.directions import State
+from nativerank.optim.precision import kept_as
 from nativerank.optim.rows import Rows
-from nativerank.optim.rules import RULES, SMALL, WEIGHT_SHAPED, initial_state
+from nativerank.optim.rules import RULES, SMALL, WEIGHT_SHAPED, elementwise_states, initial_state
 from nativerank.optim.sharded import Sharded
 from nativerank.optim.stacks import Bucket, members_per_stack, side_by_side
 from nativerank.optim.traffic import choose
@@ -61,7 +62,8 @@ class Layout:
             for index, group in enumerate(groups):
                 if RULES[group["rule"]].kind == "elementwise":
                     for place, p in enumerate(group["params"]):
-                        self._begin(index, place, 0, local(p.detach()), RULES[group["rule"]].state)
+                        names = elementwise_states(p, group["state_dtype"])
+                        self._begin(index, place, 0, local(p.detach()), names)
                 else:
                     self._buckets[index] = list(self._stack_up(index, begin=True))
             self._rows = list(self._row_up(begin=True))
@@ -93,6 +95,11 @@ class Layout:
         """The plain tensor that a step works on in the place of a member."""
         return unit.members[position] if self.sharded is None else self.sharded.seat(unit, position)
 
+    def first_row(self, p: Tensor) -> int:
+        """Where what this process holds of a parameter begins in the whole."""
+        along = cut_along(p)
+        return 0 if along is None else self._bounds(p, along)[0]
+
     def pieces(self, names: dict[int, str]) -> Iterator[Piece]:
         """Every state tensor that this process holds, or its part of it; names of the parameters by id."""
         unit_of = {id(p): u for u in self.units for p in u.members}
@@ -119,7 +126,8 @@ class Layout:
         if key == "step" or along is None:
             return Piece(name, value, tuple(value.shape), writes=self.grid.rank == 0)
         start, _ = bounds(p.shape[along], self.grid.shards, self.grid.shard)
-        shape, where = (tuple(p.shape), along) if key in WEIGHT_SHAPED else ((p.shape[along],), 0)
+        rows = (p.shape[along], *value.shape[1:])  # of a vector over the tall side, or of a row's scales
+        shape, where = (tuple(p.shape), along) if key in WEIGHT_SHAPED else (rows, 0)
         return Piece(name, value, shape, where, start, writes=self.grid.replica == 0)
 
     @staticmethod
@@ -133,7 +141,7 @@ class Layout:
         p, along = group["params"][place], cut_along(group["params"][place])
         tall = p.shape[-1] if position == 1 or p.dim() < 2 else p.shape[-2]
         part = None if along is None or held.shape == p.shape else self._bounds(p, along)
-        kept = "fp32" if position == 2 else group["state_dtype"]  # s is as small as it is delicate
+        kept = "fp32" if position == 2 else kept_as(p, group["state_dtype"])  # s is as small as it is delicate
         seed = index * 1_000_003 + place
         state = self.state.get(p, {})
         whole = self._whole_like(p)  # a shard may have fewer rows than columns

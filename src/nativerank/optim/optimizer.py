@@ -25,11 +25,13 @@ from nativerank.distributed.pieces import Piece, local
 from nativerank.linalg.resize import Resized
 from nativerank.optim.check import DEFAULTS, check_group
 from nativerank.optim.directions import step_narrow
+from nativerank.optim.float8 import step_in_8_bits
 from nativerank.optim.layerwise import Layerwise, UpdateUnit
 from nativerank.optim.layout import Layout, grid_of_parameters
 from nativerank.optim.parallel import at_once, run_all
+from nativerank.optim.precision import kept_as
 from nativerank.optim.resize import resized_state
-from nativerank.optim.rules import RULES, initial_state, step_device
+from nativerank.optim.rules import RULES, elementwise_states, initial_state, step_device
 from nativerank.optim.stacks import Bucket, step_bucket
 
 
@@ -164,7 +166,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             found["params"] = [p for _, p in parameters]
             found["param_names"] = [name for name, _ in parameters]
             for p in found["params"]:
-                kept, names = found["state_dtype"], RULES[found["rule"]].state
+                kept, names = kept_as(p, found["state_dtype"]), elementwise_states(p, found["state_dtype"])
                 self.state[p] = {k: initial_state(k, local(p.detach()), p.shape[-1], 0, kept) for k in names}
 
     def resize(self, changes: Iterable[Resized]) -> None:
@@ -232,7 +234,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def _step_adamw(self, group: dict[str, Any], params: list[Any]) -> None:
         held = {p: (local(p.detach()), local(p.grad)) for p in params if p.grad is not None}
         for p, (weight, grad) in held.items():
-            if self.state[p]["exp_avg"].dtype != p.dtype:
+            if self.state[p]["exp_avg"].dtype == torch.uint8:
+                step_in_8_bits(weight, grad, self.state[p], group, self.layout.first_row(p))
+            elif self.state[p]["exp_avg"].dtype != p.dtype:
                 step_narrow(weight, grad, self.state[p], group)
         params = [p for p in held if self.state[p]["exp_avg"].dtype == p.dtype]
         if not params:

@@ -1,5 +1,7 @@
 """Optimizer state kept in bfloat16: computed in float32, rounded where it is kept, half the memory.
 
+Of embedding and head 8 bits may do: `optim.float8` has the codes, here is who gets them.
+
 To nearest, a change below 2^-9 of a value is lost (below 2^-8 at worst). A mean of gradients at beta 0.9 or 0.95 moves
 by that much as soon as a gradient differs from it by a twelfth, which noise sees to. A mean of squares at beta 0.999
 falls by a thousandth at most: to nearest it would stay at the largest value it ever had. So squares go up or down such
@@ -19,10 +21,20 @@ from torch import Tensor
 from nativerank.linalg.gram import at_least_float32
 
 ACROSS, ALONG, RANGE = 40503, 27145, 1 << 16
+LEAST_FOR_8_BITS = 4096  # elements: less is not worth it (routers, positions)
+
+
+def kept_as(parameter: Tensor, name: str) -> str:
+    """The option `state_dtype` as far as this whole parameter is concerned: vectors and small ones stay as they are."""
+    if parameter.dim() < 2 or (name == "fp8" and parameter.numel() < LEAST_FOR_8_BITS):
+        return "fp32"
+    return name
 
 
 def state_dtype(parameter: Tensor, name: str) -> torch.dtype:
-    """What means of this parameter's gradients are kept in, by the option `state_dtype`; of vectors always its own."""
+    """What means of this parameter's gradients are kept in, by an option that `kept_as` has seen."""
+    if name == "fp8":
+        return torch.uint8  # codes
     narrow = name == "bf16" and parameter.dim() > 1 and parameter.dtype in (torch.float32, torch.float64)
     return torch.bfloat16 if narrow else parameter.dtype
 
@@ -44,11 +56,15 @@ def keep_squares(kept: Tensor, value: Tensor, step: Tensor) -> None:
         return
     if value.dim() > 2 and not value.is_contiguous():  # the tall view of a matrix that lies flat
         kept, value = kept.mT, value.mT
-    noise = across(math.prod(value.shape[1:]), value.device).view(value.shape[1:])
-    moved = (step.to(value.device).long() * ALONG % RANGE).int().reshape(-1, *(1 for _ in noise.shape))
     bits = value.float().contiguous().view(torch.int32)
-    bits = (bits + (noise + moved).bitwise_and_(RANGE - 1)).bitwise_and_(-RANGE)
+    bits = (bits + noise(step.to(value.device), value.shape[1:])).bitwise_and_(-RANGE)
     kept.copy_(bits.view(torch.float32))
+
+
+def noise(step: Tensor, shape: tuple[int, ...], first: int = 0) -> Tensor:
+    """16-bit numbers (n, *shape) for members at these steps (n), whose elements are numbered from `first` on."""
+    moved = ((step.long() * ALONG + first * ACROSS) % RANGE).int()
+    return (across(math.prod(shape), step.device).view(shape) + moved.view(-1, *(1 for _ in shape))) & (RANGE - 1)
 
 
 @functools.lru_cache(maxsize=16)

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nativerank.optim.float8 import SCALES, scale_shape
 from nativerank.optim.frames import frame_spectron, sct, stiefel_spectron, tsvd
-from nativerank.optim.precision import state_dtype
+from nativerank.optim.precision import kept_as, state_dtype
 from nativerank.optim.products import adam_muon, adamw_capped, muon, spectron
 
 RowRange = tuple[int, int] | None
@@ -75,6 +76,11 @@ def step_device(parameter: Tensor) -> torch.device:
     return parameter.device if parameter.device.type == "cuda" else torch.device("cpu")
 
 
+def elementwise_states(parameter: Tensor, kept: str) -> tuple[str, ...]:
+    """Names of the state tensors of a parameter that AdamW updates element by element."""
+    return (*MOMENT_STATES, *SCALES) if kept_as(parameter, kept) == "fp8" else MOMENT_STATES
+
+
 def initial_state(
     name: str, held: Tensor, shape_tall: int, seed: int, kept: str = "fp32", part: RowRange = None
 ) -> Tensor:
@@ -84,13 +90,15 @@ def initial_state(
         name: of the state.
         held: what this process holds of the parameter. part: (start, length) of the tall side, None for all of it.
         shape_tall: of the whole parameter. seed: of the vector.
-        kept: option `state_dtype`.
+        kept: option `state_dtype`, as `kept_as` has it for this parameter.
     """
     if name == "step":
         return torch.zeros((), dtype=torch.float32, device=step_device(held))
     if name == "R":
         eye = torch.eye(min(held.shape[-2:]), device=held.device)
         return eye.to(torch.promote_types(held.dtype, torch.float32))
+    if name in SCALES:
+        return torch.zeros(scale_shape(held), device=held.device)
     if name != "power_vector":
         dtype = state_dtype(held, kept)
         return torch.zeros_like(held, dtype=dtype, memory_format=torch.contiguous_format)

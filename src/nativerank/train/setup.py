@@ -199,6 +199,7 @@ def optimizer_for(config: RunConfig, model: nn.Module, grid: Grid = SINGLE) -> L
         config.method or "",
         lr=o.lr,
         aux_lr=o.aux_lr,
+        aux_state_dtype=o.aux_state_dtype,
         nesterov=o.nesterov,
         shape_scale=o.shape_scale,
         frames=o.frames,

@@ -175,7 +175,7 @@ def test_a_full_disk_leaves_nothing(dense, tmp_path, monkeypatch):
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("nativerank.hub.save.write_tensors", full)
+    monkeypatch.setattr("nativerank.hub.weights.write_tensors", full)
     with pytest.raises(ValueError, match="disk full while writing"):
         convert(dense, tmp_path / "m", RankConfig(value=3))
     assert list(tmp_path.iterdir()) == []

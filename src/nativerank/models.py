@@ -19,10 +19,11 @@ import torch
 from torch import nn
 
 from nativerank.config import nearest
+from nativerank.distributed.wrap import original_class
 from nativerank.layers import init_factor_layer, init_seed, linear_modules
+from nativerank.layers.pretrained import MODEL_TYPE
 from nativerank.optim.roles import factor_modules
 
-MODEL_TYPE = "nativerank"  # of our factored folders' config.json, which holds the architecture's under "base"
 DENSE = "-dense"
 SAMPLED_ABOVE = 2048  # d_model above which factors are sampled instead of truncated: an SVD there takes minutes
 
@@ -194,20 +195,47 @@ def make_hf_config(values: Any, file: Path) -> Any:
         raise ValueError(f"{file} is no valid config: {one_line(error)}") from error
 
 
-def skeleton(config: Any) -> nn.Module:
-    """The causal LM of a config on the meta device: shapes, no memory.
+def find_architecture(name: str, config: Any) -> type[nn.Module]:
+    """The transformers class of this name.
+
+    Args:
+        name: as a config.json has it under "architectures".
+        config: the transformers config that it is to be built from.
 
     Raises:
-        ValueError: the architecture has no causal language model, or the sizes do not fit each other.
+        ValueError: transformers has no model of this name, or one that is built from another config.
+    """
+    import transformers
+
+    found: Any = getattr(transformers, name, None)
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        raise ValueError(f"unknown architecture {name!r}: transformers {transformers.__version__} has no such model")
+    if not isinstance(config, found.config_class or transformers.PreTrainedConfig):
+        raise ValueError(f"a {name} is not built from a {config.model_type} config")
+    return found
+
+
+def skeleton(config: Any, architecture: type[nn.Module] | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The model of a config on the meta device: shapes, no memory.
+
+    Args:
+        config: of transformers.
+        architecture: class of the model; None is the config's causal language model.
+        dtype: of the parameters.
+
+    Raises:
+        ValueError: the config has no causal language model, or the sizes do not fit each other.
     """
     from transformers import AutoModelForCausalLM
 
+    build: Any = getattr(architecture, "_from_config", AutoModelForCausalLM.from_config)
+    what = "causal language model" if architecture is None else architecture.__name__
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            model: nn.Module = build(config, dtype=dtype)
     except Exception as error:
-        reason = one_line(error)
-        raise ValueError(f"no causal language model from this {config.model_type} config: {reason}") from error
+        raise ValueError(f"no {what} from this {config.model_type} config: {one_line(error)}") from error
+    return model
 
 
 def one_line(error: Exception) -> str:
@@ -237,7 +265,7 @@ def unfactored_twin(model: nn.Module) -> nn.Module:
     (shapes without memory), while everything else it fills belongs to the model.
     """
     hf: Any = model
-    twin = skeleton(copy.deepcopy(hf.config))
+    twin = skeleton(copy.deepcopy(hf.config), original_class(model))
     hidden = {id(getattr(m.owners[0], m.parameter)) for m in linear_modules(model).values()}
     own: dict[str, Any] = {n: p for n, p in model.named_parameters(remove_duplicate=False) if id(p) not in hidden}
     own |= {

@@ -164,7 +164,8 @@ def test_a_first_run_can_choose_its_ranks_by_energy(cli, flags, tmp_path):
     for out, words in (("a", []), ("b", ["--rank.value", "9"])):
         done = cli("train", *flags(out=tmp_path / out, rank__energy=0.6), *words, "--quiet")
         assert done.code == 0, done.err
-    ranks = [json.loads((tmp_path / out / "model/config.json").read_text())["ranks"] for out in "ab"]
+    configs = [json.loads((tmp_path / out / "model/config.json").read_text()) for out in "ab"]
+    ranks = [config["nativerank"]["factors"]["lowrank"] for config in configs]
     assert {name: min(rank, 9) for name, rank in ranks[0].items()} == ranks[1] and max(ranks[0].values()) > 9
     refused = refusal(cli("train", *flags(out=tmp_path / "c", rank__energy=1.5)))
     assert "rank.energy must lie in (0, 1], got 1.5" in refused

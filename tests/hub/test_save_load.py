@@ -61,7 +61,8 @@ def test_round_trip(tmp_path, family, factorized):
     assert list(a) == list(b) and all(torch.equal(a[k], b[k]) for k in a)
     tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
     assert (again.get_input_embeddings().weight is again.get_output_embeddings().weight) == tied
-    assert sorted(p.name for p in (tmp_path / "m").iterdir()) == ["config.json", "model.safetensors"]
+    files = ["config.json", "generation_config.json", "model.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "m").iterdir()) == files
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -158,16 +159,48 @@ def test_a_pickle_in_the_place_of_weights_does_not_run(saved, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("key", "value"),
-    [("base", None), ("base", {}), ("kind", "spiral"), ("ranks", {"nope": 3}), ("ranks", {}), ("ranks", None)],
+    ("key", "value", "said"),
+    [
+        ("model_type", "spiral", "spiral"),
+        ("model_type", None, "does not name its architecture"),
+        ("architecture", "SpiralForCausalLM", "unknown architecture 'SpiralForCausalLM': transformers .* has no such"),
+        ("architecture", "AutoTokenizer", "unknown architecture 'AutoTokenizer'"),
+        ("architecture", "MixtralForCausalLM", "a MixtralForCausalLM is not built from a llama config"),
+        ("architecture", "LlamaModel", "does not fit the model: .*matches none"),
+        ("factors", {"spiral": {"model.layers.0.mlp.up_proj": 3}}, "does not fit the model: unknown kind='spiral'"),
+        ("factors", {"lowrank": {"nope": 3}}, "does not fit the model: .*'nope' matches none"),
+        ("factors", {"lowrank": {"model.layers.0.mlp.up_proj": 33}}, r"does not fit the model: .*33"),
+        ("factors", {"lowrank": {"model.layers.0.mlp.up_proj": "5"}}, "does not say which modules are factorized"),
+        ("factors", {"lowrank": {}}, "does not say which modules are factorized"),
+        ("factors", {}, "lacks model.layers.0.mlp.down_proj.weight and 13 more"),
+        ("factors", None, "does not say which modules are factorized"),
+        ("factors", {"guided": {"model.layers.0.mlp.up_proj": 5}}, "mlp.up_proj still had its guide"),
+    ],
 )
-def test_a_config_that_does_not_hold_together_is_refused(saved, tmp_path, key, value):
+def test_a_config_that_does_not_hold_together_is_refused(saved, tmp_path, key, value, said):
+    config = json.loads((saved / "config.json").read_text())
+    config["nativerank"][key] = value
+    with pytest.raises(ValueError, match=said):
+        nr.load(with_config(saved, tmp_path, config))
+
+
+def with_config(saved, tmp_path, config):
     folder = tmp_path / "m"
     shutil.copytree(saved, folder)
-    config = json.loads((folder / "config.json").read_text()) | {key: value}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError):
-        nr.load(folder)
+    return folder
+
+
+def test_configs_of_other_versions_and_writers_are_refused(saved, tmp_path):
+    old = {"model_type": "nativerank", "kind": "lowrank", "ranks": {}, "base": {"model_type": "llama"}}
+    with pytest.raises(ValueError, match="was written by an older nativerank; export it again"):
+        nr.load(with_config(saved, tmp_path, old))
+    config = json.loads((saved / "config.json").read_text())
+    del config["nativerank"]
+    with pytest.raises(ValueError, match="does not name its architecture"):
+        nr.load(with_config(saved, tmp_path / "b", config))
+    with pytest.raises(ValueError, match=r"lacks model\.layers\.0\.mlp\.down_proj\.weight"):
+        nr.load(with_config(saved, tmp_path / "c", config | {"model_type": "llama"}))
 
 
 def test_a_folder_that_holds_something_is_left_alone(saved, tmp_path):
@@ -192,7 +225,7 @@ def test_a_full_disk_leaves_what_was_there(saved, tmp_path, monkeypatch, replace
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("nativerank.hub.save.write_tensors", full)
+    monkeypatch.setattr("nativerank.hub.weights.write_tensors", full)
     with pytest.raises(ValueError, match="disk full while writing"):
         nr.save(make(), folder, replace=replace)
     assert sorted(p.name for p in tmp_path.rglob("*")) == before
@@ -221,9 +254,3 @@ def test_half_precision_comes_back_as_float32(tmp_path):
     assert load_file(tmp_path / "m/model.safetensors")[name].dtype == torch.bfloat16
     assert again.get_parameter(name).dtype == torch.float32
     assert torch.equal(again.get_parameter(name), model.get_parameter(name).float())
-
-
-def test_a_module_without_a_config_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="Sequential has no Hugging Face config"):
-        nr.save(torch.nn.Sequential(torch.nn.Linear(2, 2)), tmp_path / "m")
-    assert list(tmp_path.iterdir()) == []

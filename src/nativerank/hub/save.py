@@ -1,7 +1,7 @@
-"""A model into a folder: safetensors, a config that can rebuild it, and its tokenizer.
+"""A model into a folder: safetensors, a config that can rebuild it, its tokenizer, how it generates, a model card.
 
-    factored   config.json with model_type "nativerank": the Hugging Face config under "base", kind and rank of every
-               factorized module; weights as `...down.weight`, `...up.weight`
+    factored   config.json as `nativerank.layers.pretrained` describes it; weights as `...down.weight`, `...up.weight`,
+               `...s`; of a LLaMA language model also the code that reads it where nativerank is not installed
     dense      the stock architecture with W = A B^T merged (in float64), readable by plain transformers
 
 Everything is written to a temporary name and renamed, so a folder is complete or not there.
@@ -14,61 +14,69 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from nativerank.distributed.grid import Grid
 from nativerank.distributed.pieces import full
 from nativerank.distributed.wrap import original_class
 from nativerank.files import new_folder
-from nativerank.hub.load import CONFIG, TOKENIZER, WEIGHTS
-from nativerank.hub.weights import named_tensors, write_tensors
+from nativerank.hub.companions import write_generation_config, write_tokenizer
+from nativerank.hub.load import DTYPES
+from nativerank.hub.weights import named_tensors, write_folder
 from nativerank.layers import guided_layers, to_dense_modules
-from nativerank.models import MODEL_TYPE
-from nativerank.optim.roles import factor_modules
-from nativerank.version import __version__
+from nativerank.layers.pretrained import CONFIG, dtype_name, factor_layers, factored_config
 
 
 def save(
     model: nn.Module,
     folder: str | Path,
     format: str = "factored",
+    *,
     tokenizer: Any = None,
+    dtype: torch.dtype | None = None,
+    max_shard_size: str | int = "5GB",
     replace: bool = False,
     companions: Iterable[Path] = (),
     tensors: dict[str, Tensor] | None = None,
     check: Callable[[Path], None] = lambda written: None,
 ) -> Path:
-    """Writes a Hugging Face model, factorized or not, into a new folder.
+    """Writes a model, factorized or not, into a new folder.
 
     Args:
-        model: left as it is.
+        model: of Hugging Face, or any other module, which only `nativerank.load(folder, into=...)` can read then. It
+            is left as it is.
         folder: must not exist, or be empty, unless `replace`.
         format: "factored" keeps the factors; "dense" merges a copy into the stock architecture.
-        tokenizer: a `tokenizers.Tokenizer` to be stored beside the weights.
+        tokenizer: a `tokenizers.Tokenizer` or one of transformers, to be stored beside the weights.
+        dtype: in which weights are stored, their own if not given; `s` of spectral layers stays in float32.
+        max_shard_size: bytes, or "5GB": more is stored in several files and an index.
         replace: take the place of what the folder holds, once everything is written.
         companions: files to be copied beside the weights as they are.
         tensors: the factored weights, of a model that itself holds shards (`whole_tensors`).
         check: called with the complete folder while it still has its temporary name; what it raises leaves no folder.
 
     Raises:
-        ValueError: an unknown format, a guide that is still there, a module that is no Hugging Face model, a folder
-            that holds something, or a disk that is full.
+        ValueError: an unknown format or precision, a guide that is still there, a folder that holds something, or a
+            disk that is full.
     """
     if format not in ("factored", "dense"):
         raise ValueError(f"format must be factored or dense, got {format!r}")
+    if dtype not in (None, *DTYPES):
+        raise ValueError(f"dtype is one of {', '.join(map(str, DTYPES))}, got {dtype}")
     guided = [name for name, layer in guided_layers(model).items() if layer.guide is not None]
     if guided:
         raise ValueError(f"{guided[0]} still has its guide, which a saved model cannot hold; train until it is freed")
-    if not hasattr(model, "config"):
-        raise ValueError(f"{type(model).__name__} has no Hugging Face config, so no folder could rebuild it")
-    if format == "dense" and factor_modules(model):
+    if format == "dense" and factor_layers(model):
         model = copy.deepcopy(model)
         to_dense_modules(model)
+    tensors = named_tensors(model) if tensors is None else tensors
     with new_folder(Path(folder), replace) as partial:
-        (partial / CONFIG).write_text(json.dumps(_config(model), indent=1), encoding="utf-8")
-        write_tensors(named_tensors(model) if tensors is None else tensors, partial / WEIGHTS)
+        (partial / CONFIG).write_text(json.dumps(_config(model, dtype), indent=1), encoding="utf-8")
+        write_folder(tensors, partial, max_shard_size, _stored_dtypes(model, tensors, dtype))
+        write_generation_config(model, partial)
         if tokenizer is not None:
-            (partial / TOKENIZER).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")  # .save hides errors
+            write_tokenizer(tokenizer, model, partial)
         for file in companions:
             shutil.copyfile(file, partial / file.name)
         check(partial)
@@ -88,18 +96,20 @@ def whole_tensors(model: nn.Module, grid: Grid) -> dict[str, Tensor]:
     return found
 
 
-def _config(model: nn.Module) -> dict[str, Any]:
+def _config(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Any]:
     hf: Any = model
-    base = hf.config.to_dict()
-    base.pop("_name_or_path", None)  # where the model came from on this machine
-    base["architectures"] = [original_class(model).__name__]
-    factors = factor_modules(model)
-    if not factors:
-        return dict(base)
-    return {
-        "model_type": MODEL_TYPE,
-        "nativerank_version": __version__,
-        "kind": factors[0][1].kind,
-        "ranks": {name: module.rank for name, module in factors},
-        "base": base,
-    }
+    if factor_layers(model) or not hasattr(model, "config"):
+        config = factored_config(model)
+    else:
+        config = hf.config.to_dict()
+        config.pop("_name_or_path", None)  # where the model came from on this machine
+        config |= {"architectures": [original_class(model).__name__], "dtype": dtype_name(model)}
+    return config if dtype is None else config | {"dtype": str(dtype).removeprefix("torch.")}
+
+
+def _stored_dtypes(model: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, torch.dtype]:
+    """The precision of the weights that do not keep theirs."""
+    if dtype is None:
+        return {}
+    kept = {f"{name}.s" for name in factor_layers(model)} if dtype.itemsize < 4 else set()
+    return {name: dtype for name, t in tensors.items() if t.is_floating_point() and name not in kept}

@@ -15,25 +15,24 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from nativerank.models import one_line
+from nativerank.models import find_architecture, one_line
 
 # Masks, positions and rotary tables that old versions saved; they are computed now.
 COMPUTED = (".attn.bias", ".masked_bias", ".position_ids", ".rotary_emb.inv_freq")
 
 
-def load_stock(folder: Path, config: Any) -> nn.Module:
-    """The causal LM of a stock folder in float32, whatever precision is stored.
+def load_stock(folder: Path, config: Any, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The model of a stock folder, in evaluation mode.
 
     Args:
         folder: holds model.safetensors, or its shards and their index.
-        config: its transformers config.
+        config: its transformers config; the model is the architecture named there, else the causal language model.
+        dtype: of the weights in memory, whatever precision is stored.
 
     Raises:
         ValueError: quantized weights, no safetensors, a damaged file, or tensors that are not exactly the model's.
     """
-    from transformers import AutoModelForCausalLM
-
-    auto: Any = AutoModelForCausalLM
+    auto: Any = architecture_of(config)
     if getattr(config, "quantization_config", None):
         raise ValueError(f"{folder} holds quantized weights; only float32, bfloat16 and float16 can be read")
     try:
@@ -41,7 +40,7 @@ def load_stock(folder: Path, config: Any) -> nn.Module:
             model, info = auto.from_pretrained(
                 folder,
                 config=config,
-                dtype=torch.float32,
+                dtype=dtype,
                 local_files_only=True,
                 use_safetensors=True,
                 trust_remote_code=False,
@@ -53,6 +52,16 @@ def load_stock(folder: Path, config: Any) -> nn.Module:
     check_complete(folder, info)
     loaded: nn.Module = model
     return loaded
+
+
+def architecture_of(config: Any) -> Any:
+    """The class that reads a stock folder: the one its config names if transformers has it, else by model type."""
+    import transformers
+
+    for name in config.architectures or []:
+        if hasattr(transformers, name):
+            return find_architecture(name, config)
+    return transformers.AutoModelForCausalLM
 
 
 def check_complete(folder: Path, info: dict[str, Any]) -> None:

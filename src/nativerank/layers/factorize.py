@@ -8,7 +8,7 @@ an error of the user leaves the model as it was. Then one matrix at a time is tr
 SVD of the largest matrix. On the meta device only shapes change, which takes seconds for any size.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +28,7 @@ from nativerank.layers.initialize import named_generator, sampled_factors
 from nativerank.layers.lowrank import LowRankLinear
 from nativerank.layers.patterns import Patterns, as_patterns
 from nativerank.layers.plan import ByEnergy, plan_ranks
+from nativerank.layers.pretrained import mark_factored, unmark
 from nativerank.layers.rank import rank_warning
 from nativerank.layers.report import FactorizeEntry, FactorizeReport, fused_parts
 from nativerank.layers.spectral import SpectralLinear
@@ -113,6 +114,7 @@ def factorize_modules(
     for number, (name, matrix) in enumerate(matrices.items()):
         progress(name, number, len(matrices))
         entries.append(surgeon.replace(matrix, ranks[name]))
+    mark_factored(model)
     return FactorizeReport(tuple(entries), before, _num_parameters(model))
 
 
@@ -213,12 +215,18 @@ class _Surgeon:
         return "the weight is zero, and so are its factors: they can never learn" if stuck else None
 
 
-def to_dense_modules(model: nn.Module) -> list[str]:
-    """Puts back the dense modules that `factorize_modules` replaced, in place; returns the names that changed."""
+def to_dense_modules(model: nn.Module, where: Callable[[Any], bool] = lambda layer: True) -> list[str]:
+    """Puts back the dense modules that `factorize_modules` replaced, in place; returns the names that changed.
+
+    Args:
+        model: factorized.
+        where: which of its factor layers, each asked by itself; the others stay factored.
+    """
     changed: list[str] = []
     done: dict[int, nn.Module | nn.Parameter] = {}
     tied: dict[int, nn.Parameter] = {}
-    for slot in list(_factor_slots(model)):
+    merged = [slot for slot in _factor_slots(model) if where(slot.module)]
+    for slot in merged:
         layer: Any = slot.module
         assert slot.parent is not None, "the model itself is a factor layer and cannot be replaced in place"
         if id(layer) not in done:
@@ -227,10 +235,18 @@ def to_dense_modules(model: nn.Module) -> list[str]:
                 dense.weight = tied.setdefault(id(layer.up.weight), dense.weight)  # type: ignore[arg-type]
             changed.append(slot.name)
         setattr(slot.parent, slot.child, done[id(layer)])
-        if hasattr(layer, "previous_implementation"):
-            config: Any = slot.parent.config
-            config._experts_implementation = layer.previous_implementation
+    still_ours = {id(config) for _, config in _expert_stacks(_factor_slots(model))}
+    for stack, config in _expert_stacks(merged):
+        if id(config) not in still_ours:
+            config._experts_implementation = stack.previous_implementation
+    unmark(model)
     return changed
+
+
+def _expert_stacks(slots: Iterable[Slot]) -> list[tuple[Any, Any]]:
+    """The stacks of experts among these, each with the config that names the implementation it needs."""
+    found: list[tuple[Any, Any]] = [(slot.module, slot.parent) for slot in slots]
+    return [(stack, parent.config) for stack, parent in found if hasattr(stack, "previous_implementation")]
 
 
 def _factor_slots(model: nn.Module) -> Iterator[Slot]:

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nativerank.distributed.pieces import Piece
-from nativerank.hub.weights import write_tensors
+from nativerank.hub.weights import read_header, write_tensors
 
 HEADER = "DCP_SHARDING_INFO"
 Sizes = tuple[int, ...]
@@ -122,9 +122,8 @@ def _copy(stored: Any, piece: Piece, part: StoredPart) -> None:
 
 def _parts_of(file: Path) -> dict[str, tuple[Sizes, StoredPart]]:
     """name -> (shape of the whole, what of it lies here), from the header alone."""
-    with _opened(file) as stored:
-        sizes = {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}
-        header = (stored.metadata() or {}).get(HEADER)
+    stored, words = read_header(file)
+    sizes, header = {name: tensor.shape for name, tensor in stored.items()}, words.get(HEADER)
     try:
         cut = {} if header is None else json.loads(header)
         found = {}

@@ -1,0 +1,68 @@
+"""What lies beside the weights so that Hugging Face's classes find it: the tokenizer's files, how a model generates."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from nativerank.data.tokenizer import end_of_text_id
+from nativerank.hub.load import TOKENIZER
+
+TOKENIZER_CONFIG, GENERATION_CONFIG = "tokenizer_config.json", "generation_config.json"
+
+
+def write_tokenizer(tokenizer: Any, model: nn.Module, folder: Path) -> None:
+    """The files that `AutoTokenizer` reads.
+
+    Args:
+        tokenizer: a `tokenizers.Tokenizer`, whose token between documents becomes the beginning and the end of a
+            text, or a tokenizer of transformers, which writes its own files.
+        model: that was trained with it.
+        folder: exists.
+    """
+    if hasattr(tokenizer, "save_pretrained"):
+        tokenizer.save_pretrained(folder)
+        return
+    (folder / TOKENIZER).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")  # .save hides errors
+    text = _text_config(model)
+    options: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    if context := getattr(text, "max_position_embeddings", None):
+        options["model_max_length"] = context
+    if (eot := _end_of_text(text, tokenizer)) is not None:
+        options |= {"bos_token": eot, "eos_token": eot}  # as padding it would be masked from the labels in training
+    (folder / TOKENIZER_CONFIG).write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
+
+
+def write_generation_config(model: nn.Module, folder: Path) -> None:
+    """How the model generates if nothing else is said; nothing for one that does not."""
+    hf: Any = model
+    if not (hasattr(hf, "can_generate") and hf.can_generate()):
+        return
+    generation, text = copy.deepcopy(hf.generation_config), _text_config(model)
+    for key in ("bos_token_id", "eos_token_id"):  # of the data, which may have come after the model was made
+        if getattr(text, key, None) is not None:
+            setattr(generation, key, getattr(text, key))
+    if generation.pad_token_id is None:
+        eos = generation.eos_token_id
+        generation.pad_token_id = eos[0] if isinstance(eos, list) else eos
+    generation.use_cache = True  # which training switches off
+    (folder / GENERATION_CONFIG).write_text(generation.to_json_string(), encoding="utf-8")
+
+
+def _text_config(model: nn.Module) -> Any:
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else None
+
+
+def _end_of_text(text: Any, tokenizer: Any) -> str | None:
+    """The token that the config names as the end of a text, else the tokenizer's with a usual name, or None."""
+    named = getattr(text, "eos_token_id", None)
+    for token_id in named if isinstance(named, list) else [named]:
+        if token_id is not None and (token := tokenizer.id_to_token(token_id)) is not None:
+            return str(token)
+    try:
+        return str(tokenizer.id_to_token(end_of_text_id(tokenizer)))
+    except ValueError:
+        return None

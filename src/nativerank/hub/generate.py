@@ -142,8 +142,6 @@ class Writer:
 
     def write_all(self, requests: Sequence[Request], batch_size: int) -> Iterator[Continuation]:
         """Continues many texts, at most batch_size at a time; in their order, each batch as it is done."""
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be >= 1, got {batch_size}")
         for _, group in groupby(requests, key=lambda request: request.room):
             alike = list(group)
             for start in range(0, len(alike), batch_size):

@@ -9,13 +9,13 @@ import nativerank
 
 SOURCE = Path(nativerank.__file__).parent
 LEVELS = {
-    0: ("schema", "version", "files"),
+    0: ("schema", "version", "files", "extras"),
     1: ("config", "linalg", "distributed"),
     2: ("layers", "optim", "data"),
     3: ("methods", "models", "rank"),
     4: ("accounting", "evaluate", "hub"),
     5: ("train", "convert", "integrations"),
-    6: ("experiments", "bench", "scaling", "report"),
+    6: ("experiments", "bench", "scaling", "report", "export"),
     7: ("cli",),
     8: ("__main__",),
 }

@@ -89,6 +89,7 @@ def test_the_last_checkpoint_is_the_model_that_the_run_wrote(trained, changes, c
     assert written.folder == run / "model" and read.folder.name == "step-000008"
     assert written.label == read.label == f"{run} at step 8"
     assert same(written.model, read.model) and not read.model.training
+    assert written.data == read.data is not None
     assert tokenizer_hash(written.tokenizer) == tokenizer_hash(read.tokenizer)
     assert read.model.config.eos_token_id == written.model.config.eos_token_id is not None
     ids = torch.arange(12)[None]

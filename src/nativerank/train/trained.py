@@ -13,7 +13,7 @@ data can still be used, then without a tokenizer.
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from torch import nn
 from nativerank.config import RunConfig
 from nativerank.data.demo import prepared_demo
 from nativerank.data.shards import Dataset, read_manifest
-from nativerank.data.tokenizer import load_tokenizer
+from nativerank.data.tokenizer import load_tokenizer, tokenizer_hash
 from nativerank.distributed.pieces import Piece
 from nativerank.hub.load import CONFIG as MODEL_CONFIG
 from nativerank.hub.load import TOKENIZER, load, outline
@@ -96,7 +96,8 @@ def open_trained(path: str | Path, step: int | None = None, complain: Complain =
         return from_checkpoint(path, path.parent.parent, complain)
     if (path / RUN_CONFIG).is_file():
         if step is None and (final := finished(path)) is not None:
-            return from_model_folder(path / "model", f"{path} at step {final}" if final else str(path))
+            found = from_model_folder(path / "model", f"{path} at step {final}" if final else str(path))
+            return replace(found, data=data_of(read_config(path), found.tokenizer))
         return from_checkpoint(chosen(path, step, complain), path, complain)
     if (path / MODEL_CONFIG).is_file() or (path / "model").is_dir():
         if step is not None:
@@ -205,12 +206,31 @@ def tokenizer_of(
 ) -> tuple[Dataset | None, Tokenizer | None]:
     """The data of a run, without a look at its tokens, and their tokenizer; none where they are gone or others now."""
     try:
-        preset = find_preset(config.model.preset)
-        folder = Path(config.data.path) if config.data.path else prepared_demo(preset.vocab_size, quiet=True)
-        data = Dataset(folder, read_manifest(folder))
+        data = described(config)
         if checkpoint.fingerprint(data_fingerprint(data)) != fingerprint:
-            raise ValueError(f"{folder} holds other data now")
+            raise ValueError(f"{data.path} holds other data now")
         return data, data.tokenizer()
     except ValueError as error:
         complain(f"{label} has no tokenizer: {error}")
         return None, None
+
+
+def data_of(config: RunConfig, tokenizer: Tokenizer | None) -> Path | None:
+    """The prepared folder of a run, None if it is gone or has another tokenizer by now."""
+    try:
+        data = described(config)
+    except ValueError:
+        return None
+    known = tokenizer is not None and tokenizer_hash(tokenizer) == data.tokenizer_sha256
+    return data.path if known else None
+
+
+def described(config: RunConfig) -> Dataset:
+    """The data of a run by their manifest, without a look at the tokens.
+
+    Raises:
+        ValueError: no prepared folder.
+    """
+    vocab_size = find_preset(config.model.preset).vocab_size
+    folder = Path(config.data.path) if config.data.path else prepared_demo(vocab_size, quiet=True)
+    return Dataset(folder, read_manifest(folder))

@@ -2,6 +2,7 @@
 
 import sys
 
-from nativerank.cli.main import main
+from nativerank.cli.main import leave, main
 
-sys.exit(main())
+if __name__ == "__main__":
+    leave(main, sys.argv[1:])

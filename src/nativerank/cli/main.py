@@ -8,11 +8,13 @@ and SIGTERM.
 """
 
 import argparse
+import atexit
 import importlib
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from nativerank.config import nearest
 from nativerank.version import __version__
@@ -67,6 +69,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("NATIVERANK_TRACEBACK"):
             raise
         return int(getattr(error, "exit_code", 2))
+
+
+def leave(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> NoReturn:
+    """Ends this process with the exit code of a command.
+
+    One process of many ends without the interpreter's shutdown. Gloo's threads let go of tensors a moment after their
+    collective, for which they need the interpreter; a thread that asks for it in the shutdown aborts the process
+    (signal 6 in place of the exit code; pytorch issue 190489), however well the groups were destroyed before.
+    """
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        sys.exit(command(argv))
+    try:
+        code = command(argv)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def run(argv: Sequence[str]) -> int:

@@ -35,6 +35,7 @@ from nativerank.distributed.signs import AWAITED, Seen, Sign, gone, lost, positi
 
 EXIT_CODE = 4
 SIGNALLED_SECONDS = 10.0  # without sign of a process, after a signal to end
+LEAVING_SECONDS = 5.0  # that a thread may take to end; one that a silent store holds for longer is left to itself
 ROOT = Path(__file__).parents[1].as_posix() + "/"
 OVER = "over"  # key of the store: the line of who ended the run
 BROKEN = re.compile(r"gloo|nccl|connection|broken pipe|socket|timed? ?out", re.I)
@@ -172,6 +173,8 @@ class Signs:
         self.count = self.moves = self.stack = 0
         self.stopped, self.ending, self.signalled = threading.Event(), threading.Event(), threading.Event()
         self.bell = Bell()
+        works = (self._talk, self._look)
+        self.threads = [threading.Thread(target=w, name=f"nativerank{w.__name__}", daemon=True) for w in works]
         now = time.monotonic()
         self.board = {rank: Seen(now, now) for rank in range(self.world)}
         self.answered = now  # when the store last did
@@ -185,17 +188,17 @@ class Signs:
         """Gives the first sign, waits until everybody has, and starts the threads."""
         self._say(self.store, None)
         dist.all_reduce(torch.zeros(()))
-        for work in (self._talk, self._look):
-            threading.Thread(target=work, name=f"nativerank{work.__name__}", daemon=True).start()
+        for thread in self.threads:
+            thread.start()
 
     def stop(self, left: str) -> None:
         """Ends the threads; the last sign says why."""
         self.bell.give_back()
         self.stopped.set()
-        try:
+        with suppress(RuntimeError, OSError):  # the store is gone, and with it whoever would read this
             self._say(self.reading, left)  # the other one may be stuck
-        except (RuntimeError, OSError):
-            pass  # the store is gone, so nobody is there to read it
+        for thread in self.threads:  # one that comes back from the store while the interpreter shuts down would abort
+            thread.join(LEAVING_SECONDS)
 
     # -- talking ----------------------------------------------------------------------------------------------
 

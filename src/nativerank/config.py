@@ -223,6 +223,9 @@ class TrainConfig:
         context: tokens of one sequence.
         recompute: keep only the inputs of the transformer blocks and run each block again in the backward pass: the
             same bits, less memory, about a third more time.
+        float8: multiply the factors in float8, with `torchao`, on a GPU that can (compute capability 8.9); weights,
+            optimizer and what is saved stay as they are. Ranks must be multiples of 16 to take part, and stay.
+        float8_emulate: with float8: round alike and multiply as ever, slowly, on any device.
         eval_every: steps between validations, 0 for the one at the end only.
         eval_tokens: tokens of a validation during the run; the one at the end reads the whole split.
         checkpoint_every: steps between checkpoints, 0 for the one at the end only.
@@ -239,6 +242,8 @@ class TrainConfig:
     accumulation: int | None = None
     context: int | None = None
     recompute: bool = False
+    float8: bool = False
+    float8_emulate: bool = False
     eval_every: int = 100
     eval_tokens: int = 32768
     checkpoint_every: int = 100

@@ -9,7 +9,7 @@ it has these members and never test for a class, so a new layer kind needs no ch
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nativerank.linalg.resize import Resized
 
@@ -52,6 +52,13 @@ class FactorLayer(Protocol):
 
     def reshape(self, rank: int) -> list[Resized]:
         """Another rank for numbers that are loaded next."""
+
+
+def factor_linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """The halves `up` and `down` of all factor layers that are linear modules, by name; stacks of experts are none."""
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, FactorLayer)]
+    halves = {f"{name}.{side}": getattr(layer, side, None) for name, layer in layers for side in ("up", "down")}
+    return {name: half for name, half in halves.items() if isinstance(half, nn.Linear)}
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:

@@ -76,11 +76,13 @@ def resolve(config: RunConfig) -> RunConfig:
     train = resolve_train(config, preset)
     if optim.layerwise:
         check_layerwise(optim, train)
+    rank = resolve_rank(config, preset, method_name)
+    check_float8(train, rank)
     return replace(
         config,
         method=method_name,
         model=model,
-        rank=resolve_rank(config, preset, method_name),
+        rank=rank,
         optim=optim,
         train=train,
         out=config.out or free_folder(run_name(config, method_name)),
@@ -244,6 +246,14 @@ def check_layerwise(optim: OptimConfig, train: TrainConfig) -> None:
                 f"optim.layerwise updates before all gradients are there, so it cannot go with {key} {value}; "
                 f"set --{key} {wanted}"
             )
+
+
+def check_float8(train: TrainConfig, rank: RankConfig) -> None:
+    """Raises a ValueError for ranks that change under products that want multiples of 16, or emulation of nothing."""
+    if train.float8_emulate and not train.float8:
+        raise ValueError("train.float8_emulate says how train.float8 is done; set --train.float8 true too")
+    if train.float8 and rank.adapt.mode not in (None, "off"):
+        raise ValueError(f"train.float8 needs ranks that stay, so it cannot go with rank.adapt.mode {rank.adapt.mode}")
 
 
 def check_guide(config: RunConfig, method: str) -> None:

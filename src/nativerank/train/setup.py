@@ -27,6 +27,7 @@ from nativerank.optim.check import RULE_OPTIONS
 from nativerank.optim.optimizer import LowRankOptimizer
 from nativerank.optim.roles import assign_roles, long_sides
 from nativerank.train.checkpoint import fingerprint
+from nativerank.train.float8 import compute_in_float8
 from nativerank.version import __version__
 
 
@@ -145,6 +146,8 @@ def whole_model(
     if grid.shards == 1:
         model.to(device)
     model.train()
+    if config.train.float8:
+        compute_in_float8(model, device, config.train.float8_emulate)
     if config.train.recompute:
         recompute_blocks(model)
     return model, report

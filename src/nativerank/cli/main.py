@@ -23,6 +23,7 @@ COMMANDS = {
     "train": "pretrain a model: a checkpointed, resumable run",
     "data": "prepare, describe and verify training data",
     "generate": "continue a prompt with a trained model",
+    "export": "write a trained model in the form that others read, checked",
     "convert": "turn a dense model into factors that training goes on from",
     "compare": "train methods side by side: rates, seeds, budgets, statistics",
     "bench": "measure speed, as ratios within one process",

@@ -17,11 +17,11 @@ from torch import nn
 
 from nativerank.config import nearest
 from nativerank.distributed.grid import Grid
-from nativerank.layers import FactorizeReport, Guides, factorize_modules, matrix_parameters
+from nativerank.layers import FactorizeReport, Guides, factorize_modules, guided_layers, matrix_parameters
 from nativerank.optim.check import AUXILIARY, DEFAULTS
 from nativerank.optim.optimizer import LowRankOptimizer
 from nativerank.optim.reshape import reshaped
-from nativerank.optim.roles import Pair, assign_roles
+from nativerank.optim.roles import Pair, assign_roles, factor_modules
 from nativerank.optim.rules import RULES
 
 
@@ -234,8 +234,8 @@ def build_optimizer(
         weight_decay: decoupled, on the hidden matrices, times lr.
         aux_state_dtype: "fp32", "bf16" or "fp8": what AdamW's moments of the rest are kept in; None is state_dtype.
         matrices: names of the dense parameters that a dense method treats as hidden matrices; None finds them.
-        guided_steps: self-guided only: updates after which the guides are gone. They follow the optimizer's steps; a
-            loop that resumes calls `optimizer.guides.set(step)` before it loads a state.
+        guided_steps: self-guided only: updates after which the guides are gone. They follow the optimizer's steps, also
+            those that a loaded state_dict has seen.
         stochastic_guide: self-guided only: compute a guide with probability alpha.
         frames: stiefel-spectron only: "both" or "one", as in factorize.
         layerwise: update inside the backward pass and free each gradient at once (`optim.layerwise`). The loop must not
@@ -257,6 +257,8 @@ def build_optimizer(
         matrices = matrix_parameters(model)
     roles = assign_roles(model, matrices or () if row.layer is None else ())
     if row.layer and not roles.pairs:
+        if factor_modules(model):
+            raise ValueError(f"{method} found factors, but all of them are frozen (requires_grad is False)")
         raise ValueError(f"{method} found no factor pair in the model; call nativerank.factorize(model) first")
     if row.layer is None and roles.pairs:
         raise ValueError(f"{method} trains dense matrices, but {roles.pairs[0].name} is factorized")
@@ -265,7 +267,7 @@ def build_optimizer(
     hidden = [member for pair in roles.pairs for member in pair.members] or roles.matrices
     if not hidden:
         raise ValueError(f"{method} found no hidden matrix in the model")
-    if row.guided and not roles.guides:
+    if row.guided and not guided_layers(model):
         raise ValueError(f"{method} found no guide in the model; call nativerank.factorize(model, {method!r}) first")
     if roles.guides and not row.guided:
         raise ValueError(f"{roles.guides[0][0]} is the guide of self-guided training, which {method} does not know")
@@ -281,7 +283,8 @@ def build_optimizer(
     matrix = {"rule": rule, "lr": row.rates.lr if lr is None else lr, "weight_decay": weight_decay, **own}
     groups: list[dict[str, Any]] = [
         {"name": "matrices", "params": hidden, **matrix},
-        {"name": Guides.GROUP, "params": roles.guides, **matrix},
+        # Without names torch could not tell it from a group of nameless ones, if the guides are gone.
+        {"name": Guides.GROUP, "params": roles.guides, "param_names": [], **matrix},
         {
             "name": AUXILIARY,
             "params": roles.auxiliary,
@@ -291,7 +294,8 @@ def build_optimizer(
             "state_dtype": aux_state_dtype or chosen.get("state_dtype", DEFAULTS["state_dtype"]),
         },
     ]
-    optimizer = LowRankOptimizer([g for g in groups if g["params"]], grid, algebra)
+    kept = [g for g in groups if g["params"] or (row.guided and g["name"] == Guides.GROUP)]  # to be taken up again
+    optimizer = LowRankOptimizer(kept, grid, algebra)
     if guided_steps is not None:
         surgery = partial(reshaped, optimizer, model)
         optimizer.guides = Guides(model, optimizer, guided_steps, seed, stochastic_guide, surgery)

@@ -60,9 +60,8 @@ class GuidedLinear(LowRankLinear):
         """(..., d_in) -> (..., d_out)."""
         if self.guide is None or (self.training and not self.active):
             return super().forward(x)
-        low_rank = linear(self.down(x), self.up.weight)  # (..., d_out)
-        mixed = low_rank.lerp(linear(x, self.guide), self.alpha)
-        return mixed if self.up.bias is None else mixed + self.up.bias
+        low_rank = self.up(self.down(x))  # (..., d_out); the modules, which others may have wrapped
+        return low_rank.lerp(linear(x, self.guide, self.up.bias), self.alpha)
 
     def free_guide(self) -> None:
         """Lets go of the guide for good; the layer is now its factors."""
@@ -120,7 +119,7 @@ class Guides:
     """All guides of a model, brought to the state that belongs to a step.
 
     Args:
-        model: holds guided layers.
+        model: holds guided layers; one whose guides are gone, which was loaded so, is at the end.
         owner: optimizer with the guides' parameters in the group GROUP.
         guided_steps: updates after which the guides are gone.
         seed: of the coins.
@@ -145,7 +144,8 @@ class Guides:
         self.owner, self.guided_steps, self.seed, self.stochastic = owner, guided_steps, seed, stochastic
         self.reshaped = reshaped
         self.step, self.alpha = 0, 1.0
-        self.set(0)
+        gone = self.layers and all(layer.guide is None for layer in self.layers.values())
+        self.set(guided_steps if gone else 0)
 
     def set(self, step: int) -> None:
         """alpha and coins for the forward passes after `step` updates; frees the guides, or brings them back unfilled.

@@ -91,7 +91,7 @@ def check_group(group: dict[str, Any]) -> None:
     """Raises a ValueError for an unknown rule or option, one that the rule does not read, or a value that cannot be."""
     if group.get("rule") not in RULES:
         raise ValueError(f"rule must be one of {', '.join(RULES)}, got {group.get('rule')!r}")
-    unknown = set(group) - set(DEFAULTS) - {"params", "rule", "name"}
+    unknown = set(group) - set(DEFAULTS) - {"params", "param_names", "rule", "name"}
     if unknown:
         raise ValueError(f"unknown optimizer option {sorted(unknown)[0]!r}; known are {', '.join(DEFAULTS)}")
     options = {**DEFAULTS, **group}

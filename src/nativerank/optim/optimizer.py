@@ -34,6 +34,8 @@ from nativerank.optim.resize import resized_state
 from nativerank.optim.rules import RULES, elementwise_states, initial_state, step_device
 from nativerank.optim.stacks import Bucket, step_bucket
 
+GUIDED_STEP = "guided_step"  # key of a state_dict: updates that the guides have seen
+
 
 class LowRankOptimizer(torch.optim.Optimizer):
     """Drives groups of all update rules together.
@@ -176,7 +178,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self.layout.forget_stacks()  # other shapes stand side by side now
 
     def state_dict(self) -> dict[str, Any]:
-        """As every optimizer's, of one process.
+        """As every optimizer's, of one process; under GUIDED_STEP also where the guides are, if there are any.
 
         Raises:
             ValueError: several processes, each of which has a part: `pieces`.
@@ -185,9 +187,13 @@ class LowRankOptimizer(torch.optim.Optimizer):
             raise ValueError(
                 "each process has a part of this optimizer's state; save what optimizer.pieces() says is here"
             )
-        return super().state_dict()
+        state = super().state_dict()
+        return state if self.guides is None else {**state, GUIDED_STEP: self.guides.step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes up a state_dict, before which guides come or go as they were then."""
+        if self.guides is not None and GUIDED_STEP in state_dict:
+            self.guides.set(state_dict[GUIDED_STEP])
         kept = {p: {key: value.dtype for key, value in state.items()} for p, state in self.state.items()}
         super().load_state_dict(state_dict)
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]

@@ -1,0 +1,1 @@
+"""nativerank inside other people's training loops."""

@@ -198,6 +198,23 @@ class GuideConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """A teacher whose predictions are learned besides the text:
+    loss = (1 - weight) CE + weight temperature^2 KL(teacher || model), per token (Hinton et al. 2015).
+
+    Args:
+        teacher: run or model folder, dense or factored, with the vocabulary of the model; None is no teacher. Every
+            process holds all of it, and runs it forward at every step.
+        weight: share of the teacher in the loss; 1 is the teacher alone.
+        temperature: both distributions are softened by it.
+    """
+
+    teacher: str | None = None
+    weight: float = 0.5
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """What is read.
 
@@ -356,6 +373,7 @@ class RunConfig:
     rank: RankConfig = field(default_factory=RankConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     guide: GuideConfig = field(default_factory=GuideConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)

@@ -6,7 +6,8 @@
     ratio           d_in d_out / (r (d_in + d_out + 1))
 
 Left out, there and here: activations, embedding and head, norms, temporary tensors of optimizer and retraction, the
-framework itself. `nativerank bench step70b` measures what a step really takes. A megabyte is 10^6 bytes.
+weights of a teacher (`distill.teacher`), the framework itself. `nativerank bench step70b` measures what a step really
+takes. A megabyte is 10^6 bytes.
 """
 
 from collections.abc import Iterable

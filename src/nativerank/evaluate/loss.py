@@ -73,8 +73,18 @@ def token_losses(model: nn.Module, inputs: Tensor, targets: Tensor, positions: T
         inputs, targets: (batch, context) token ids.
         positions: (batch, context) position ids that restart at each document; None lets attention cross documents.
     """
+    return token_losses_of(next_token_logits(model, inputs, positions), targets)
+
+
+def next_token_logits(model: nn.Module, inputs: Tensor, positions: Tensor | None = None) -> Tensor:
+    """Logits (batch, context, vocabulary) of what follows each token; arguments as of `token_losses`."""
     extra: dict[str, Any] = {} if positions is None else {"position_ids": positions}
-    logits = model(input_ids=inputs, use_cache=False, **extra).logits
+    logits: Tensor = model(input_ids=inputs, use_cache=False, **extra).logits
+    return logits
+
+
+def token_losses_of(logits: Tensor, targets: Tensor) -> Tensor:
+    """What `token_losses` returns, of logits (batch, context, vocabulary)."""
     wide = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
     flat = F.cross_entropy(wide, targets.flatten(), reduction="none")
     return flat.view_as(targets)

@@ -42,6 +42,8 @@ def start_facts(run: RunState, device: torch.device, resumed: Path | None) -> di
     }
     if resumed:
         facts["checkpoint"] = str(resumed)
+    if run.teacher:
+        facts["teacher"] = c.distill.teacher
     if run.grid.world > 1:
         facts |= {"replicas": run.grid.replicas, "shards": run.grid.shards, "uneven": run.uneven}
     return facts
@@ -68,6 +70,8 @@ def step_row(
         "seconds": seconds,
         "train_flops": run.train_flops,
     }
+    if result.distill_loss is not None:
+        row["distill_loss"] = result.distill_loss
     if alpha is not None:
         row["guide_alpha"] = alpha
     if measured:

@@ -38,6 +38,7 @@ FREE: tuple[str, ...] = (
     "track",
     "profile",
     "data.path",
+    "distill.teacher",  # moved; its weights are compared
     "guard",
     "train.steps",
     "train.tokens",

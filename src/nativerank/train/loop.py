@@ -136,6 +136,8 @@ class Run(GuardedRun):
             self._complain(message)
         if config.compile:
             compile_blocks(self.model)
+            if self.teacher:
+                compile_blocks(self.teacher.model)
         self.profiler = Profiler(out, self.device) if config.profile and self.grid.rank == 0 else None
         if self.grid.rank == 0:
             facts = start_facts(self, self.device, origin)
@@ -245,10 +247,12 @@ class Run(GuardedRun):
                 grid=self.grid,
                 apart=self.outer is not None,
                 votes=votes,
+                teacher=self.teacher,
             )
         else:
             refuse = self.guard.config.action != "off"
-            result = layerwise_step(self.model, optimizer, batches, accept_loss, accept, refuse, measured)
+            how = refuse, measured, self.teacher
+            result = layerwise_step(self.model, optimizer, batches, accept_loss, accept, *how)
         return result, verdict[0] if verdict else None
 
     def _batches(self) -> Iterator[Batch]:

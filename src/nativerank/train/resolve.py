@@ -25,6 +25,7 @@ from nativerank.linalg.energy import check_threshold
 from nativerank.methods import default_rates, find_method, fitting_methods
 from nativerank.models import DENSE, Preset, find_preset, read_hf_config
 from nativerank.rank.schedule import resolve_adapt
+from nativerank.train.teacher import check_distill
 
 # What nothing else would notice before the run folder exists.
 BOUNDS: dict[str, tuple[float, float]] = {
@@ -38,6 +39,8 @@ BOUNDS: dict[str, tuple[float, float]] = {
     **{f"guard.{name}": (1, math.inf) for name in ("window", "max_events", "sigma_factor")},
     "guard.loss_jump": (0, math.inf),
     "guide.share": (0, 1),
+    "distill.weight": (0, 1),
+    "distill.temperature": (0, math.inf),
     **{f"parallel.{name}": (1, math.inf) for name in ("replicas", "shards", "timeout")},
     "parallel.diloco.every": (0, math.inf),
     "parallel.diloco.lr": (0, math.inf),
@@ -76,6 +79,7 @@ def resolve(config: RunConfig) -> RunConfig:
     train = resolve_train(config, preset)
     if optim.layerwise:
         check_layerwise(optim, train)
+    check_distill(replace(config, train=train))
     rank = resolve_rank(config, preset, method_name)
     check_float8(train, rank)
     return replace(

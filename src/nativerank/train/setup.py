@@ -27,7 +27,9 @@ from nativerank.optim.check import RULE_OPTIONS
 from nativerank.optim.optimizer import LowRankOptimizer
 from nativerank.optim.roles import assign_roles, long_sides
 from nativerank.train.checkpoint import fingerprint
+from nativerank.train.distill import Teacher
 from nativerank.train.float8 import compute_in_float8
+from nativerank.train.teacher import open_teacher
 from nativerank.version import __version__
 
 
@@ -92,6 +94,7 @@ class Built:
         report: what became what; None for dense methods.
         forward: the module to call for the training loss; the model itself but in ddp.
         uneven: parameters that are cut along rows because their long side has no equal parts.
+        teacher: whose predictions are learned too, whole on every process.
     """
 
     model: nn.Module
@@ -99,6 +102,7 @@ class Built:
     report: FactorizeReport | None
     forward: nn.Module
     uneven: list[str]
+    teacher: Teacher | None = None
 
 
 def gradient_grid(config: RunConfig, grid: Grid) -> Grid:
@@ -117,8 +121,8 @@ def build(config: RunConfig, dataset: Dataset, fresh: bool = True, grid: Grid = 
             memory, and deals them out.
 
     Raises:
-        ValueError: a vocabulary smaller than the data's, a context beyond the model's, or what factorize and
-            build_optimizer refuse.
+        ValueError: a vocabulary smaller than the data's, a context beyond the model's, or what factorize,
+            build_optimizer and open_teacher refuse.
     """
     own = gradient_grid(config, grid)
     with together(grid):
@@ -130,7 +134,7 @@ def build(config: RunConfig, dataset: Dataset, fresh: bool = True, grid: Grid = 
         deal(model, drawn, own)
     with together(grid):
         optimizer = optimizer_for(config, model, own)
-    return Built(model, optimizer, report, forward, uneven)
+    return Built(model, optimizer, report, forward, uneven, open_teacher(config, dataset, model, grid))
 
 
 def whole_model(

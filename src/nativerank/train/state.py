@@ -28,6 +28,7 @@ from nativerank.train.guard import Diverged, Guard
 from nativerank.train.resolve import share_of_batch, tokens_per_step
 from nativerank.train.saver import Saver
 from nativerank.train.setup import Built, data_fingerprint, gradient_grid, spread
+from nativerank.train.teacher import check_same_teacher
 
 
 class RunState:
@@ -49,7 +50,7 @@ class RunState:
     ) -> None:
         self.config, self.out, self.dataset, self.complain, self.grid = config, out, dataset, complain, grid
         self.model, self.optimizer, self.report = built.model, built.optimizer, built.report
-        self.forward, self.uneven = built.forward, built.uneven
+        self.forward, self.uneven, self.teacher = built.forward, built.uneven, built.teacher
         self.optimizer.replaced = self._wrap_anew
         t = config.train
         assert t.steps and t.context and t.batch_size
@@ -114,10 +115,13 @@ class RunState:
         return None if self.optimizer.guides is None else self.optimizer.guides.alpha
 
     def count_flops(self) -> None:
-        """Training FLOPs per token of the model as it is, without its guides and with all of them."""
+        """Training FLOPs per token of the model as it is, without its guides and with all of them, and of a teacher."""
         context = self.config.train.context
         assert context
-        self.flops_bounds = tuple(flops_per_token(self.model, context, guided).training for guided in (0.0, 1.0))
+        taught = flops_per_token(self.teacher.model, context).forward if self.teacher else 0.0
+        self.flops_bounds = tuple(
+            flops_per_token(self.model, context, guided).training + taught for guided in (0.0, 1.0)
+        )
 
     def flops_of_step(self, alpha: float | None) -> float:
         """Training FLOPs per token of a step whose guides have this weight; a stochastic one is computed as often."""
@@ -170,6 +174,7 @@ class RunState:
             "train_flops": self.train_flops,
             "best": {"loss": None if self.best_step is None else self.best_loss, "step": self.best_step},
             "data": self.fingerprint,
+            "teacher": self.teacher.fingerprint if self.teacher else None,
             "optimizers": replicas_apart(self.outer),
         }
 
@@ -203,6 +208,9 @@ class RunState:
 
     def resume(self, path: Path, newest: checkpoint.Checkpoint | None) -> None:
         """Takes up a checkpoint from which this run folder, whose newest is given, can go on."""
+        if path.resolve().is_relative_to(self.out.resolve()):  # a branch may learn from whom it likes
+            stored = from_first(self.grid, lambda: checkpoint.read_state(path))
+            check_same_teacher(stored.get("teacher"), self.teacher, str(path))
         self.load(path)
         if self.step > self.steps:
             raise ValueError(f"{path} is at step {self.step}, beyond --train.steps {self.steps}")

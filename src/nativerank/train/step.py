@@ -18,6 +18,7 @@ from nativerank.distributed.grid import SINGLE, Grid
 from nativerank.distributed.wrap import gradient_sync
 from nativerank.evaluate.loss import autocast, token_losses
 from nativerank.optim.optimizer import LowRankOptimizer
+from nativerank.train.distill import Objective, Teacher
 
 Batch = tuple[Tensor, Tensor, Tensor | None]  # inputs, targets, positions or None; each (batch, context)
 
@@ -26,6 +27,7 @@ Batch = tuple[Tensor, Tensor, Tensor | None]  # inputs, targets, positions or No
 class StepResult:
     """loss in nats per token, gradient norm before clipping, seconds per phase, and whether the weights moved.
 
+    The loss is the cross entropy, with a teacher or without; `distill_loss` is how far from the teacher the model is.
     `kept`: parameters that a refused layer-wise step had moved already, and that stay so. `votes`: sums over all
     processes.
     """
@@ -36,6 +38,7 @@ class StepResult:
     updated: bool
     kept: int = 0
     votes: Sequence[float] = ()
+    distill_loss: float | None = None
 
 
 class Stopwatch:
@@ -57,6 +60,14 @@ class Stopwatch:
         return time.perf_counter()
 
 
+def objective(model: nn.Module, batch: Batch, teacher: Teacher | None) -> Objective:
+    """The training loss of a batch, with a teacher or without."""
+    if teacher is not None:
+        return teacher.objective(model, *batch)
+    loss = token_losses(model, *batch).mean()
+    return Objective(loss, loss.detach(), None)
+
+
 def train_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -69,6 +80,7 @@ def train_step(
     grid: Grid = SINGLE,
     apart: bool = False,
     votes: Sequence[float] = (),
+    teacher: Teacher | None = None,
 ) -> StepResult:
     """Moves the weights once along the mean gradient of `accumulation` micro-batches.
 
@@ -83,24 +95,29 @@ def train_step(
         grid: of all processes; loss and norm are those of all of them together.
         apart: replicas of the grid keep gradients of their own, and are clipped by their own norms.
         votes: of this process, summed over all in the exchange that is made anyway.
+        teacher: whose predictions are learned too.
     """
     device = next(model.parameters()).device
     watch = Stopwatch(device, time_phases)
     optimizer.zero_grad(set_to_none=True)
-    total = torch.zeros((), device=device)
-    for index, (inputs, targets, positions) in enumerate(batches):
+    total, distilled = torch.zeros((), device=device), torch.zeros((), device=device)
+    for index, batch in enumerate(batches):
         with gradient_sync(model, last=index == accumulation - 1):
             with autocast(device):
-                loss = token_losses(model, inputs, targets, positions).mean() / accumulation
+                loss, cross_entropy, divergence = objective(model, batch, teacher)
             watch.mark("forward")
-            loss.backward()
-        total += loss.detach()
+            (loss / accumulation).backward()
+        total += cross_entropy / accumulation
+        if divergence is not None:
+            distilled += divergence / accumulation
         watch.mark("backward")
     if grid.world == 1:
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip or float("inf"))
         value, grad_norm = total.item(), norm.item()
     else:
-        value, norms, votes = loss_and_norms(total, model.parameters(), grid, votes, apart)
+        count, own = len(votes), [] if teacher is None else [distilled.item()]
+        value, norms, sums = loss_and_norms(total, model.named_parameters(), grid, [*votes, *own], apart)
+        votes, distilled = sums[:count], distilled.fill_(sum(sums[count:]) / grid.world)
         grad_norm = math.fsum(norms) / len(norms)
         clip_gradients(model.parameters(), norms[grid.replica if apart else 0], clip or float("inf"))
     watch.mark("clip")
@@ -108,7 +125,8 @@ def train_step(
     if updated:
         optimizer.step()
     watch.mark("optimizer")
-    return StepResult(value, grad_norm, watch.seconds, updated, votes=votes)
+    distill_loss = None if teacher is None else distilled.item()
+    return StepResult(value, grad_norm, watch.seconds, updated, votes=votes, distill_loss=distill_loss)
 
 
 def layerwise_step(
@@ -119,6 +137,7 @@ def layerwise_step(
     accept: Callable[[float, float], bool],
     refuse: bool,
     time_phases: bool = True,
+    teacher: Teacher | None = None,
 ) -> StepResult:
     """Moves the weights once, each part inside the backward pass as soon as its gradients are there.
 
@@ -130,19 +149,21 @@ def layerwise_step(
         accept: asked with the norm of the gradients when most of them have been used up; its answer is reported.
         refuse: end the updates at the first gradient that is not finite, which costs a look at each.
         time_phases: on CUDA, synchronise so that the phases' seconds mean something.
+        teacher: whose predictions are learned too.
     """
     layerwise, device = optimizer.layerwise, next(model.parameters()).device
     assert layerwise is not None
     watch = Stopwatch(device, time_phases)
     optimizer.zero_grad(set_to_none=True)
     layerwise.watch(measure=True, refuse=refuse, mark=watch.mark)
-    ((inputs, targets, positions),) = batches
+    (batch,) = batches
     with autocast(device):
-        loss = token_losses(model, inputs, targets, positions).mean()
-    value = loss.item()
+        loss, cross_entropy, divergence = objective(model, batch, teacher)
+    value, distill_loss = cross_entropy.item(), None if divergence is None else divergence.item()
     watch.mark("forward")
     if not accept_loss(value):
-        return StepResult(value, float("nan"), {**watch.seconds, "optimizer": 0.0}, False)
+        seconds = {**watch.seconds, "optimizer": 0.0}
+        return StepResult(value, float("nan"), seconds, False, distill_loss=distill_loss)
     loss.backward()
     watch.mark("backward")
     grad_norm = layerwise.grad_norm(model.parameters()).item()
@@ -153,4 +174,5 @@ def layerwise_step(
     else:
         layerwise.finish()
     watch.mark("optimizer")
-    return StepResult(value, grad_norm, watch.seconds, updated, kept=0 if updated else layerwise.moved)
+    kept = 0 if updated else layerwise.moved
+    return StepResult(value, grad_norm, watch.seconds, updated, kept=kept, distill_loss=distill_loss)

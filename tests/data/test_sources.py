@@ -95,7 +95,7 @@ def test_missing_optional_packages_name_the_extra(tmp_path, monkeypatch):
     for name in ("a.parquet", "a.jsonl.zst"):
         (tmp_path / name).write_bytes(b"x")
     for spec in ("hub:a/b", f"{tmp_path}/a.parquet", f"{tmp_path}/a.jsonl.zst"):
-        with pytest.raises(ValueError, match=r"pip install nativerank\[data\]"):
+        with pytest.raises(ValueError, match=r"pip install 'nativerank\[data\]'"):
             list(open_source(spec))
 
 

@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from nativerank.extras import require
+
 Document = str
 
 TEXT, RECORDS, PARQUET = "text", "records", "parquet"
@@ -124,7 +126,7 @@ def field_text(record: dict[str, Any], field: str, place: str) -> Document:
 
 def parquet_documents(path: Path, field: str) -> Iterator[Document]:
     """The text column of a parquet file, a few rows at a time."""
-    parquet = require("pyarrow.parquet", "reading .parquet")
+    parquet = require("pyarrow.parquet", "data", "reading .parquet")
     # pre_buffer would keep all row groups that were read; even so memory holds one row group of the column.
     with naming(path), parquet.ParquetFile(path, pre_buffer=False) as file:
         names = file.schema_arrow.names
@@ -181,7 +183,7 @@ class ZstdReader(io.RawIOBase):
     """Unpacks zstd frames one after the other. The package's own stream reader ends silently on a truncated file."""
 
     def __init__(self, raw: BinaryIO):
-        self.decompressor = require("zstandard", "reading .zst").ZstdDecompressor()
+        self.decompressor = require("zstandard", "data", "reading .zst").ZstdDecompressor()
         self.raw, self.pending = raw, b""
         self.frame: Any = None  # the decompressor of the frame that is under way
 
@@ -210,13 +212,3 @@ class ZstdReader(io.RawIOBase):
             self.frame = self.decompressor.decompressobj()
         self.pending = self.frame.decompress(block)
         return True
-
-
-def require(module: str, purpose: str, extra: str = "data") -> Any:
-    """Imports an optional package, or says in one line what to install."""
-    import importlib
-
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ValueError(f"{purpose} needs {module.split('.')[0]}: pip install nativerank[{extra}] ({error})") from None

@@ -24,8 +24,8 @@ from nativerank.data.readers import (
     field_text,
     file_documents,
     file_kind,
-    require,
 )
+from nativerank.extras import require
 
 HUB = "hub:"
 HUB_KEYS = ("name", "split", "field", "revision", "documents")
@@ -165,7 +165,7 @@ def hub_source(spec: str, field: str) -> Source:
 
 def hub_documents(spec: str, path: str, field: str, options: dict[str, str], limit: int | None) -> Iterator[Document]:
     """One pass over a streamed data set; `limit` counts its records."""
-    datasets = require("datasets", f"streaming {spec}")
+    datasets = require("datasets", "data", f"streaming {spec}")
     # Whatever fails in there (network, names, file formats) has dozens of types; the user needs one line.
     try:
         stream = iter(datasets.load_dataset(path, **{"split": "train", **options}, streaming=True))

@@ -19,20 +19,35 @@ from nativerank.version import __version__
 if TYPE_CHECKING:
     from nativerank import layers, linalg
     from nativerank.hub.load import load
+    from nativerank.hub.register import register
     from nativerank.hub.save import save
     from nativerank.layers.factorize import to_dense_modules
     from nativerank.methods import build_optimizer, factorize
+    from nativerank.rank.follow import follow_checkpoints
 
 HOMES = {
     "build_optimizer": "nativerank.methods",
     "factorize": "nativerank.methods",
+    "follow_checkpoints": "nativerank.rank.follow",
     "load": "nativerank.hub.load",
+    "register": "nativerank.hub.register",
     "save": "nativerank.hub.save",
     "to_dense_modules": "nativerank.layers.factorize",
 }
 ROOMS = ("layers", "linalg")
 
-__all__ = ["__version__", "build_optimizer", "factorize", "layers", "linalg", "load", "save", "to_dense_modules"]
+__all__ = [
+    "__version__",
+    "build_optimizer",
+    "factorize",
+    "follow_checkpoints",
+    "layers",
+    "linalg",
+    "load",
+    "register",
+    "save",
+    "to_dense_modules",
+]
 
 
 def __getattr__(name: str) -> Any:

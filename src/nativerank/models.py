@@ -11,6 +11,7 @@ architecture initialises itself.
 
 import copy
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -250,12 +251,23 @@ def allocate(model: nn.Module) -> nn.Module:
     hf: Any = model
     model.to_empty(device="cpu")
     hf.tie_weights()
-    twin: Any = unfactored_twin(model)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        for module in twin.modules():
+        for _, module, owner in owned_modules(unfactored_twin(model)):
             if any(True for _ in module.buffers(recurse=False)):
-                twin._init_weights(module)
+                owner._init_weights(module)
     return model
+
+
+def owned_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
+    """(name, module, the innermost Hugging Face model that it is part of), each module once.
+
+    A vision tower or a language model inside another model knows its own modules alone.
+    """
+    owners: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        outer = owners.get(name.rpartition(".")[0])
+        owners[name] = module if hasattr(module, "_init_weights") else outer
+        yield name, module, owners[name]
 
 
 def unfactored_twin(model: nn.Module) -> nn.Module:
@@ -296,9 +308,9 @@ def materialize(
     init = ("sampled" if width > SAMPLED_ABOVE else "svd") if init == "auto" else init
     twin: Any = unfactored_twin(model)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        for name, module in twin.named_modules():
+        for name, module, owner in owned_modules(twin):
             torch.manual_seed(init_seed(seed, name))
-            twin._init_weights(module)
+            owner._init_weights(module)
             if embedding_std is not None and module is twin.get_input_embeddings():
                 nn.init.normal_(module.weight, std=embedding_std)
     for name, layer in factor_modules(hf):

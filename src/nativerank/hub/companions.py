@@ -8,9 +8,9 @@ from typing import Any
 from torch import nn
 
 from nativerank.data.tokenizer import end_of_text_id
-from nativerank.hub.load import TOKENIZER
 
-TOKENIZER_CONFIG, GENERATION_CONFIG = "tokenizer_config.json", "generation_config.json"
+TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+GENERATION_CONFIG = "generation_config.json"
 
 
 def write_tokenizer(tokenizer: Any, model: nn.Module, folder: Path) -> None:
@@ -49,6 +49,23 @@ def write_generation_config(model: nn.Module, folder: Path) -> None:
         generation.pad_token_id = eos[0] if isinstance(eos, list) else eos
     generation.use_cache = True  # which training switches off
     (folder / GENERATION_CONFIG).write_text(generation.to_json_string(), encoding="utf-8")
+
+
+def read_generation_config(model: nn.Module, folder: Path) -> None:
+    """Makes a model generate as its folder says, if it says so.
+
+    Raises:
+        ValueError: a file that cannot be read.
+    """
+    hf: Any = model
+    if not (hf.can_generate() and (folder / GENERATION_CONFIG).exists()):
+        return
+    from transformers import GenerationConfig
+
+    try:
+        hf.generation_config = GenerationConfig.from_pretrained(folder)
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"cannot read {folder / GENERATION_CONFIG}: {' '.join(str(error).split())[:200]}") from None
 
 
 def _text_config(model: nn.Module) -> Any:

@@ -14,13 +14,13 @@ import torch
 from torch import nn
 
 from nativerank.data.tokenizer import load_tokenizer, tokenizer_hash
+from nativerank.hub.companions import TOKENIZER, read_generation_config
 from nativerank.hub.stock import load_stock
 from nativerank.hub.weights import check_fits, read_folder_header, read_into
 from nativerank.layers import factorize_modules
 from nativerank.layers.pretrained import CONFIG, GUIDED, MODEL_TYPE, RECORD, factor_layers, kind_of, stock_keys
 from nativerank.models import allocate, find_architecture, make_hf_config, read_hf_config, skeleton
 
-TOKENIZER = "tokenizer.json"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 Factors = dict[str, dict[str, int]]  # kind of layer -> module -> rank
 
@@ -43,12 +43,24 @@ def load(folder: str | Path, *, into: nn.Module | None = None, dtype: torch.dtyp
     folder = model_folder(Path(folder))
     if into is not None:
         return _load_into(into, folder)
-    config = read_config(folder)
-    if not is_factored(config):
+    if not is_factored(read_config(folder)):
         return load_stock(folder, base_config(folder), dtype or torch.float32)
-    model, stored = outline(folder, dtype), read_folder_header(folder)
+    from nativerank.hub.register import register
+
+    register()
+    return fill(outline(folder, dtype), folder)
+
+
+def fill(model: nn.Module, folder: Path) -> nn.Module:
+    """Gives an outline its memory and the weights of its folder, in place.
+
+    Raises:
+        ValueError: as `load`, before any memory is taken.
+    """
+    stored = read_folder_header(folder)
     check_fits(model, stored, folder)
     read_into(allocate(model), stored, folder)
+    read_generation_config(model, folder)
     return model.eval()
 
 
@@ -77,14 +89,19 @@ def _shapes_of(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, known)
 
 
-def outline(folder: Path, dtype: torch.dtype | None = None) -> nn.Module:
+def outline(folder: Path, dtype: torch.dtype | None = None, base: Any = None) -> nn.Module:
     """The model saved in a folder as `load` returns it, but as shapes on the meta device.
+
+    Args:
+        folder: run or model folder.
+        dtype: as in `load`.
+        base: the transformers config to build it from, if not `base_config(folder)`.
 
     Raises:
         ValueError: not a model folder, or a config that does not hold together.
     """
     folder = model_folder(folder)
-    config, base = read_config(folder), base_config(folder)
+    config, base = read_config(folder), base_config(folder) if base is None else base
     factored = is_factored(config)
     name = config[RECORD]["architecture"] if factored else next(iter(config.get("architectures") or []), None)
     try:
@@ -142,7 +159,9 @@ def base_config(folder: Path) -> Any:
     folder = model_folder(folder)
     config = read_config(folder)
     if is_factored(config):
-        return make_hf_config(stock_keys(config), folder / CONFIG)
+        base = make_hf_config(stock_keys(config), folder / CONFIG)
+        base.name_or_path = str(folder)
+        return base
     if RECORD in config:
         record = config[RECORD]
         name = record.get("architecture") if isinstance(record, dict) else record

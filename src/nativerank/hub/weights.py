@@ -23,6 +23,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES: dict[str, torch.dtype] = {
@@ -40,7 +42,7 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 LONGEST_HEADER = 100_000_000  # bytes; what safetensors itself takes
-CHUNK_BYTES = 1 << 23  # read at once where numbers cannot be read in place
+CHUNK_BYTES = 1 << 20  # read at once where numbers cannot be read in place
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,14 @@ class StoredTensor:
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters (tied ones once, under their first name) and persistent buffers, detached."""
+    """Parameters (tied ones once, under their first name) and persistent buffers, detached.
+
+    Raises:
+        ValueError: a quantized parameter, which is no plain tensor.
+    """
+    for name, p in model.named_parameters():
+        if is_traceable_wrapper_subclass(p) and not isinstance(p, DTensor):
+            raise ValueError(f"{name} is a {type(p).__name__}; save the model before it is quantized")
     tensors = {name: p.detach() for name, p in model.named_parameters()}
     persistent = set(model.state_dict(keep_vars=True))
     tensors |= {name: b for name, b in model.named_buffers() if name in persistent}

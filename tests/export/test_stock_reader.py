@@ -11,16 +11,11 @@ from nativerank.train.trained import open_trained
 ct2 = pytest.importorskip("ctranslate2")
 
 
-@pytest.fixture(scope="module")
-def shape(write_hf_config):
-    return write_hf_config(
+def test_ctranslate2_computes_the_logits_of_the_run(tmp_path, run_config, listen, write_hf_config):
+    shape = write_hf_config(
         hidden_size=64, intermediate_size=176, num_attention_heads=4, num_key_value_heads=2, head_dim=16
     )
-
-
-@pytest.mark.parametrize("method", ["spectron", "tsvd"])
-def test_ctranslate2_computes_the_logits_of_the_run(tmp_path, run_config, listen, shape, method):
-    train(run_config(out=tmp_path / "run", model__config=shape, method=method), listen())
+    train(run_config(out=tmp_path / "run", model__config=shape), listen())
     export(tmp_path / "run", tmp_path / "dense", "dense")
     converter = ct2.converters.TransformersConverter(str(tmp_path / "dense"))
     converter.convert(str(tmp_path / "ct2"), quantization="float32")

@@ -54,6 +54,7 @@ def check_form(parts: dict[str, Any]) -> None:
         f"the pre-tokenizer {pre.get('type')}" if pre.get("type") != "ByteLevel" else None,
         "another splitting into words" if {key: pre.get(key) for key in wanted} != wanted else None,
         "a fallback to bytes" if model.get("byte_fallback") else None,
+        None if model.get("merges") else "no merges",
     ]
     if reason := next((reason for reason in different if reason), None):
         raise ValueError(f"the tokenizer has {reason}; GGUF is written with byte-level BPE as GPT-2 splits words only")

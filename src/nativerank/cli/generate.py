@@ -51,6 +51,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch_size", type=int, default=8, metavar="N", help="texts at a time; 1 streams each")
     parser.add_argument("--form", default="auto", choices=["auto", "factored", "merged"], help="see below")
+    parser.add_argument("--quantize", choices=["int8"], help="weights in 8 bits, with the extra `quantize`")
     parser.add_argument("--device", choices=["cpu", "cuda", "mps"], help="default: cuda where there is one, else cpu")
     parser.add_argument("--quiet", action="store_true", help="the text alone")
     add_json(parser)
@@ -116,8 +117,12 @@ def prepare(flags: argparse.Namespace, sampling: Any, prompts: list[str], device
     choice = take_form(trained.model, flags.form, work, device)
     trained.model.to(device)
     aside(flags, f"{trained.label}, {choice.form}: {choice.reason}")
+    if flags.quantize:
+        from nativerank.integrations.quantize import quantize
+
+        aside(flags, str(quantize(trained.model, flags.quantize)))
     facts = {"model": str(flags.model), "label": trained.label, "form": choice.form, "reason": choice.reason}
-    return writer, requests, facts | {"device": str(device), "batch_size": batch}
+    return writer, requests, facts | {"quantize": flags.quantize, "device": str(device), "batch_size": batch}
 
 
 def write_texts(writer: Any, requests: Any, batch_size: int, show: bool) -> list[Any]:

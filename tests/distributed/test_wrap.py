@@ -76,9 +76,9 @@ def gradients(rank, shape, tied, recompute):
     backward(model, forward, [(own[0], False), (own[1], True)])
     found.append(worst(lambda p: p.grad, lambda p: p.grad))
     wanted = torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.01)
-    loss, norms, votes = loss_and_norms(torch.tensor(float(rank)), model.parameters(), grid, [1.0, float(rank)])
+    loss, norms, votes = loss_and_norms(torch.tensor(float(rank)), model.named_parameters(), grid, [1.0, float(rank)])
     assert (loss, votes) == ((grid.world - 1) / 2, [grid.world, sum(range(grid.world))])
-    _, each, _ = loss_and_norms(torch.tensor(0.0), model.parameters(), grid, apart=True)
+    _, each, _ = loss_and_norms(torch.tensor(0.0), model.named_parameters(), grid, apart=True)
     assert (len(norms), len(each)) == (1, grid.replicas)
     norms += each
     found += [abs(norm - wanted.item()) for norm in norms]

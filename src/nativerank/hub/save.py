@@ -25,7 +25,15 @@ from nativerank.hub.companions import write_generation_config, write_tokenizer
 from nativerank.hub.load import DTYPES
 from nativerank.hub.weights import named_tensors, write_folder
 from nativerank.layers import guided_layers, to_dense_modules
-from nativerank.layers.pretrained import CONFIG, dtype_name, factor_layers, factored_config
+from nativerank.layers.pretrained import CONFIG, RECORD, dtype_name, factor_layers, factored_config
+
+MODELING = Path(__file__).with_name("modeling_nativerank.py")
+# By hand: transformers writes no entry for AutoModel of a language model, and serving engines ask for that one.
+AUTO_MAP = {
+    "AutoConfig": f"{MODELING.stem}.NativerankConfig",
+    "AutoModel": f"{MODELING.stem}.NativerankLlamaModel",
+    "AutoModelForCausalLM": f"{MODELING.stem}.NativerankLlamaForCausalLM",
+}
 
 
 def save(
@@ -70,9 +78,11 @@ def save(
     if format == "dense" and factor_layers(model):
         model = copy.deepcopy(model)
         to_dense_modules(model)
-    tensors = named_tensors(model) if tensors is None else tensors
+    tensors, config = named_tensors(model) if tensors is None else tensors, _config(model, dtype)
     with new_folder(Path(folder), replace) as partial:
-        (partial / CONFIG).write_text(json.dumps(_config(model, dtype), indent=1), encoding="utf-8")
+        (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if "auto_map" in config:
+            shutil.copyfile(MODELING, partial / MODELING.name)
         write_folder(tensors, partial, max_shard_size, _stored_dtypes(model, tensors, dtype))
         write_generation_config(model, partial)
         if tokenizer is not None:
@@ -100,6 +110,8 @@ def _config(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Any]:
     hf: Any = model
     if factor_layers(model) or not hasattr(model, "config"):
         config = factored_config(model)
+        if config[RECORD]["architecture"] == "LlamaForCausalLM":
+            config["auto_map"] = AUTO_MAP
     else:
         config = hf.config.to_dict()
         config.pop("_name_or_path", None)  # where the model came from on this machine

@@ -9,8 +9,9 @@ from torch.testing import assert_close
 
 import nativerank as nr
 from nativerank.config import RankConfig
-from nativerank.convert import convert, text_loss
+from nativerank.convert import convert, reader_of
 from nativerank.data.shards import Dataset
+from nativerank.evaluate.text import Text, text_loss
 from nativerank.layers import factorize as surgery
 from nativerank.layers.report import detailed, saving_warnings
 from nativerank.models import make_hf_config
@@ -112,8 +113,9 @@ def test_the_losses_are_those_of_both_models(dense, prepared, tmp_path, form):
 
         prepare([str(data)], tmp_path / "again", str(dense / "tokenizer.json"), 0.0, workers=1, quiet=True)
         split = Dataset.open(tmp_path / "again").split("train")
-    assert done.before == text_loss(nr.load(dense), split, None)
-    assert done.after == text_loss(nr.load(tmp_path / "m"), split, None)
+    text = Text(split, 0)
+    assert done.before == text_loss(reader_of(nr.load(dense), None, "dense"), text)
+    assert done.after == text_loss(reader_of(nr.load(tmp_path / "m"), None, "m"), text)
     assert done.before.tokens == split.tokens - 1 and done.before.nats != done.after.nats
     part = convert(dense, tmp_path / "part", RankConfig(value=4), data=data, eval_tokens=100)
     assert 0 < part.before.tokens < 130

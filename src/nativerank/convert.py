@@ -8,32 +8,28 @@ complete. Weights are read, truncated and written in float32 (the truncation its
 `nativerank train --init DIR` starts from exactly the loss that is reported.
 """
 
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
 from torch import nn
 
 from nativerank.config import RankConfig
-from nativerank.data.prepare import prepare
-from nativerank.data.shards import Dataset, Split
-from nativerank.data.sources import CHUNK_BYTES
 from nativerank.data.tokenizer import load_tokenizer
-from nativerank.evaluate.loss import Loss, validation_loss
+from nativerank.evaluate.loss import Loss
+from nativerank.evaluate.text import Reader, Windows, open_text, text_loss, window
 from nativerank.files import check_free
-from nativerank.hub.generate import end_of_text
-from nativerank.hub.load import TOKENIZER, base_config, layer_kind, load, model_folder, tokenizer_fingerprint
+from nativerank.hub.generate import end_of_text, start_of_text
+from nativerank.hub.load import TOKENIZER, base_config, layer_kind, load, model_folder
 from nativerank.hub.save import save
 from nativerank.layers import FactorizeReport, factorize_modules
 from nativerank.models import count_parameters, skeleton
 
 KINDS = ("lowrank", "spectral")
 EVAL_TOKENS = 32768
-LONGEST_CONTEXT = 1024  # of a window of the text; a model with a shorter one decides
-LOGITS = 1 << 26  # at most so many numbers in the logits of one batch
 # What belongs to a model besides config and weights: its tokenizer in every form, and how it is asked to generate.
 COMPANIONS = (
     TOKENIZER,
@@ -111,13 +107,15 @@ def convert(
     watch("reading weights", 0, 0)
     model = load(folder)
     counts = {"before": count_parameters(model)}
-    with open_text(data, folder, model) as text:
+    tokenizer = load_tokenizer(folder / TOKENIZER) if (folder / TOKENIZER).is_file() else None
+    reader, windows = reader_of(model, tokenizer, str(folder)), Windows(max_tokens=eval_tokens)
+    with open_text(Path(data), reader) if data is not None else nullcontext() as text:
         watch("loss of the dense model", 0, 0)
-        before = text_loss(model, text, eval_tokens)
+        before = text_loss(reader, text, windows) if text else None
         report = factorize_modules(model, kind=kind, progress=watch, **choices(rank))
         counts["after"] = count_parameters(model)
         watch("loss of the factors", 0, 0)
-        after = text_loss(model, text, eval_tokens)
+        after = text_loss(reader, text, windows) if text else None
     watch("writing", 0, 0)
     save(model, out, companions=[folder / name for name in COMPANIONS if (folder / name).is_file()])
     return Conversion(str(source), str(out), kind, report, counts, before, after, window(model) if before else None)
@@ -143,65 +141,13 @@ def choices(rank: RankConfig) -> dict[str, Any]:
     return {name: getattr(rank, name) for name in same}
 
 
-@contextmanager
-def open_text(data: str | Path | None, folder: Path, model: nn.Module) -> Iterator[Split | None]:
-    """The tokens of a text file or of a prepared folder's validation split, for the block; None without data."""
-    if data is None:
-        yield None
-    elif Path(data).is_dir():
-        yield prepared_text(Path(data), folder, model)
-    else:
-        with tempfile.TemporaryDirectory() as temporary:
-            yield encoded_text(Path(data), folder, model, Path(temporary) / "text")
-
-
-def prepared_text(data: Path, folder: Path, model: nn.Module) -> Split:
-    """The validation split of a prepared folder that fits the model."""
-    dataset = Dataset.open(data)
-    found = tokenizer_fingerprint(folder)
-    if found is not None and found != dataset.tokenizer_sha256:
-        raise ValueError(f"{data} was made with another tokenizer than that of {folder}")
-    check_vocabulary(dataset, folder, model)
-    split = dataset.split("val")
-    if split.tokens < 2:
-        raise ValueError(f"the validation split of {data} holds no tokens; give a text file")
-    return split
-
-
-def encoded_text(file: Path, folder: Path, model: nn.Module, where: Path) -> Split:
-    """A text file as the model's own tokenizer reads it, written below `where`."""
-    if not (folder / TOKENIZER).is_file():
-        raise ValueError(f"{folder} holds no {TOKENIZER} to read {file} with; give a prepared data folder")
-    tokenizer = load_tokenizer(folder / TOKENIZER)
-    eot = tokenizer.id_to_token(end_of_text(model, tokenizer))
-    options: dict[str, Any] = {"workers": 1, "chunk_bytes": CHUNK_BYTES, "quiet": True}
-    prepare([str(file)], where, str(folder / TOKENIZER), val_fraction=0.0, eot=eot, **options)
-    dataset = Dataset.open(where)
-    check_vocabulary(dataset, folder, model)
-    return dataset.split("train")
-
-
-def check_vocabulary(dataset: Dataset, folder: Path, model: Any) -> None:
-    """Raises a ValueError if the model has no row for some of the tokens."""
-    rows = model.get_input_embeddings().num_embeddings
-    if rows < dataset.vocab_size:
-        raise ValueError(f"{folder} has a vocabulary of {rows}, smaller than the data's {dataset.vocab_size}")
-
-
-def text_loss(model: nn.Module, text: Split | None, eval_tokens: int | None) -> Loss | None:
-    """The model's loss on the text, None without one."""
-    if text is None:
-        return None
-    hf: Any = model
-    context = window(model)
-    batch_size = max(1, min(8, LOGITS // (context * hf.get_input_embeddings().num_embeddings)))
-    return validation_loss(model, text, context, batch_size, max_tokens=eval_tokens)
-
-
-def window(model: Any) -> int:
-    """Tokens of one window of the text."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return min(limit or LONGEST_CONTEXT, LONGEST_CONTEXT)
+def reader_of(model: nn.Module, tokenizer: Tokenizer | None, label: str) -> Reader:
+    """The model as one that reads text, if it has a tokenizer and that a token to begin with."""
+    start = None
+    if tokenizer is not None:
+        with suppress(ValueError):  # prepared data need none
+            start = start_of_text(model, tokenizer, end_of_text(model, tokenizer))
+    return Reader(model, tokenizer, start, label)
 
 
 def _plain(loss: Loss) -> dict[str, float]:

@@ -132,35 +132,47 @@ Batch = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def sequential_batches(
-    split: Split, context: int, batch_size: int, max_tokens: int | None = None, rank: int = 0, world_size: int = 1
+    split: Split,
+    context: int,
+    batch_size: int,
+    max_tokens: int | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    stride: int | None = None,
 ) -> Iterator[Batch]:
     """(inputs, targets, valid), each (B, context), over the split in order; the last batch may have fewer rows.
 
-    Every token after the first is a target exactly once; the end of the last window is padding with valid False.
-    With max_tokens, at most that many targets (one window at least) from windows spread evenly over the split.
+    Window w reads from token w * stride on. The first one predicts all its targets, every other its last `stride`, so
+    each token after the first is a valid target exactly once, and beyond the first window it follows on at least
+    context - stride + 1 tokens. Without a stride it is the context: windows side by side. What remains of the last
+    window is padding, not valid.
+    With max_tokens, about that many targets at most (one window at least), from windows spread evenly over the split.
     Of many processes each gets every world_size-th batch, and all equally many: one more with nothing valid in it where
     the last round does not reach.
     """
+    stride = context if stride is None else stride
+    assert 1 <= stride <= context
     if split.tokens < 2:
         raise ValueError(f"the split has {split.tokens} tokens; at least 2 are needed to predict one")
-    total = -(-(split.tokens - 1) // context)
-    count = total if max_tokens is None else min(total, max(1, max_tokens // context))
+    total = 1 + max(0, -(-(split.tokens - 1 - context) // stride))
+    count = total if max_tokens is None else min(total, max(1, max_tokens // stride))
     windows = np.arange(count) * total // count
     batches = [windows[first : first + batch_size] for first in range(0, count, batch_size)]
     missing = -len(batches) % world_size
     own = (batches + [windows[:1]] * missing)[rank::world_size]
-    return _batches(split, context, own, empty_last=rank >= world_size - missing)
+    return _batches(split, context, stride, own, empty_last=rank >= world_size - missing)
 
 
-def _batches(split: Split, context: int, batches: list[np.ndarray], empty_last: bool) -> Iterator[Batch]:
+def _batches(split: Split, context: int, stride: int, batches: list[np.ndarray], empty_last: bool) -> Iterator[Batch]:
     for index, rows in enumerate(batches):
         tokens = np.full((len(rows), context + 1), PAD_ID, dtype=np.int64)
         valid = np.zeros((len(rows), context), dtype=bool)
         for row, window in enumerate(rows):
-            start = int(window) * context
+            start = int(window) * stride
             count = min(context + 1, split.tokens - start)
             tokens[row, :count] = split.read(start, count)
-            valid[row, : count - 1] = not (empty_last and index == len(batches) - 1)
+            seen = context - stride if window else 0  # targets of the windows before
+            valid[row, seen : count - 1] = not (empty_last and index == len(batches) - 1)
         yield tokens[:, :-1], tokens[:, 1:], valid
 
 

@@ -3,7 +3,9 @@
     bits per byte = total nats / (ln 2 * UTF-8 bytes)
 
 does not depend on the tokenizer, so it can stand beside `xz -9` on the same text. Every token of a split but its
-first (an end-of-text id) is predicted exactly once, from at most `context` tokens before it in its own window.
+first (an end-of-text id) is predicted exactly once, from at most `context` tokens before it in its own window. Windows
+lie side by side, as in training, or overlap: with a smaller stride a token has more before it, at context / stride
+times the cost.
 """
 
 import lzma
@@ -114,6 +116,7 @@ def validation_loss(
     context: int,
     batch_size: int,
     *,
+    stride: int | None = None,
     max_tokens: int | None = None,
     mask_eot: int | None = None,
     between: Callable[[], None] = lambda: None,
@@ -125,6 +128,7 @@ def validation_loss(
         model: left in the mode (train or eval) it was in.
         split: of a prepared data folder.
         context: window length in tokens. batch_size: windows at once.
+        stride: by how much a window begins later than the one before it (`sequential_batches`); None: by its length.
         max_tokens: about how many tokens to predict; None for all.
         mask_eot: end-of-text id at which attention restarts, or None.
         between: called before each batch; what it raises ends the validation.
@@ -133,7 +137,7 @@ def validation_loss(
     Raises:
         ValueError: a split without a token to predict.
     """
-    batches = sequential_batches(split, context, batch_size, max_tokens, grid.rank, grid.world)
+    batches = sequential_batches(split, context, batch_size, max_tokens, grid.rank, grid.world, stride)
     device = next(model.parameters()).device
     total, tokens = torch.zeros((), dtype=torch.float64), 0
     with evaluating(model):

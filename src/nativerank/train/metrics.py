@@ -30,6 +30,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+from nativerank.extras import require
+
 FILE = "metrics.jsonl"
 
 
@@ -60,10 +62,7 @@ class JsonLines:
 
 def require_tensorboard() -> None:
     """Raises a ValueError if TensorBoard is not installed, before anything is made."""
-    try:
-        import torch.utils.tensorboard  # noqa: F401
-    except ImportError:
-        raise ValueError("--track tensorboard needs the extra: pip install 'nativerank[track]'") from None
+    require("tensorboard", "track", "--track tensorboard")
 
 
 class TensorBoard:

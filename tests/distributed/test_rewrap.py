@@ -2,6 +2,7 @@
 place, at no cost in memory or messages, and with nothing of the old ones left behind."""
 
 import gc
+import inspect
 import weakref
 from itertools import pairwise
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import _get_param_module_infos
 from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -139,6 +142,30 @@ class Two(nn.Module):
 
     def forward(self, x):
         return self.head(self.block(x))
+
+
+CONSTRUCTED = ["self", "param", "module_info", "mesh_info", "post_forward_mesh_info", "device", "shard_placement_fn"]
+CONSTRUCTED += ["mp_policy", "offload_policy"]
+OF_GROUPS = ["fsdp_params", "modules", "mesh_info", "post_forward_mesh_info", "device", "mp_policy", "offload_policy"]
+OF_MEMBERS = ["sharded_param", "sharded_size", "to_sharded_dtensor", "reset_sharded_param", "init_dtype_attrs"]
+OF_MEMBERS += ["_post_load_hook_handle", "_setattr_on_modules"]
+
+
+def lacking_internals(rank):
+    model = fully_shard(Two(), mesh=make_grid(1, 2, "cpu").mesh["shard"])
+    group = group_of(model)
+    found = [name for name in OF_GROUPS if not hasattr(group, name)]
+    found += [name for name in OF_MEMBERS if not hasattr(group.fsdp_params[0], name)]
+    infos = _get_param_module_infos([group.fsdp_params[0].sharded_param], group.modules)
+    return found, len(infos), list(inspect.signature(FSDPParam.__init__).parameters)
+
+
+def test_pytorch_has_what_is_used_of_its_internals(forked):
+    """Fails where a version of PyTorch renames them: `distributed.rewrap` is the one place that uses them."""
+    for lacking, infos, constructed in forked(lacking_internals, 2):
+        assert (lacking, infos) == ([], 1)
+        assert constructed[: len(CONSTRUCTED)] == CONSTRUCTED
+    assert hasattr(DistributedDataParallel, "_remove_autograd_hooks")
 
 
 def coming_and_going(rank):

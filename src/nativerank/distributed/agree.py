@@ -136,6 +136,7 @@ def together(grid: Grid | None = None) -> Iterator[None]:
     Raises:
         Agreed: on all of them, for what the block raised on one; one process alone raises that.
     """
+    # Nobody watches yet: without the line of any error whatever, the others would wait in vain for START_SECONDS.
     settled = Exception if grid is None else (ValueError, OSError)
     failure: Exception | None = None
     try:
@@ -176,7 +177,7 @@ def from_first(grid: Grid, make: Callable[[], T]) -> T:
     if grid.rank == 0:
         try:
             answer[0] = make()
-        except Exception as error:
+        except Exception as error:  # any: the others are in the broadcast below, and leave it with an error only so
             failure = error
             answer[1:] = [one_line(error), getattr(error, "exit_code", 2)]
     dist.broadcast_object_list(answer, group=grid.everyone, group_src=0)

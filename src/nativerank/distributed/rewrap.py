@@ -6,9 +6,11 @@
     tighten(model, place)             whatever is plain joins the group of the module around it, sharded and zero
 
 Nothing else is touched: the other parameters stay the same objects with the same shards, no tensor is ever whole and
-nothing is sent. `fully_shard` cannot be undone, but its groups make and drop their parameters (`FSDPParam`) one by one,
-which is all that is used here (PyTorch 2.13). Without FSDP2 the same two calls exchange plain parameters; a
-`DistributedDataParallel` around them, which hooks onto every one of them, is let go (`let_go`) and built anew.
+nothing is sent. FSDP2 has no public way to this: `fully_shard` can be neither undone nor applied again, and its methods
+(reshard, unshard, set_*) leave the set of parameters alone. Its groups do make and drop their parameters (`FSDPParam`)
+one by one, which is what is used here, and in this file only (PyTorch 2.13; test_rewrap.py names what it takes).
+Without FSDP2 the same two calls exchange plain parameters; a `DistributedDataParallel` around them, which hooks onto
+every one of them, is let go (`let_go`) and built anew.
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -16,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup, _get_param_module_infos
 from torch.distributed.tensor import Shard
@@ -112,7 +114,7 @@ def group_of(module: nn.Module) -> FSDPParamGroup | None:
     """The communication group that FSDP2 made for this very module."""
     if not isinstance(module, FSDPModule):
         return None
-    group: FSDPParamGroup | None = fully_shard.state(module)._fsdp_param_group  # type: ignore[attr-defined]
+    group: FSDPParamGroup | None = module._get_fsdp_state()._fsdp_param_group
     return group
 
 

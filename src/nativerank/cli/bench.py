@@ -8,6 +8,8 @@ from typing import Any
 
 from nativerank.cli.bench_distributed import add_flags as distributed_flags
 from nativerank.cli.bench_distributed import show_distributed
+from nativerank.cli.bench_generate import add_flags as generate_flags
+from nativerank.cli.bench_generate import show_generate
 from nativerank.cli.bench_step70b import add_flags as step70b_flags
 from nativerank.cli.bench_step70b import show_step70b
 from nativerank.cli.output import add_json, check_json, write_json
@@ -21,6 +23,7 @@ EXAMPLE = """examples:
   nativerank bench step70b --layerwise --state bf16
   nativerank bench conditioning runs/sct runs/spectron
   nativerank bench distributed --paper
+  nativerank bench generate --model.preset spectron-s
 """
 
 
@@ -100,6 +103,7 @@ def add_parser(subparsers: Any) -> None:
     for name, flags, shown in (
         ("step70b", step70b_flags, show_step70b),
         ("distributed", distributed_flags, show_distributed),
+        ("generate", generate_flags, show_generate),
     ):
         parser = flags(names)
         add_json(parser)

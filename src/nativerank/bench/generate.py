@@ -1,0 +1,364 @@
+"""Writing text with factors, with the matrices they make, and with a dense twin: tokens per second and memory.
+
+| form | what runs |
+|---|---|
+| factored | y = A (B^T x), a model of every rank ratio that is asked for |
+| merged | the first of them with W = A B^T formed in memory: what `nativerank generate --form merged` does |
+| dense | the stock architecture, freshly drawn: shapes as merged, so their ratio shows the noise of the machine |
+
+Transformers' generate runs as in `nativerank generate`, greedily, on random prompts and without an end; forms take
+turns. Prefill is the time to the first token, decode that of the others. Memory is measured in a fresh process for each
+form (`bench.generate_memory`); bytes of weights and cache are those of the tensors.
+
+The times go into the user cache, where `--form auto` finds them.
+"""
+
+import copy
+import dataclasses
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nativerank.bench.measure import check_sizes, ratio, rounds
+from nativerank.hub.forms import DENSE, FACTORED, MERGED, place, remember, size_of
+from nativerank.hub.generate import continue_ids
+from nativerank.hub.sampling import Chooser, Sampling
+from nativerank.layers import to_dense_modules
+from nativerank.methods import factorize
+from nativerank.models import DENSE as DENSE_PRESET
+from nativerank.models import Preset, count_parameters, find_preset, hf_config, materialize, scaled, skeleton
+from nativerank.optim.roles import factor_modules
+from nativerank.train.setup import pick_device, versions
+from nativerank.train.trained import open_trained
+
+BATCHES = (1, 2, 4, 8, 16, 32, 64)
+PHASES = ("prefill", "decode")
+MEMORY = "nativerank.bench.generate_memory"
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where the models of all forms come from.
+
+    Attributes:
+        folder: a run, a checkpoint or a model folder; None for a preset.
+        preset, d_model, layers: of freshly drawn models.
+    """
+
+    folder: str | None = None
+    preset: str = "demo"
+    d_model: int | None = None
+    layers: int | None = None
+
+    def shapes(self) -> Preset:
+        """The preset at the size that was asked for."""
+        return scaled(find_preset(self.preset.removesuffix(DENSE_PRESET)), self.d_model, self.layers)
+
+    def factored(self, rank_ratio: float | None) -> nn.Module:
+        """On the CPU in evaluation mode.
+
+        Raises:
+            ValueError: a folder without factors, or what `open_trained` refuses.
+        """
+        if self.folder:
+            model = open_trained(self.folder).model
+            if not factor_modules(model):
+                raise ValueError(f"{self.folder} holds no factors, so there are no forms to compare")
+            return model
+        preset = self.shapes()
+        rank = {"rank_ratio": preset.ratio, "rank": preset.value} if rank_ratio is None else {"rank_ratio": rank_ratio}
+        model = skeleton(hf_config(preset))
+        factorize(model, "spectron", **rank)
+        return materialize(model, seed=0, init_scale=1.0, init="sampled").eval()
+
+    def model(self, form: str, rank_ratio: float | None) -> nn.Module:
+        """Of any form."""
+        model = self.factored(rank_ratio)
+        if form == FACTORED:
+            return model
+        to_dense_modules(model)
+        return model if form == MERGED else dense_twin(model)
+
+
+def dense_twin(merged: nn.Module) -> nn.Module:
+    """The architecture of a model without factors, freshly drawn."""
+    hf: Any = merged
+    return materialize(skeleton(copy.deepcopy(hf.config)), seed=0, init_scale=1.0, init="sampled").eval()
+
+
+class Clock:
+    """A streamer that keeps when each token came, by one of CLOCKS; the first entry is the start."""
+
+    def __init__(self, kind: str = "wall") -> None:
+        self.read, self.times = CLOCKS[kind], list[float]()
+
+    def put(self, value: Tensor) -> None:
+        self.times.append(self.read())
+
+    def end(self) -> None:
+        """Nothing is held back."""
+
+    def seconds(self) -> dict[str, float]:
+        """Of the first token, and of the others."""
+        return {"prefill": self.times[1] - self.times[0], "decode": self.times[-1] - self.times[1]}
+
+
+def random_prompts(model: nn.Module, batch: int, tokens: int, device: torch.device) -> Tensor:
+    """Ids (batch, tokens)."""
+    hf: Any = model
+    vocab = hf.get_input_embeddings().num_embeddings
+    return torch.randint(vocab, (batch, tokens), generator=torch.Generator().manual_seed(batch)).to(device)
+
+
+def write_once(model: nn.Module, ids: Tensor, new_tokens: int, kind: str = "wall", **how: Any) -> dict[str, float]:
+    """Seconds of prefill and decode of one greedy generation without an end; `how` goes to transformers' generate."""
+    clock, chooser = Clock(kind), Chooser(Sampling(temperature=0), [], ids.device)
+    continue_ids(model, ids, torch.ones_like(ids), new_tokens, chooser, (), streamer=clock, **how)
+    assert len(clock.times) == new_tokens + 1
+    return clock.seconds()
+
+
+class Side:
+    """A model in one form and the seconds it took, by batch."""
+
+    def __init__(self, form: str, rank_ratio: float | None, model: nn.Module):
+        self.form, self.rank_ratio, self.model = form, rank_ratio, model
+        self.seconds: dict[int, dict[str, list[float]]] = {}
+
+    def record(self, batch: int, seconds: dict[str, float]) -> None:
+        """Adds one generation."""
+        kept = self.seconds.setdefault(batch, {phase: [] for phase in (*PHASES, "whole")})
+        for phase in PHASES:
+            kept[phase].append(seconds[phase])
+        kept["whole"].append(sum(seconds.values()))
+
+    def medians(self, batch: int) -> dict[str, float]:
+        """Of every phase."""
+        return {phase: statistics.median(values) for phase, values in self.seconds[batch].items()}
+
+    def row(self, batch: int, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
+        """Medians, and tokens per second of the whole batch."""
+        seconds = self.medians(batch)
+        return {
+            "batch": batch,
+            **{f"{phase}_seconds": value for phase, value in seconds.items()},
+            "prefill_tokens_per_second": batch * prompt_tokens / seconds["prefill"],
+            "decode_tokens_per_second": batch * (new_tokens - 1) / seconds["decode"],
+            "tokens_per_second": batch * new_tokens / seconds["whole"],
+        }
+
+
+def weights_bytes(model: nn.Module) -> int:
+    """Of all parameters (tied ones once) and persistent or computed buffers."""
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def bench_generate(
+    folder: str | None = None,
+    preset_name: str = "demo",
+    ratios: Sequence[float] | None = None,
+    d_model: int | None = None,
+    layers: int | None = None,
+    batches: Sequence[int] = BATCHES,
+    prompt_tokens: int = 64,
+    new_tokens: int = 32,
+    repeats: int = 3,
+    memory: bool = True,
+    clock: str = "wall",
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Times all forms against each other and measures their memory.
+
+    Args:
+        folder: a run, checkpoint or factored model folder, instead of the preset.
+        preset_name: shapes. ratios: rank ratios, instead of the preset's. d_model, layers: another size.
+        batches: sequences at a time.
+        prompt_tokens, new_tokens: of every sequence.
+        repeats: recorded generations of each form and batch, after one unrecorded.
+        memory: False leaves out the fresh processes that measure it.
+        clock: "wall", or "cpu": the processor time of this process, for a machine that has other work to do.
+        device: cpu, cuda or mps.
+
+    Raises:
+        ValueError: sizes below 1, processor time of several threads or of another device, a length beyond the model's
+            context, or a folder without factors.
+    """
+    check_sizes(
+        repeats=repeats, d_model=d_model, layers=layers, batches=min(batches, default=0), prompt_tokens=prompt_tokens
+    )
+    if new_tokens < 2:
+        raise ValueError(f"--new_tokens must be at least 2, the first one is the prefill's; got {new_tokens}")
+    if folder and (ratios or d_model or layers):
+        raise ValueError(f"{folder} has its sizes and ranks; leave out --rank.ratio, --d_model and --layers")
+    batches, where = sorted(set(batches)), pick_device(device)
+    if clock == "cpu" and (device != "cpu" or torch.get_num_threads() > 1):
+        raise ValueError("--clock cpu adds up the time of all threads; use --device cpu and OMP_NUM_THREADS=1")
+    source = Source(folder, preset_name, d_model, layers)
+    asked: list[float | None] = [*dict.fromkeys(ratios or [])] or [None]
+    sides, merge_seconds = make_sides(source, asked, where, clock)
+    check_context(sides[0].model, prompt_tokens + new_tokens)
+    race(sides, batches, prompt_tokens, new_tokens, repeats, clock)
+    found = [summary(side, batches, prompt_tokens, new_tokens) for side in sides]
+    if memory:
+        for side, one in zip(sides, found, strict=True):
+            add_memory(one, measure_memory(source, side, batches, prompt_tokens, new_tokens, device))
+    result = {
+        "benchmark": "generate",
+        **(dict(folder=str(folder)) if folder else dict(preset=preset_name, d_model=source.shapes().d_model)),
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
+        "repeats": repeats,
+        "clock": clock,
+        "place": place(where),
+        "merge_seconds": merge_seconds,
+        "sides": found,
+        "speedup": [speedups(side, sides, batches) for side in sides if side.form == FACTORED],
+        "merged_over_dense": speedups(side_of(sides, MERGED), sides, batches, DENSE),
+        "environment": versions(),
+    }
+    result["remembered"] = str(remember(for_auto(result)))
+    return result
+
+
+def make_sides(
+    source: Source, ratios: list[float | None], device: torch.device, clock: str
+) -> tuple[list[Side], float]:
+    """All forms on the device, and the seconds that merging took."""
+    sides = [Side(FACTORED, rank_ratio, source.factored(rank_ratio)) for rank_ratio in ratios]
+    merged = copy.deepcopy(sides[0].model)
+    began = CLOCKS[clock]()
+    to_dense_modules(merged)
+    seconds = CLOCKS[clock]() - began
+    sides += [Side(MERGED, None, merged), Side(DENSE, None, dense_twin(merged))]
+    for side in sides:
+        side.model.to(device)
+    return sides, seconds
+
+
+def check_context(model: nn.Module, tokens: int) -> None:
+    """Raises a ValueError if so many tokens are beyond the model."""
+    hf: Any = model
+    context = getattr(hf.config.get_text_config(), "max_position_embeddings", None)
+    if context and tokens > context:
+        raise ValueError(f"--prompt_tokens and --new_tokens are {tokens} together, the model's context only {context}")
+
+
+def race(
+    sides: list[Side], batches: Sequence[int], prompt_tokens: int, new_tokens: int, repeats: int, clock: str
+) -> None:
+    """Every form by turns at each batch, on the same prompts."""
+    for batch in batches:
+        device = next(sides[0].model.parameters()).device
+        ids = random_prompts(sides[0].model, batch, prompt_tokens, device)
+        for order, counts in rounds(sides, repeats, warmup=1):
+            for side in order:
+                seconds = write_once(side.model, ids, new_tokens, clock)
+                if counts:
+                    side.record(batch, seconds)
+
+
+def summary(side: Side, batches: Sequence[int], prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
+    """What is known of one form."""
+    size = size_of(side.model) if side.form == FACTORED else None
+    return {
+        "form": side.form,
+        "ratio": side.rank_ratio,
+        "parameters": count_parameters(side.model),
+        "weights_bytes": weights_bytes(side.model),
+        "products": size and size._asdict(),
+        "batches": [side.row(batch, prompt_tokens, new_tokens) for batch in batches],
+    }
+
+
+def side_of(sides: list[Side], form: str) -> Side:
+    """The first one of a form."""
+    return next(side for side in sides if side.form == form)
+
+
+def speedups(side: Side, sides: list[Side], batches: Sequence[int], over: str = MERGED) -> dict[str, Any]:
+    """How many times as fast a side is as the one of another form, and in words where it is faster."""
+    other, found = side_of(sides, over), []
+    for batch in batches:
+        pairs = {p: ratio(other.seconds[batch][p], side.seconds[batch][p]) for p in (*PHASES, "whole")}
+        found.append({"batch": batch, **pairs})
+    words = {p: in_words(batches, [row[p] > 1 for row in found]) for p in (*PHASES, "whole")}
+    return {"form": side.form, "ratio": side.rank_ratio, "over": over, "batches": found, "faster": words}
+
+
+def in_words(batches: Sequence[int], faster: Sequence[bool]) -> str:
+    """At which of the ascending batches something holds."""
+    count, n = sum(faster), len(faster)
+    if count in (0, n):
+        return "at every batch measured" if count else "at no batch measured"
+    if all(faster[:count]):
+        return f"up to batch {batches[count - 1]}"
+    if all(faster[n - count :]):
+        return f"from batch {batches[n - count]} on"
+    return "at batch " + ", ".join(str(batch) for batch, wins in zip(batches, faster, strict=True) if wins)
+
+
+def measure_memory(
+    source: Source, side: Side, batches: Sequence[int], prompt_tokens: int, new_tokens: int, device: str
+) -> dict[str, Any]:
+    """What `bench.generate_memory` finds for one form where nothing else has been done.
+
+    Raises:
+        ValueError: the process ended without a result, which mostly means that memory ran out.
+    """
+    job = {
+        "source": dataclasses.asdict(source),
+        "form": side.form,
+        "ratio": side.rank_ratio,
+        "batches": list(batches),
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
+        "device": device,
+    }
+    done = subprocess.run([sys.executable, "-m", MEMORY, json.dumps(job)], capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["killed, so probably out of memory"])[-1]
+        raise ValueError(f"the process that measures {side.form} ended with {done.returncode}: {reason}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def add_memory(one: dict[str, Any], found: dict[str, Any]) -> None:
+    """Puts what a fresh process found beside the times."""
+    assert found["weights_bytes"] == one["weights_bytes"], "the same model"
+    one["base_bytes"] = found["base_bytes"]
+    for row, memory in zip(one["batches"], found["batches"], strict=True):
+        row |= memory
+
+
+def for_auto(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The times as `hub.forms` reads them, one entry for each factored side."""
+
+    def times(row: dict[str, Any]) -> dict[str, float]:
+        tokens = result["new_tokens"] - 1
+        return {"prefill_seconds": row["prefill_seconds"], "token_seconds": row["decode_seconds"] / tokens}
+
+    merged = next(one for one in result["sides"] if one["form"] == MERGED)["batches"]
+    return [
+        {
+            "place": result["place"],
+            **one["products"],
+            "merge_seconds": result["merge_seconds"],
+            "prompt_tokens": result["prompt_tokens"],
+            "new_tokens": result["new_tokens"],
+            "batches": [
+                {"batch": ours["batch"], FACTORED: times(ours), MERGED: times(theirs)}
+                for ours, theirs in zip(one["batches"], merged, strict=True)
+            ],
+        }
+        for one in result["sides"]
+        if one["form"] == FACTORED
+    ]

@@ -1,0 +1,64 @@
+"""Memory of one form of a model while it writes, in a process of its own.
+
+    python -m nativerank.bench.generate_memory '{"form": "merged", ...}'
+
+Peak memory is the process's (of the GPU, what PyTorch allocated), PyTorch and transformers included; `base_bytes` is
+what they take before there is a model. Batches come in ascending order; before each the system's mark is set back where
+it can be, and memory that merging has freed is handed back before the first.
+"""
+
+import ctypes
+import gc
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from nativerank.bench.generate import Source, random_prompts, weights_bytes, write_once
+from nativerank.train.closing import peak_memory_bytes
+from nativerank.train.setup import pick_device
+
+
+def measure(job: dict[str, Any]) -> dict[str, Any]:
+    """Bytes of the weights, and for each batch of the cache at the end and of the peak."""
+    device = pick_device(job["device"])
+    forget_peak(device)
+    base = peak_memory_bytes(device)
+    model = Source(**job["source"]).model(job["form"], job["ratio"]).to(device)
+    rows = [at_batch(model, batch, job, device) for batch in job["batches"]]
+    return {"base_bytes": base, "weights_bytes": weights_bytes(model), "batches": rows}
+
+
+def at_batch(model: nn.Module, batch: int, job: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """One generation, of which the cache is kept to be weighed."""
+    from transformers import DynamicCache
+
+    hf: Any = model
+    cache = DynamicCache(config=hf.config)
+    forget_peak(device)
+    ids = random_prompts(model, batch, job["prompt_tokens"], device)
+    write_once(model, ids, job["new_tokens"], past_key_values=cache)
+    return {"cache_bytes": cache_bytes(cache), "peak_bytes": peak_memory_bytes(device)}
+
+
+def cache_bytes(cache: Any) -> int:
+    """Of the keys and values of all layers."""
+    tensors = [t for layer in cache.layers for t in (layer.keys, layer.values) if t is not None]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def forget_peak(device: torch.device) -> None:
+    """Sets the mark of the peak to what is in use now, as far as the system lets us."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(json.loads(sys.argv[1]))))

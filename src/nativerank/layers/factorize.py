@@ -28,7 +28,7 @@ from nativerank.layers.initialize import named_generator, sampled_factors
 from nativerank.layers.lowrank import LowRankLinear
 from nativerank.layers.patterns import Patterns, as_patterns
 from nativerank.layers.plan import ByEnergy, plan_ranks
-from nativerank.layers.pretrained import mark_factored, unmark
+from nativerank.layers.pretrained import check_no_adapters, mark_factored, unmark
 from nativerank.layers.rank import rank_warning
 from nativerank.layers.report import FactorizeEntry, FactorizeReport, fused_parts
 from nativerank.layers.spectral import SpectralLinear
@@ -221,7 +221,11 @@ def to_dense_modules(model: nn.Module, where: Callable[[Any], bool] = lambda lay
     Args:
         model: factorized.
         where: which of its factor layers, each asked by itself; the others stay factored.
+
+    Raises:
+        ValueError: adapters that are not merged.
     """
+    check_no_adapters(model)
     changed: list[str] = []
     done: dict[int, nn.Module | nn.Parameter] = {}
     tied: dict[int, nn.Parameter] = {}

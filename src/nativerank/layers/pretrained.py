@@ -32,6 +32,13 @@ def factor_layers(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if isinstance(module, FactorLayer)}
 
 
+def check_no_adapters(model: nn.Module) -> None:
+    """Raises a ValueError for PEFT's adapters, which factors alone would leave out of what is saved or merged."""
+    for name, module in model.named_modules():
+        if hasattr(module, "get_base_layer"):
+            raise ValueError(f"{name} has an adapter; call merge_and_unload() of the PEFT model first")
+
+
 def kind_of(layer: Any) -> str:
     """The kind of layer that reads this one's tensors; "guided" as long as it has a guide."""
     return GUIDED if getattr(layer, "guide", None) is not None else str(layer.kind)
@@ -42,7 +49,11 @@ def factored_config(model: nn.Module) -> dict[str, Any]:
 
     Args:
         model: with a Hugging Face config, or any other module, of which only the factors are known then.
+
+    Raises:
+        ValueError: adapters that are not merged.
     """
+    check_no_adapters(model)
     hf: Any = model
     keys = hf.config.to_dict() if hasattr(model, "config") else {"model_type": None}
     factors: dict[str, dict[str, int]] = {}

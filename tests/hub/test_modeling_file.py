@@ -47,7 +47,7 @@ def ask(folder, dtype):
         "backend": [type(m).is_backend_compatible() for m in (model, base)],
         "tied": model.lm_head.weight is model.model.embed_tokens.weight,
         "s": sorted({str(p.dtype) for n, p in model.named_parameters() if n.endswith(".s")}),
-        "s after to": sorted({str(p.dtype) for n, p in model.to(torch.bfloat16).named_parameters() if n.endswith(".s")}),
+        "s after to": sorted({str(p.dtype) for n, p in model.bfloat16().named_parameters() if n.endswith(".s")}),
         "rest": sorted({str(p.dtype) for n, p in base.named_parameters() if not n.endswith(".s")}),
         "linears": all(type(m) is torch.nn.Linear for n, m in model.named_modules() if n.endswith((".up", ".down"))),
         "words": AutoTokenizer.from_pretrained(folder).tokenize("low rank"),

@@ -61,7 +61,8 @@ def test_round_trip(tmp_path, family, factorized):
     assert list(a) == list(b) and all(torch.equal(a[k], b[k]) for k in a)
     tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
     assert (again.get_input_embeddings().weight is again.get_output_embeddings().weight) == tied
-    files = ["config.json", "generation_config.json", "model.safetensors"]
+    files = ["README.md", "config.json", "generation_config.json", "model.safetensors"]
+    files += ["modeling_nativerank.py"] * (factorized and family in ("llama", "tied"))
     assert sorted(p.name for p in (tmp_path / "m").iterdir()) == files
 
 

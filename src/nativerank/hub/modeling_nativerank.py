@@ -53,7 +53,7 @@ class NativerankLlamaModel(LlamaModel):
 
     config_class = NativerankConfig
     _supports_attention_backend = True
-    _keep_in_fp32_modules_strict = [KEPT_WIDE]
+    _keep_in_fp32_modules_strict = (KEPT_WIDE,)
 
     def __init__(self, config: NativerankConfig):
         super().__init__(config)
@@ -75,7 +75,7 @@ class NativerankLlamaForCausalLM(LlamaForCausalLM):
 
     config_class = NativerankConfig
     _supports_attention_backend = True
-    _keep_in_fp32_modules_strict = [KEPT_WIDE]
+    _keep_in_fp32_modules_strict = (KEPT_WIDE,)
 
     def __init__(self, config: NativerankConfig):
         super().__init__(config)

@@ -11,6 +11,7 @@ import copy
 import json
 import shutil
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from nativerank.distributed.grid import Grid
 from nativerank.distributed.pieces import full
 from nativerank.distributed.wrap import original_class
 from nativerank.files import new_folder
+from nativerank.hub.card import CARD, TRAINING, Training, model_card
 from nativerank.hub.companions import write_generation_config, write_tokenizer
 from nativerank.hub.load import DTYPES
 from nativerank.hub.weights import named_tensors, write_folder
@@ -47,6 +49,7 @@ def save(
     replace: bool = False,
     companions: Iterable[Path] = (),
     tensors: dict[str, Tensor] | None = None,
+    training: Training | None = None,
     check: Callable[[Path], None] = lambda written: None,
 ) -> Path:
     """Writes a model, factorized or not, into a new folder.
@@ -62,6 +65,7 @@ def save(
         replace: take the place of what the folder holds, once everything is written.
         companions: files to be copied beside the weights as they are.
         tensors: the factored weights, of a model that itself holds shards (`whole_tensors`).
+        training: how the model was trained, for the model card.
         check: called with the complete folder while it still has its temporary name; what it raises leaves no folder.
 
     Raises:
@@ -79,12 +83,15 @@ def save(
         model = copy.deepcopy(model)
         to_dense_modules(model)
     tensors, config = named_tensors(model) if tensors is None else tensors, _config(model, dtype)
+    if training is not None and RECORD in config:
+        config[RECORD][TRAINING] = asdict(training)
     with new_folder(Path(folder), replace) as partial:
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if "auto_map" in config:
             shutil.copyfile(MODELING, partial / MODELING.name)
         write_folder(tensors, partial, max_shard_size, _stored_dtypes(model, tensors, dtype))
         write_generation_config(model, partial)
+        (partial / CARD).write_text(model_card(model, config, training), encoding="utf-8")
         if tokenizer is not None:
             write_tokenizer(tokenizer, model, partial)
         for file in companions:

@@ -1,6 +1,8 @@
 """What a run leaves and says at its end besides its loss: the model, a sample, what a compressor needs for the same
 text, its memory."""
 
+import hashlib
+import math
 import re
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,10 +15,12 @@ from nativerank.data.shards import Dataset
 from nativerank.distributed.agree import from_first
 from nativerank.distributed.grid import Grid
 from nativerank.distributed.wrap import reshard
-from nativerank.evaluate.loss import xz_bits_per_byte
+from nativerank.evaluate.loss import Loss, xz_bits_per_byte
 from nativerank.files import remove_partial
+from nativerank.hub.card import Training
 from nativerank.hub.generate import generate
 from nativerank.hub.save import save, whole_tensors
+from nativerank.train.setup import data_fingerprint
 
 PROMPT_TOKENS = 16  # of the validation text
 XZ_BYTES = 1 << 25  # text longer than this is not handed to xz, which would take minutes
@@ -31,15 +35,34 @@ def xz_of_validation(dataset: Dataset) -> float | None:
     return xz_bits_per_byte(dataset.tokenizer().decode(ids, skip_special_tokens=False).encode())
 
 
-def export(model: nn.Module, out: Path, dataset: Dataset, grid: Grid) -> None:
+def export(model: nn.Module, out: Path, dataset: Dataset, grid: Grid, training: Training) -> None:
     """Writes the factored model into the run folder; called by all processes, done by the first."""
     tensors = whole_tensors(model, grid) if grid.shards > 1 else None
 
     def write() -> None:
         remove_partial(out / "model")
-        save(model, out / "model", tokenizer=dataset.tokenizer(), replace=True, tensors=tensors)
+        save(model, out / "model", tokenizer=dataset.tokenizer(), replace=True, tensors=tensors, training=training)
 
     from_first(grid, write)
+
+
+def training_of(config: RunConfig, dataset: Dataset, loss: Loss, steps: int, tokens: int) -> Training:
+    """What the model card says of a run that ends with this loss on the whole validation split."""
+    sources = (str(source) for source in dataset.manifest.get("sources", ()))
+    metrics = {
+        "validation loss (nats per token)": loss.nats,
+        "perplexity": loss.perplexity,
+        "bits per byte": loss.bits_per_byte,
+    }
+    return Training(
+        method=config.method,
+        # A path is nobody's business; the name of a data set on the Hub is.
+        data=tuple(s if s.startswith("hub:") else Path(s).name for s in sources),
+        data_sha256=hashlib.sha256("".join(data_fingerprint(dataset)).encode()).hexdigest(),
+        tokens=tokens,
+        steps=steps,
+        metrics={name: value for name, value in metrics.items() if math.isfinite(value)},
+    )
 
 
 def sample_text(model: nn.Module, dataset: Dataset, config: RunConfig, grid: Grid) -> tuple[str, str]:

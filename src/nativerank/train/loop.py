@@ -35,7 +35,7 @@ from nativerank.layers import init_seed
 from nativerank.optim.schedule import multiplier
 from nativerank.train import checkpoint
 from nativerank.train.answers import GuardedRun
-from nativerank.train.closing import export, sample_text
+from nativerank.train.closing import export, sample_text, training_of
 from nativerank.train.diloco import check_diloco
 from nativerank.train.facts import start_facts, step_row, summary_row
 from nativerank.train.folder import claim, write_config
@@ -296,7 +296,8 @@ class Run(GuardedRun):
 
         loss = self._validate(None, heed)
         self.saver.wait()
-        export(self.model, self.out, self.dataset, self.grid)
+        training = training_of(self.config, self.dataset, loss, self.step, self.step * self.tokens_per_step)
+        export(self.model, self.out, self.dataset, self.grid, training)
         prompt, sample = sample_text(self.model, self.dataset, self.config, self.grid)
         seconds = time.perf_counter() - self.started
         summary = from_first(self.grid, lambda: summary_row(self, self.device, loss, prompt, sample, seconds))

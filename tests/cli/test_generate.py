@@ -58,6 +58,21 @@ def test_forms(cli, run, tmp_path):
     assert (refused.code, refused.err) == (2, "nativerank: error: form factored: the model holds no factors\n")
 
 
+def test_a_stock_gpt2_folder_and_its_factored_conversion(cli, run, tmp_path, write_hf_config):
+    from nativerank.layers import factorize_modules
+    from nativerank.models import materialize, read_hf_config, skeleton
+
+    sizes = dict(vocab_size=300, n_embd=32, n_layer=1, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=0)
+    model = materialize(skeleton(read_hf_config(write_hf_config(model_type="gpt2", **sizes))), 0, 3.0)
+    model.save_pretrained(tmp_path / "stock")
+    factorize_modules(model, ratio=0.5)
+    nr.save(model, tmp_path / "factored")
+    for folder, form in (("stock", "dense"), ("factored", "factored")):
+        shutil.copy(run / "model/tokenizer.json", tmp_path / folder)
+        found = cli("generate", tmp_path / folder, *WORDS)
+        assert found.code == 0 and found.out.startswith("the low rank") and f", {form}: " in found.err
+
+
 def test_speed_is_said_beside_the_text(cli, run):
     found = cli("generate", run, *WORDS)
     assert len(found.err.splitlines()) == 2

@@ -113,7 +113,7 @@ def test_the_losses_are_those_of_both_models(dense, prepared, tmp_path, form):
 
         prepare([str(data)], tmp_path / "again", str(dense / "tokenizer.json"), 0.0, workers=1, quiet=True)
         split = Dataset.open(tmp_path / "again").split("train")
-    text = Text(split, 0)
+    text = Text(split, 0, full_last=data.is_file())
     assert done.before == text_loss(reader_of(nr.load(dense), None, "dense"), text)
     assert done.after == text_loss(reader_of(nr.load(tmp_path / "m"), None, "m"), text)
     assert done.before.tokens == split.tokens - 1 and done.before.nats != done.after.nats

@@ -139,13 +139,14 @@ def sequential_batches(
     rank: int = 0,
     world_size: int = 1,
     stride: int | None = None,
+    full_last: bool = False,
 ) -> Iterator[Batch]:
     """(inputs, targets, valid), each (B, context), over the split in order; the last batch may have fewer rows.
 
     Window w reads from token w * stride on. The first one predicts all its targets, every other its last `stride`, so
     each token after the first is a valid target exactly once, and beyond the first window it follows on at least
     context - stride + 1 tokens. Without a stride it is the context: windows side by side. What remains of the last
-    window is padding, not valid.
+    window is padding, not valid; with full_last it begins earlier instead, where there are tokens enough.
     With max_tokens, about that many targets at most (one window at least), from windows spread evenly over the split.
     Of many processes each gets every world_size-th batch, and all equally many: one more with nothing valid in it where
     the last round does not reach.
@@ -160,19 +161,22 @@ def sequential_batches(
     batches = [windows[first : first + batch_size] for first in range(0, count, batch_size)]
     missing = -len(batches) % world_size
     own = (batches + [windows[:1]] * missing)[rank::world_size]
-    return _batches(split, context, stride, own, empty_last=rank >= world_size - missing)
+    latest = max(0, split.tokens - 1 - context) if full_last else split.tokens
+    return _batches(split, context, stride, latest, own, empty_last=rank >= world_size - missing)
 
 
-def _batches(split: Split, context: int, stride: int, batches: list[np.ndarray], empty_last: bool) -> Iterator[Batch]:
+def _batches(
+    split: Split, context: int, stride: int, latest: int, batches: list[np.ndarray], empty_last: bool
+) -> Iterator[Batch]:
     for index, rows in enumerate(batches):
         tokens = np.full((len(rows), context + 1), PAD_ID, dtype=np.int64)
         valid = np.zeros((len(rows), context), dtype=bool)
         for row, window in enumerate(rows):
-            start = int(window) * stride
+            new = int(window) * stride + (context - stride if window else 0)  # the windows before end at this token
+            start = min(int(window) * stride, latest)
             count = min(context + 1, split.tokens - start)
             tokens[row, :count] = split.read(start, count)
-            seen = context - stride if window else 0  # targets of the windows before
-            valid[row, seen : count - 1] = not (empty_last and index == len(batches) - 1)
+            valid[row, new - start : count - 1] = not (empty_last and index == len(batches) - 1)
         yield tokens[:, :-1], tokens[:, 1:], valid
 
 

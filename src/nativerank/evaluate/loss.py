@@ -117,6 +117,7 @@ def validation_loss(
     batch_size: int,
     *,
     stride: int | None = None,
+    full_last: bool = False,
     max_tokens: int | None = None,
     mask_eot: int | None = None,
     between: Callable[[], None] = lambda: None,
@@ -129,6 +130,7 @@ def validation_loss(
         split: of a prepared data folder.
         context: window length in tokens. batch_size: windows at once.
         stride: by how much a window begins later than the one before it (`sequential_batches`); None: by its length.
+        full_last: the last window begins earlier rather than being shorter.
         max_tokens: about how many tokens to predict; None for all.
         mask_eot: end-of-text id at which attention restarts, or None.
         between: called before each batch; what it raises ends the validation.
@@ -137,7 +139,7 @@ def validation_loss(
     Raises:
         ValueError: a split without a token to predict.
     """
-    batches = sequential_batches(split, context, batch_size, max_tokens, grid.rank, grid.world, stride)
+    batches = sequential_batches(split, context, batch_size, max_tokens, grid.rank, grid.world, stride, full_last)
     device = next(model.parameters()).device
     total, tokens = torch.zeros((), dtype=torch.float64), 0
     with evaluating(model):

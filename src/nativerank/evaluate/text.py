@@ -6,8 +6,9 @@
 Every token but the first is predicted exactly once. In windows of `context` tokens, each beginning `stride` tokens
 after the one before, it follows on at least context - stride + 1 tokens of its own text (all there are, near the
 beginning). stride = context reads each token once and is what training calls its validation loss; stride = 1 gives
-every token all the context that it can have, at `context` times the cost. The sum over windows does not depend on how
-they are batched. Where the whole text fits into one window it is the log likelihood of one forward pass.
+every token all the context that it can have, at `context` times the cost. Where the whole text fits into one window the
+sum is the log likelihood of one forward pass. What is left for the last window of a split is read alone, as training
+does it; that of a text file with as much before it as fits, as lm-evaluation-harness does it.
 
     bits per byte    = total nats / (ln 2 * UTF-8 bytes of the text)
     word perplexity  = exp(total nats / words), words as lm-evaluation-harness counts them: pieces between white space
@@ -62,11 +63,18 @@ class Reader:
 
 @dataclass(frozen=True)
 class Text:
-    """Tokens to predict; `words` is None where the text itself is not at hand, `eot_id` is what parts documents."""
+    """Tokens to predict.
+
+    Attributes:
+        split: the tokens. eot_id: what parts documents.
+        words: None where the text itself is not at hand.
+        full_last: how the last window is read, see above.
+    """
 
     split: Split
     eot_id: int
     words: int | None = None
+    full_last: bool = False
 
 
 @dataclass(frozen=True)
@@ -127,7 +135,7 @@ def encoded_text(file: Path, reader: Reader, where: Path) -> Text:
     prepare([str(file)], where / "data", str(where), val_fraction=0.0, eot=start, **options)
     dataset = Dataset.open(where / "data")
     check_vocabulary(dataset.vocab_size, reader)
-    return Text(dataset.split("train"), dataset.eot_id, words)
+    return Text(dataset.split("train"), dataset.eot_id, words, full_last=True)
 
 
 def check_vocabulary(needed: int, reader: Reader) -> None:
@@ -206,6 +214,7 @@ def text_loss(
         chosen.context,
         chosen.batch_size,
         stride=chosen.stride,
+        full_last=text.full_last,
         max_tokens=chosen.max_tokens,
         mask_eot=text.eot_id if chosen.document_mask else None,
         between=between,

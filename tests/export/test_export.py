@@ -221,6 +221,17 @@ def test_bad_folders(run, tmp_path, run_config, listen):
         export(begun, tmp_path / "out", "dense")
 
 
+def test_a_model_of_images_is_refused(tmp_path):
+    from transformers import ViTConfig, ViTForImageClassification
+
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    model = ViTForImageClassification(ViTConfig(image_size=16, patch_size=8, **small))
+    factorize_modules(model, value=8)
+    save(model, tmp_path / "vit")
+    with pytest.raises(ValueError, match="is a ViTForImageClassification; export compares logits"):
+        export(tmp_path / "vit", tmp_path / "out", "dense")
+
+
 def test_the_figures_by_hand():
     wanted, found = torch.tensor([[[2.0, 0.0], [0.0, -4.0]]]), torch.tensor([[[2.0, 0.0], [0.0, -3.0]]])
     parity = compare(wanted, found, torch.float32, Batch(torch.zeros(1, 2, dtype=torch.long), "nothing"))

@@ -134,7 +134,7 @@ def test_metadata_and_tensors(run, tmp_path):
     keys, tensors = opened(tmp_path / "gguf")
     assert {name: keys[name] for name in keys if not name.startswith("tokenizer")} == {
         "general.architecture": "llama",
-        "general.name": f"{run} at step 8",
+        "general.name": "run at step 8",
         "general.file_type": 0,
         "llama.vocab_size": 300,
         "llama.context_length": 64,

@@ -99,11 +99,13 @@ def test_the_last_checkpoint_is_the_model_that_the_run_wrote(trained, changes, c
         assert len({layer.rank for _, layer in factor_modules(read.model)}) > 1
 
 
-def test_an_unfinished_run_is_at_its_newest_checkpoint(trained, unfinished):
+def test_an_unfinished_run_is_at_its_newest_checkpoint(trained, unfinished, monkeypatch):
     found = open_trained(unfinished)
     assert found.label == f"{unfinished} at step 6" and found.data is not None
     assert same(found.model, open_trained(trained(), step=6).model)
     assert not same(found.model, open_trained(trained()).model)
+    monkeypatch.chdir(unfinished / "checkpoints" / "step-000006")
+    assert same(open_trained(".").model, found.model)
     direct = open_trained(unfinished / "checkpoints" / "step-000006")
     assert same(direct.model, found.model) and direct.label == found.label
 
@@ -178,12 +180,15 @@ def test_model_folders(trained, tmp_path):
         ("killed/checkpoints/step-000006", 6, "is a checkpoint already"),
         ("model", 3, "model is not a run folder, so it has no checkpoint of step 3"),
         ("step-000006", None, "lies in no run folder"),
+        ("half/checkpoints/step-000006", None, r"step-000006 is not a complete checkpoint: manifest\.json is missing"),
     ],
 )
 def test_errors(unfinished, trained, tmp_path, name, step, said):
     (tmp_path / "empty").mkdir()
     shutil.copytree(unfinished, tmp_path / "begun")
     shutil.rmtree(tmp_path / "begun" / "checkpoints")
+    shutil.copytree(unfinished, tmp_path / "half")
+    (tmp_path / "half" / "checkpoints" / "step-000006" / "manifest.json").unlink()
     shutil.copytree(trained() / "model", tmp_path / "model")
     shutil.copytree(unfinished / "checkpoints" / "step-000006", tmp_path / "step-000006")
     with pytest.raises(ValueError, match=said):

@@ -54,7 +54,7 @@ def metadata(trained: Trained, dtype: str) -> dict[str, Any]:
     c, base = hf.config, f"{ARCH}."
     assert trained.tokenizer is not None
     return {
-        "general.name": trained.label,
+        "general.name": Path(trained.label).name,  # not where it lay on this machine
         "general.file_type": FILE_TYPES[dtype],
         f"{base}vocab_size": c.vocab_size,
         f"{base}context_length": c.max_position_embeddings,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nativerank.data.shards import Dataset
+from nativerank.distributed.wrap import original_class
 from nativerank.train.trained import Trained
 
 SEQUENCES, POSITIONS = 4, 64
@@ -97,10 +98,12 @@ def check(parity: Parity, what: str) -> None:
 
 
 def check_language_model(model: nn.Module, label: str) -> None:
-    """Raises a ValueError for a model whose logits cannot be asked for by token ids alone."""
-    hf: Any = model
-    if not (hasattr(hf, "can_generate") and hf.can_generate()):
+    """Raises a ValueError for a model that is not asked for its logits by token ids alone."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    name = original_class(model).__name__
+    if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         raise ValueError(
-            f"{label} is a {type(model).__name__}; export compares logits, so it takes causal language models only "
+            f"{label} is a {name}; export compares logits, so it takes causal language models only "
             f"(nativerank.save writes any model)"
         )

@@ -39,6 +39,7 @@ from nativerank.train.metrics import read_rows
 from nativerank.train.piece_files import Stored
 from nativerank.train.setup import data_fingerprint, name_end_of_text, new_skeleton
 
+CHECKPOINTS = "checkpoints"  # in a run folder
 Complain = Callable[[str], None]
 
 
@@ -88,12 +89,12 @@ def open_trained(path: str | Path, step: int | None = None, complain: Complain =
     if not path.is_dir():
         raise ValueError(f"no such folder: {path}")
     if is_checkpoint(path):
-        run = path.resolve().parent.parent
+        run = path.parent.parent if path.parent.name == CHECKPOINTS else path.resolve().parent.parent
         if step is not None:
-            raise ValueError(f"{path} is a checkpoint already; a step is for its run, {path.parent.parent}")
+            raise ValueError(f"{path} is a checkpoint already; a step is for its run, {run}")
         if not (run / RUN_CONFIG).is_file():
             raise ValueError(f"{path} lies in no run folder, so nothing says which model it is of: no {RUN_CONFIG}")
-        return from_checkpoint(path, path.parent.parent, complain)
+        return from_checkpoint(path, run, complain)
     if (path / RUN_CONFIG).is_file():
         if step is None and (final := finished(path)) is not None:
             found = from_model_folder(path / "model", f"{path} at step {final}" if final else str(path))
@@ -107,8 +108,9 @@ def open_trained(path: str | Path, step: int | None = None, complain: Complain =
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a folder is, or should be, a checkpoint."""
-    return (path / checkpoint.MANIFEST).is_file() and (path / checkpoint.STATE).is_file()
+    """Whether a folder is, or by its place should be, a checkpoint."""
+    by_place = path.parent.name == CHECKPOINTS and path.name.startswith(checkpoint.PREFIX)
+    return by_place or ((path / checkpoint.MANIFEST).is_file() and (path / checkpoint.STATE).is_file())
 
 
 def finished(run: Path) -> int | None:

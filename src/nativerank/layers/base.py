@@ -6,7 +6,7 @@ Optimizers, FLOP accounting and export know layers only through the protocol `Fa
 it has these members and never test for a class, so a new layer kind needs no change there.
 """
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +59,32 @@ def factor_linears(model: nn.Module) -> dict[str, nn.Linear]:
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, FactorLayer)]
     halves = {f"{name}.{side}": getattr(layer, side, None) for name, layer in layers for side in ("up", "down")}
     return {name: half for name, half in halves.items() if isinstance(half, nn.Linear)}
+
+
+class UnformedWeight(Tensor):
+    """Shape, dtype and device of a W that is nowhere in memory, for code that asks a linear for them (T5 does).
+
+    Args:
+        shape: (d_out, d_in). like: of the same dtype and device.
+
+    Whatever computes with it raises a TypeError: code that reads a linear's weight instead of calling the linear
+    would miss the factors.
+    """
+
+    @staticmethod
+    def __new__(cls, shape: tuple[int, ...], like: Tensor) -> Self:
+        made: Self = Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)  # type: ignore[attr-defined]
+        return made
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"{type(self).__name__}({tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise TypeError(
+            f"{function} wants the dense weight of a factor layer, which is never formed: this module reads weights of "
+            "its linears instead of calling them, so exclude these from factorization"
+        )
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:

@@ -3,11 +3,13 @@
 A hidden matrix is the weight of an `nn.Linear` or a transformers `Conv1D`, or a stacked expert parameter
 (E, d_out, d_in). Embeddings and output heads are not: those of transformers models (wherever they sit in the tree) are
 told by identity through `get_input_embeddings` and `get_output_embeddings`, and so is any linear that shares its weight
-with an `nn.Embedding`. Modules inside a factor layer are factors and not matrices.
+with an `nn.Embedding`; heads of classifiers are the linears beside the backbone with one output per label; tables of
+positions that are bare parameters are told by their name. Modules inside a factor layer are factors and not matrices.
 
 Patterns of names: see `nativerank.layers.patterns`.
 """
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -20,6 +22,7 @@ from nativerank.layers.initialize import dense_init
 from nativerank.layers.lowrank import is_conv1d
 from nativerank.layers.patterns import Patterns, as_patterns, match_all
 
+POSITIONS = re.compile(r"(^|_)pos(ition(al|s)?)?(_|$)")  # position_embeddings, pos_embed, ...
 LARGE_SHARE = 0.01  # of all parameters; a weight above it may not stay dense unnoticed
 
 
@@ -164,7 +167,21 @@ def embedding_parameters(model: nn.Module) -> list[nn.Parameter]:
             modules.append(module)
         for getter in ("get_input_embeddings", "get_output_embeddings"):
             modules.append(_ask(module, getter))
-    return [p for m in modules if isinstance(m, nn.Module) for p in m.parameters()]
+        modules.extend(_classifiers(module))
+    tables = [p for m in model.modules() for key, p in m._parameters.items() if p is not None and POSITIONS.search(key)]
+    return [p for m in modules if isinstance(m, nn.Module) for p in m.parameters()] + tables
+
+
+def _classifiers(module: nn.Module) -> Iterator[nn.Module]:
+    """The linears with one output per label that a transformers model has beside its backbone."""
+    backbone, config = getattr(module, "base_model", None), getattr(module, "config", None)
+    labels = getattr(config, "num_labels", None)
+    if labels is None or not isinstance(backbone, nn.Module) or backbone is module:
+        return
+    inside = {id(m) for m in backbone.modules()}
+    for m in module.modules():
+        if isinstance(m, nn.Linear) and m.out_features == labels and id(m) not in inside:
+            yield m
 
 
 def _ask(module: nn.Module, getter: str) -> nn.Module | None:

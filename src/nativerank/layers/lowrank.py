@@ -17,7 +17,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from nativerank.layers.base import Gemm, merge
+from nativerank.layers.base import Gemm, UnformedWeight, merge
 from nativerank.layers.initialize import sampled_factors
 from nativerank.layers.rank import check_rank
 from nativerank.linalg.resize import Resized, Side, cropped, exchange, resized_pair
@@ -144,6 +144,11 @@ class LowRankLinear(nn.Module):
     def rank(self) -> int:
         """Inner dimension r."""
         return self.down.weight.shape[0]
+
+    @property
+    def weight(self) -> UnformedWeight:
+        """What W (d_out, d_in) would be, but for its numbers; `to_dense` has these."""
+        return UnformedWeight((self.out_features, self.in_features), self.up.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d_in) -> (..., d_out)."""

@@ -9,6 +9,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from sharded_checkpoints import save_on
+from training_runs import Quiet, start_all, train_as
+
+from nativerank.train.loop import train
 
 
 def _child(rank, function, world, folder, args, port):
@@ -62,5 +66,34 @@ def launched(tmp_path_factory):
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         return _run(function, world, tmp_path_factory.mktemp("launched"), args, port)
+
+    return run
+
+
+@pytest.fixture
+def saved(forked, tmp_path):
+    """saved(replicas, shards): the path of a checkpoint that so many processes wrote."""
+
+    def make(replicas=1, shards=2, **options):
+        forked(save_on, replicas * shards, replicas, shards, tmp_path / "run", *options.values())
+        return tmp_path / "run/checkpoints/step-000001"
+
+    return make
+
+
+@pytest.fixture
+def train_on(run_config, tmp_path):
+    """train_on(world, name, crash_after=None, **changes): the folder of a run; every process dies after that step."""
+
+    def run(world, name, crash_after=None, **changes):
+        config = run_config(out=tmp_path / name, **changes)
+        if world == 1:
+            train(config, Quiet())
+            return tmp_path / name
+        try:
+            start_all(train_as, world, config, Quiet(crash_after))
+        except mp.ProcessExitedException as error:
+            assert crash_after is not None and error.exit_code == 9
+        return tmp_path / name
 
     return run

@@ -1,16 +1,14 @@
 """Training runs whose replicas meet every few steps: forked processes that call `train` as torchrun's would."""
 
 import json
-import os
 import re
-import socket
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
+from training_runs import HSDP, Quiet, start_all, steps, train_as, weights
 
 from nativerank.config import DilocoConfig, ParallelConfig
 from nativerank.distributed.grid import Grid
@@ -26,71 +24,12 @@ DILOCO = {
     "train__checkpoint_every": 4,
     "train__probe_every": 2,
 }
-HSDP = {"parallel__mode": "hsdp", "parallel__replicas": 2, "parallel__shards": 2}
-
-
-class Quiet:
-    quiet = True
-
-    def __init__(self, crash_after=None):
-        self.crash_after = crash_after
-
-    def begin(self, facts):
-        pass
-
-    def row(self, row):
-        if "loss" in row and row["step"] == self.crash_after:
-            os._exit(9)  # as kill -9 does
-
-    def warn(self, message):
-        pass
-
-
-def worker(rank, world, port, config, crash_after):
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world)}
-    train(config, Quiet(crash_after))
 
 
 @pytest.fixture
-def start_all():
-    """start_all(function, world, *args): function(rank, world, port, *args) in as many processes, to their end."""
-
-    def run(function, world, *args):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        context = torch.multiprocessing.start_processes(
-            function, (world, port, *args), world, join=False, start_method="fork"
-        )
-        while not context.join(timeout=120):
-            pass
-
-    return run
-
-
-@pytest.fixture
-def trained(start_all, run_config, tmp_path):
-    """trained(world, name, **changes): the folder of a run."""
-
-    def run(world, name="run", crash_after=None, **changes):
-        config = run_config(out=tmp_path / name, **DILOCO | changes)
-        try:
-            start_all(worker, world, config, crash_after)
-        except torch.multiprocessing.ProcessExitedException as error:
-            assert crash_after is not None and error.exit_code == 9
-        return tmp_path / name
-
-    return run
-
-
-def weights(folder):
-    return load_file(folder / "model" / "model.safetensors")
-
-
-def steps(folder):
-    return [row for row in read_rows(folder) if "loss" in row]
+def trained(train_on):
+    """trained(world, name, **changes): the folder of a run whose replicas meet."""
+    return lambda world, name="run", **changes: train_on(world, name, **DILOCO | changes)
 
 
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("stiefel-spectron", "tsvd", "self-guided")]
@@ -146,14 +85,8 @@ class Told(Quiet):
         (self.folder / "warnings.json").write_text(json.dumps(facts["warnings"]))
 
 
-def told_worker(rank, world, port, config, folder):
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world)}
-    train(config, Told(folder))
-
-
-def test_the_start_says_so(start_all, run_config, tmp_path):
-    start_all(told_worker, 2, run_config(out=tmp_path / "run", **DILOCO), tmp_path)
+def test_the_start_says_so(run_config, tmp_path):
+    start_all(train_as, 2, run_config(out=tmp_path / "run", **DILOCO), Told(tmp_path))
     (first, *_) = json.loads((tmp_path / "warnings.json").read_text())
     assert "4 meetings" in first
 
@@ -178,12 +111,12 @@ class Traffic(TorchDispatchMode):
 
 def counting_worker(rank, world, port, config, folder):
     with Traffic() as traffic:
-        worker(rank, world, port, config, None)
+        train_as(rank, world, port, config, Quiet())
     (folder / f"sent-{rank}").write_text(str(traffic.sent))
 
 
 @pytest.mark.parametrize("every", [8, pytest.param(4, marks=pytest.mark.slow)])
-def test_bytes_per_token_fall_by_the_length_of_a_round(start_all, run_config, tmp_path, every):
+def test_bytes_per_token_fall_by_the_length_of_a_round(run_config, tmp_path, every):
     still = {"train__steps": 16, "train__eval_every": 0, "train__checkpoint_every": 0, "train__probe_every": 0}
     sent = []
     for name, value in (("together", 0), ("apart", every)):

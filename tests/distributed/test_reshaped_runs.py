@@ -1,15 +1,11 @@
 """Training runs on several processes in which ranks change and guides end: as on one, resumed, and set back."""
 
-import os
-import socket
-
 import pytest
 import torch
-from safetensors.torch import load_file
+from training_runs import DDP, FSDP, HSDP, steps, weights
 
 from nativerank.layers.guided import guide_weight
 from nativerank.train import step as step_module
-from nativerank.train.loop import train
 from nativerank.train.metrics import read_rows
 
 COMMON = {"train__batch_size": 4, "train__steps": 12, "train__checkpoint_every": 4, "train__eval_every": 5}
@@ -25,65 +21,6 @@ RANKS = COMMON | {
     "rank__adapt__hysteresis": 0.0,
 }
 GUIDED = COMMON | {"method": "self-guided"}  # the guide ends after step 6
-DDP, FSDP = {"parallel__mode": "ddp"}, {"parallel__mode": "fsdp"}
-HSDP = {"parallel__mode": "hsdp", "parallel__replicas": 2, "parallel__shards": 2}
-
-
-class Quiet:
-    quiet = True
-
-    def __init__(self, crash_after=None):
-        self.crash_after = crash_after
-
-    def begin(self, facts):
-        pass
-
-    def row(self, row):
-        if "loss" in row and row["step"] == self.crash_after:
-            os._exit(9)  # as kill -9 does
-
-    def warn(self, message):
-        pass
-
-
-def worker(rank, world, port, config, crash_after):
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world)}
-    train(config, Quiet(crash_after))
-
-
-@pytest.fixture
-def trained(run_config, tmp_path):
-    """trained(world, name, **changes): the folder of a run, killed after a step if asked to."""
-
-    def run(world, name, crash_after=None, **changes):
-        config = run_config(out=tmp_path / name, **changes)
-        if world == 1:
-            train(config, Quiet())
-            return tmp_path / name
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        context = torch.multiprocessing.start_processes(
-            worker, (world, port, config, crash_after), world, join=False, start_method="fork"
-        )
-        try:
-            while not context.join(timeout=120):
-                pass
-        except torch.multiprocessing.ProcessExitedException as error:
-            assert crash_after is not None and error.exit_code == 9
-        return tmp_path / name
-
-    return run
-
-
-def weights(folder):
-    return load_file(folder / "model" / "model.safetensors")
-
-
-def steps(folder):
-    return [row for row in read_rows(folder) if "loss" in row]
 
 
 def changes(folder):
@@ -117,13 +54,13 @@ def same_course(found, wanted):
     ],
     ids=lambda x: x["parallel__mode"] if isinstance(x, dict) else x,
 )
-def test_ranks_change_as_on_one_process_and_a_killed_run_goes_on(trained, world, where, method):
-    alone = trained(1, "alone", method=method, **RANKS)
+def test_ranks_change_as_on_one_process_and_a_killed_run_goes_on(train_on, world, where, method):
+    alone = train_on(1, "alone", method=method, **RANKS)
     assert len(changes(alone)) > 1
-    straight = trained(world, "straight", method=method, **RANKS | where)
+    straight = train_on(world, "straight", method=method, **RANKS | where)
     same_course(straight, alone)
-    trained(world, "killed", method=method, crash_after=7, **RANKS | where)
-    resumed = trained(world, "killed", method=method, resume="auto", **RANKS | where)
+    train_on(world, "killed", method=method, crash_after=7, **RANKS | where)
+    resumed = train_on(world, "killed", method=method, resume="auto", **RANKS | where)
     assert all(torch.equal(x, weights(resumed)[name]) for name, x in weights(straight).items())
     assert changes(resumed) == changes(straight)
 
@@ -131,12 +68,12 @@ def test_ranks_change_as_on_one_process_and_a_killed_run_goes_on(trained, world,
 @pytest.mark.slow
 @pytest.mark.parametrize("algebra", ["gram", "owner"])
 @pytest.mark.parametrize("method", ["spectron", "tsvd"])
-def test_twenty_steps_in_both_algebras(trained, method, algebra):
+def test_twenty_steps_in_both_algebras(train_on, method, algebra):
     options = RANKS | {"train__steps": 20, "train__checkpoint_every": 0}
-    alone = trained(1, "alone", method=method, **options)
+    alone = train_on(1, "alone", method=method, **options)
     for world, where in ((2, FSDP), (2, DDP), (4, FSDP), (4, DDP)):
         name = f"{where['parallel__mode']}-{world}"
-        same_course(trained(world, name, method=method, **options | where | {"parallel__algebra": algebra}), alone)
+        same_course(train_on(world, name, method=method, **options | where | {"parallel__algebra": algebra}), alone)
 
 
 @pytest.mark.parametrize(
@@ -147,21 +84,21 @@ def test_twenty_steps_in_both_algebras(trained, method, algebra):
     ],
     ids=["fsdp", "fsdp-recompute", "ddp"],
 )
-def test_guides_end_as_on_one_process_and_a_killed_run_goes_on(trained, where, recompute):
+def test_guides_end_as_on_one_process_and_a_killed_run_goes_on(train_on, where, recompute):
     options = GUIDED | {"train__recompute": recompute}
-    alone = trained(1, "alone", **options)
-    straight = trained(2, "straight", **options | where)
+    alone = train_on(1, "alone", **options)
+    straight = train_on(2, "straight", **options | where)
     same_course(straight, alone)
     for after in (5, 9):  # the checkpoint of step 4 has guides, that of step 8 none
-        trained(2, f"killed-{after}", crash_after=after, **options | where)
-        resumed = trained(2, f"killed-{after}", resume="auto", **options | where)
+        train_on(2, f"killed-{after}", crash_after=after, **options | where)
+        resumed = train_on(2, f"killed-{after}", resume="auto", **options | where)
         assert all(torch.equal(x, weights(resumed)[name]) for name, x in weights(straight).items())
 
 
-def test_checkpoints_of_other_ranks_are_taken_up_by_another_number_of_processes(trained):
-    straight = trained(1, "straight", method="spectron", **RANKS)
-    trained(2, "moved", method="spectron", crash_after=9, **RANKS | FSDP)
-    moved = trained(1, "moved", method="spectron", resume="auto", **RANKS)
+def test_checkpoints_of_other_ranks_are_taken_up_by_another_number_of_processes(train_on):
+    straight = train_on(1, "straight", method="spectron", **RANKS)
+    train_on(2, "moved", method="spectron", crash_after=9, **RANKS | FSDP)
+    moved = train_on(1, "moved", method="spectron", resume="auto", **RANKS)
     same_course(moved, straight)
 
 
@@ -177,20 +114,20 @@ def spike_at(monkeypatch, number):
 
 
 @pytest.mark.parametrize("where", [pytest.param(FSDP, marks=pytest.mark.slow), DDP], ids=["fsdp", "ddp"])
-def test_a_rollback_brings_guides_back(trained, monkeypatch, where):
+def test_a_rollback_brings_guides_back(train_on, monkeypatch, where):
     spike_at(monkeypatch, 8)
     guard = {"guard__window": 3, "guard__loss_jump": 1.0, "guard__action": "rollback"}
-    found = trained(2, "guided", **GUIDED | guard | where)
+    found = train_on(2, "guided", **GUIDED | guard | where)
     rows = steps(found)
     assert [row["step"] for row in rows] == [*range(1, 9), *range(5, 13)], "step 8 went back to 4, before the end at 6"
     assert all(row["guide_alpha"] == guide_weight(row["step"] - 1, 6) for row in rows)
 
 
 @pytest.mark.parametrize("where", [FSDP, pytest.param(DDP, marks=pytest.mark.slow)], ids=["fsdp", "ddp"])
-def test_a_rollback_brings_ranks_back(trained, monkeypatch, where):
+def test_a_rollback_brings_ranks_back(train_on, monkeypatch, where):
     guard = {"guard__window": 3, "guard__loss_jump": 1.0, "guard__action": "rollback"}
     spike_at(monkeypatch, 8)
-    found = trained(2, "ranks", method="spectron", **RANKS | guard | where)
+    found = train_on(2, "ranks", method="spectron", **RANKS | guard | where)
     assert [row["step"] for row in steps(found)] == [*range(1, 9), *range(5, 13)]
     events = changes(found)
     assert [step for step, _, _ in events][:3] == [3, 6, 6], "step 6 had its look twice"

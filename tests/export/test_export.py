@@ -47,6 +47,8 @@ def test_dense_is_the_stock_architecture(run, tmp_path):
     assert near(logits(stock), logits(trained.model))
     assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= set(left(tmp_path / "dense"))
     assert left(tmp_path) == ["dense"]
+    card = (tmp_path / "dense" / "README.md").read_text()
+    assert "method `spectron`" in card and "LlamaForCausalLM.from_pretrained" in card and "| steps | 8 |" in card
     assert done.bytes == sum(file.stat().st_size for file in (tmp_path / "dense").iterdir())
     assert done.parameters["after"] == sum(p.numel() for p in stock.parameters())
     assert done.parameters["before"] == sum(p.numel() for p in trained.model.parameters()) < done.parameters["after"]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -90,6 +91,7 @@ def test_the_last_checkpoint_is_the_model_that_the_run_wrote(trained, changes, c
     assert written.label == read.label == f"{run} at step 8"
     assert same(written.model, read.model) and not read.model.training
     assert written.data == read.data is not None
+    assert read.training == replace(written.training, metrics={}) and read.training.steps == 8
     assert tokenizer_hash(written.tokenizer) == tokenizer_hash(read.tokenizer)
     assert read.model.config.eos_token_id == written.model.config.eos_token_id is not None
     ids = torch.arange(12)[None]

@@ -156,6 +156,7 @@ def write_folder(
         dtype=dtype,
         max_shard_size=max_shard_size,
         companions=beside if whole else (),
+        training=trained.training,
         check=verify,
     )
 

@@ -46,19 +46,30 @@ def export(model: nn.Module, out: Path, dataset: Dataset, grid: Grid, training: 
     from_first(grid, write)
 
 
-def training_of(config: RunConfig, dataset: Dataset, loss: Loss, steps: int, tokens: int) -> Training:
-    """What the model card says of a run that ends with this loss on the whole validation split."""
-    sources = (str(source) for source in dataset.manifest.get("sources", ()))
-    metrics = {
-        "validation loss (nats per token)": loss.nats,
-        "perplexity": loss.perplexity,
-        "bits per byte": loss.bits_per_byte,
-    }
+def training_of(config: RunConfig, dataset: Dataset | None, loss: Loss | None, steps: int, tokens: int) -> Training:
+    """What the model card says of a run.
+
+    Args:
+        config: of the run.
+        dataset: None if it is not known any more.
+        loss: on the whole validation split, None where a run has not ended.
+        steps, tokens: that were trained.
+    """
+    sources = (str(source) for source in (dataset.manifest.get("sources", ()) if dataset else ()))
+    metrics = (
+        {
+            "validation loss (nats per token)": loss.nats,
+            "perplexity": loss.perplexity,
+            "bits per byte": loss.bits_per_byte,
+        }
+        if loss
+        else {}
+    )
     return Training(
         method=config.method,
         # A path is nobody's business; the name of a data set on the Hub is.
         data=tuple(s if s.startswith("hub:") else Path(s).name for s in sources),
-        data_sha256=hashlib.sha256("".join(data_fingerprint(dataset)).encode()).hexdigest(),
+        data_sha256=hashlib.sha256("".join(data_fingerprint(dataset)).encode()).hexdigest() if dataset else None,
         tokens=tokens,
         steps=steps,
         metrics={name: value for name, value in metrics.items() if math.isfinite(value)},

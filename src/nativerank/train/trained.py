@@ -25,6 +25,7 @@ from nativerank.data.demo import prepared_demo
 from nativerank.data.shards import Dataset, read_manifest
 from nativerank.data.tokenizer import load_tokenizer, tokenizer_hash
 from nativerank.distributed.pieces import Piece
+from nativerank.hub.card import Training, read_training
 from nativerank.hub.load import CONFIG as MODEL_CONFIG
 from nativerank.hub.load import TOKENIZER, load, outline
 from nativerank.hub.weights import named_tensors
@@ -32,6 +33,7 @@ from nativerank.layers.guided import guided_layers
 from nativerank.models import allocate, find_preset
 from nativerank.optim.roles import factor_modules
 from nativerank.train import checkpoint
+from nativerank.train.closing import training_of
 from nativerank.train.folder import CONFIG as RUN_CONFIG
 from nativerank.train.folder import read_config
 from nativerank.train.metrics import FILE as METRICS
@@ -53,6 +55,7 @@ class Trained:
         folder: that of the weights: a model folder or a checkpoint.
         label: for people, such as "runs/a at step 300".
         data: the prepared folder that it was trained on, None where that is not known or no longer the same.
+        training: how it was trained, for its model card; None where nothing says so.
     """
 
     model: nn.Module
@@ -60,6 +63,7 @@ class Trained:
     folder: Path
     label: str
     data: Path | None = None
+    training: Training | None = None
 
 
 class Words(NamedTuple):
@@ -96,9 +100,8 @@ def open_trained(path: str | Path, step: int | None = None, complain: Complain =
             raise ValueError(f"{path} lies in no run folder, so nothing says which model it is of: no {RUN_CONFIG}")
         return from_checkpoint(path, run, complain)
     if (path / RUN_CONFIG).is_file():
-        if step is None and (final := finished(path)) is not None:
-            found = from_model_folder(path / "model", f"{path} at step {final}" if final else str(path))
-            return replace(found, data=data_of(read_config(path), found.tokenizer))
+        if step is None and (end := finished(path)) is not None:
+            return from_finished(path, end)
         return from_checkpoint(chosen(path, step, complain), path, complain)
     if (path / MODEL_CONFIG).is_file() or (path / "model").is_dir():
         if step is not None:
@@ -113,17 +116,17 @@ def is_checkpoint(path: Path) -> bool:
     return by_place or ((path / checkpoint.MANIFEST).is_file() and (path / checkpoint.STATE).is_file())
 
 
-def finished(run: Path) -> int | None:
-    """The step at which a run wrote its model/, 0 if it does not say; None if it did not, or has gone on since."""
+def finished(run: Path) -> dict[str, Any] | None:
+    """The last row of a run that has its model/, empty if that is gone; None if it has none, or has gone on since."""
     if not (run / "model" / MODEL_CONFIG).is_file():
         return None
     if not (run / METRICS).is_file():
-        return 0
-    steps = [int(row["step"]) for row in read_rows(run) if row.get("event") == "end"]
+        return {}
+    ends = [row for row in read_rows(run) if row.get("event") == "end"]
     newest = max((c.step for c in checkpoint.list_checkpoints(run)), default=0)
-    if not steps:  # going on drops the row of the end
-        return None if newest else 0
-    return steps[-1] if steps[-1] >= newest else None
+    if not ends:  # going on drops the row of the end
+        return None if newest else {}
+    return ends[-1] if ends[-1]["step"] >= newest else None
 
 
 def chosen(run: Path, step: int | None, complain: Complain) -> Path:
@@ -143,10 +146,21 @@ def chosen(run: Path, step: int | None, complain: Complain) -> Path:
     return found[step]
 
 
+def from_finished(run: Path, end: dict[str, Any]) -> Trained:
+    """What a finished run left in model/; `end` is the last row of its records."""
+    found = from_model_folder(run / "model", f"{run} at step {end['step']}" if end else str(run))
+    config = read_config(run)
+    data = data_of(config, found.tokenizer)
+    training = found.training  # which the config of a dense model does not keep
+    if training is None and end:
+        training = training_of(config, data, None, end["step"], end["tokens"])
+    return replace(found, data=data.path if data else None, training=training)
+
+
 def from_model_folder(folder: Path, label: str) -> Trained:
     """What a factored or stock folder holds."""
     tokenizer = load_tokenizer(folder / TOKENIZER) if (folder / TOKENIZER).is_file() else None
-    return Trained(load(folder), tokenizer, folder, label)
+    return Trained(load(folder), tokenizer, folder, label, training=read_training(folder))
 
 
 def from_checkpoint(path: Path, run: Path, complain: Complain) -> Trained:
@@ -166,7 +180,8 @@ def from_checkpoint(path: Path, run: Path, complain: Complain) -> Trained:
     stored.fill(Piece(name, tensor, tuple(tensor.shape)) for name, tensor in tensors.items())
     if extra := sorted(set(stored.shapes) - set(tensors)):
         raise ValueError(f"{path} holds {extra[0]}, which the model of {run / RUN_CONFIG} does not have")
-    return Trained(model.eval(), tokenizer, path, label, data.path if data else None)
+    training = training_of(config, data, None, state["step"], state["tokens"])
+    return Trained(model.eval(), tokenizer, path, label, data.path if data else None, training)
 
 
 def refuse_guides(stored: Stored, config: RunConfig, label: str) -> None:
@@ -217,14 +232,14 @@ def tokenizer_of(
         return None, None
 
 
-def data_of(config: RunConfig, tokenizer: Tokenizer | None) -> Path | None:
-    """The prepared folder of a run, None if it is gone or has another tokenizer by now."""
+def data_of(config: RunConfig, tokenizer: Tokenizer | None) -> Dataset | None:
+    """The data of a run, None if they are gone or have another tokenizer by now."""
     try:
         data = described(config)
     except ValueError:
         return None
     known = tokenizer is not None and tokenizer_hash(tokenizer) == data.tokenizer_sha256
-    return data.path if known else None
+    return data if known else None
 
 
 def described(config: RunConfig) -> Dataset:

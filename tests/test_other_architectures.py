@@ -120,6 +120,24 @@ def test_a_stock_folder_at_full_rank_is_itself(tmp_path, make, build):
     assert_close(logits(loaded, batch), wanted, rtol=0, atol=CHECKED * wanted.abs().max().item())
 
 
+@pytest.mark.parametrize("build", [vit, llava, bert, t5], ids=lambda build: build.__name__)
+def test_the_command_converts_them_too(tmp_path, make, cli, build):
+    model, batch = make(build)
+    model.save_pretrained(tmp_path / "stock")
+    words = ["convert", tmp_path / "stock", "--rank.energy", "1", "--out", tmp_path / "factored"]
+    done = cli(*words)
+    assert done.code == 0, done.err
+    loop = "nativerank train" if build is llava else "in a loop of yours"
+    assert loop in done.out.splitlines()[-1]
+    wanted = logits(nr.load(tmp_path / "stock"), batch)
+    assert_close(
+        logits(nr.load(tmp_path / "factored"), batch), wanted, rtol=0, atol=CHECKED * wanted.abs().max().item()
+    )
+    if build is not llava:
+        refused = cli(*words[:-1], tmp_path / "other", "--data", __file__)
+        assert refused.code == 2 and "which predicts no next token" in refused.err and refused.err.count("\n") == 1
+
+
 def test_both_towers_of_a_vision_language_model_can_be_named_apart(make):
     model, _ = make(llava)
     language = nr.factorize(copy.deepcopy(model), include=["*.language_model.*"]).ranks

@@ -1,8 +1,9 @@
 """A dense model into factors that training goes on from.
 
-    any Hugging Face causal LM folder, or the dense model/ of a run
+    any Hugging Face folder, or the dense model/ of a run
         -> loss on a text -> W ~ W_r, matrix by matrix -> loss on the same text -> a factored folder with the tokenizer
 
+A text and its losses are for causal language models; others (images, encoders) are converted without.
 Everything that can be refused is refused before the first decomposition, and the new folder appears when it is
 complete. Weights are read, truncated and written in float32 (the truncation itself runs in float64), so that
 `nativerank train --init DIR` starts from exactly the loss that is reported.
@@ -23,10 +24,10 @@ from nativerank.evaluate.loss import Loss
 from nativerank.evaluate.text import Reader, Windows, open_text, text_loss, window
 from nativerank.files import check_free
 from nativerank.hub.generate import end_of_text, start_of_text
-from nativerank.hub.load import TOKENIZER, base_config, layer_kind, load, model_folder
+from nativerank.hub.load import TOKENIZER, layer_kind, load, model_folder, outline
 from nativerank.hub.save import save
 from nativerank.layers import FactorizeReport, factorize_modules
-from nativerank.models import count_parameters, skeleton
+from nativerank.models import count_parameters
 
 KINDS = ("lowrank", "spectral")
 EVAL_TOKENS = 32768
@@ -50,7 +51,10 @@ Watch = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a conversion did; `before` and `after` are the losses, None without a text."""
+    """What a conversion did; `before` and `after` are the losses, None without a text.
+
+    `causal`: whether it is a causal language model, which `nativerank train` takes up.
+    """
 
     source: str
     out: str
@@ -60,6 +64,7 @@ class Conversion:
     before: Loss | None
     after: Loss | None
     context: int | None
+    causal: bool = True
 
     def as_dict(self) -> dict[str, Any]:
         """All of it, ready for JSON."""
@@ -106,6 +111,8 @@ def convert(
         raise ValueError(f"--data {data}: no such file or folder")
     watch("reading weights", 0, 0)
     model = load(folder)
+    if data is not None and not is_causal(model):
+        raise ValueError(f"--data {data}: {folder} holds a {type(model).__name__}, which predicts no next token")
     counts = {"before": count_parameters(model)}
     tokenizer = load_tokenizer(folder / TOKENIZER) if (folder / TOKENIZER).is_file() else None
     reader, windows = reader_of(model, tokenizer, str(folder)), Windows(max_tokens=eval_tokens)
@@ -118,7 +125,8 @@ def convert(
         after = text_loss(reader, text, windows) if text else None
     watch("writing", 0, 0)
     save(model, out, companions=[folder / name for name in COMPANIONS if (folder / name).is_file()])
-    return Conversion(str(source), str(out), kind, report, counts, before, after, window(model) if before else None)
+    context = window(model) if before else None
+    return Conversion(str(source), str(out), kind, report, counts, before, after, context, is_causal(model))
 
 
 def check_request(folder: Path, out: Path, rank: RankConfig, kind: str, eval_tokens: int | None) -> None:
@@ -132,7 +140,12 @@ def check_request(folder: Path, out: Path, rank: RankConfig, kind: str, eval_tok
     check_free(out)
     if (found := layer_kind(folder)) is not None:
         raise ValueError(f"{folder} is in low rank already ({found} layers); convert takes a dense model")
-    factorize_modules(skeleton(base_config(folder)), kind=kind, **choices(rank))
+    factorize_modules(outline(folder), kind=kind, **choices(rank))
+
+
+def is_causal(model: Any) -> bool:
+    """Whether a transformers model predicts the next token of a text alone."""
+    return bool(model.can_generate()) and not model.config.is_encoder_decoder
 
 
 def choices(rank: RankConfig) -> dict[str, Any]:

@@ -325,5 +325,6 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
     """Parameters in total, and without the token embedding and the output head."""
     hf: Any = model
     total = sum(p.numel() for p in model.parameters())
-    outer = {id(m.weight): m.weight for m in (hf.get_input_embeddings(), hf.get_output_embeddings()) if m is not None}
+    ends = [m for m in (hf.get_input_embeddings(), hf.get_output_embeddings()) if m is not None]
+    outer = {id(p): p for m in ends for p in m.parameters() if p.ndim > 1}  # an embedding of patches is a convolution
     return {"total": total, "non_embedding": total - sum(w.numel() for w in outer.values())}

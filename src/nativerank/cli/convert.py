@@ -17,12 +17,13 @@ from nativerank.cli.train import typed_parser
 from nativerank.config import RankConfig, RunConfig, from_dict
 
 DESCRIPTION = """Truncate the matrices of a dense model and write the factors into a folder that
-`nativerank train --init DIR` goes on from. HF_DIR is any local Hugging Face causal LM (safetensors), or a dense run."""
+`nativerank train --init DIR` goes on from. HF_DIR is any local Hugging Face model (safetensors), or a dense run."""
 EXAMPLE = """examples:
   nativerank convert path/to/model --rank.energy 0.95 --out factored
   nativerank convert path/to/model --rank.energy 0.95 --rank.value 256 --kind spectral --data text.txt --out factored
   nativerank convert path/to/model --rank.ratio 0.25 --rank.include '["*.mlp.*"]' --out factored
   nativerank train --init factored --method spectron --optim.lr 0.02 --optim.aux_lr 0.0025 --data.path data/mine
+  nativerank train --init factored --distill.teacher path/to/model --data.path data/mine   # learns from it too
 """
 RANK_KEYS = ("ratio", "value", "energy", "rule", "include", "exclude", "overrides")
 
@@ -104,7 +105,10 @@ def show(done: Any, data: str | None, quiet: bool) -> None:
     if done.before is not None:
         print(f"{'':15}on {done.before.tokens:,} tokens of {data}, context {done.context}")
     print(f"written to     {done.out}")
-    print(f"train on with  nativerank train --init {done.out} {gentle(done.kind)} --data.path DATA")
+    if done.causal:
+        print(f"train on with  nativerank train --init {done.out} {gentle(done.kind)} --data.path DATA")
+    else:
+        print(f"train on with  nativerank.load({done.out!r}) in a loop of yours")
 
 
 def gentle(kind: str) -> str:

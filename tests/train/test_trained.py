@@ -119,6 +119,18 @@ def test_a_run_that_went_on_is_not_what_it_was_when_it_ended(trained, tmp_path, 
     assert open_trained(run).label.endswith("step 9")
 
 
+def test_of_a_run_of_version_0_1_its_last_checkpoint_is_read(trained, tmp_path):
+    run = shutil.copytree(trained(), tmp_path / "old")
+    config = json.loads((run / "model" / "config.json").read_text())
+    old = {"model_type": "nativerank", "nativerank_version": "0.1.0", "kind": "lowrank", "ranks": {}, "base": config}
+    (run / "model" / "config.json").write_text(json.dumps(old))
+    found = open_trained(run)
+    assert found.folder.name == "step-000008" and same(found.model, open_trained(trained()).model)
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(ValueError, match="was written by an older nativerank"):
+        open_trained(run)
+
+
 def test_a_damaged_checkpoint_is_named_and_passed_by(unfinished):
     flip_a_bit(unfinished / "checkpoints" / "step-000006" / "model.safetensors")
     said = []

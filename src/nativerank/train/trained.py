@@ -11,6 +11,7 @@ Nothing of the optimizer is read. The data folder is asked for the tokenizer onl
 data can still be used, then without a tokenizer.
 """
 
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -30,6 +31,7 @@ from nativerank.hub.load import CONFIG as MODEL_CONFIG
 from nativerank.hub.load import TOKENIZER, load, outline
 from nativerank.hub.weights import named_tensors
 from nativerank.layers.guided import guided_layers
+from nativerank.layers.pretrained import MODEL_TYPE, RECORD
 from nativerank.models import allocate, find_preset
 from nativerank.optim.roles import factor_modules
 from nativerank.train import checkpoint
@@ -120,10 +122,12 @@ def finished(run: Path) -> dict[str, Any] | None:
     """The last row of a run that has its model/, empty if that is gone; None if it has none, or has gone on since."""
     if not (run / "model" / MODEL_CONFIG).is_file():
         return None
+    newest = max((c.step for c in checkpoint.list_checkpoints(run)), default=0)
+    if newest and of_old_form(run / "model" / MODEL_CONFIG):
+        return None
     if not (run / METRICS).is_file():
         return {}
     ends = [row for row in read_rows(run) if row.get("event") == "end"]
-    newest = max((c.step for c in checkpoint.list_checkpoints(run)), default=0)
     if not ends:  # going on drops the row of the end
         return None if newest else {}
     return ends[-1] if ends[-1]["step"] >= newest else None
@@ -144,6 +148,15 @@ def chosen(run: Path, step: int | None, complain: Complain) -> Path:
     if step not in found:
         raise ValueError(f"{run} has no checkpoint of step {step}; there are: {', '.join(map(str, found)) or 'none'}")
     return found[step]
+
+
+def of_old_form(config: Path) -> bool:
+    """Whether a model folder is one of version 0.1; the checkpoint of the same step is read instead."""
+    try:
+        values = json.loads(config.read_text(encoding="utf-8"))
+        return values["model_type"] == MODEL_TYPE and RECORD not in values
+    except (ValueError, KeyError, TypeError):
+        return False  # whoever reads the folder says what is wrong with it
 
 
 def from_finished(run: Path, end: dict[str, Any]) -> Trained:

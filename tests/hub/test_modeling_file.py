@@ -57,6 +57,10 @@ def ask(folder, dtype):
 
 for pair in zip(sys.argv[1::2], sys.argv[2::2]):
     ask(*pair)
+try:  # the folder of another architecture, which has no code of its own
+    AutoModelForCausalLM.from_pretrained("qwen")
+except ValueError as error:
+    open("qwen.said", "w").write(str(error))
 """
 
 
@@ -90,6 +94,8 @@ CASES = {
 @pytest.fixture(scope="module")
 def told(tmp_path_factory, prepared):
     """The folder of each case, beside which lies what a process without nativerank says of it and computed."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
     root, words, folders = tmp_path_factory.mktemp("stranger"), [], {}
     for number, (name, (kinds, dtype, changes, shard)) in enumerate(CASES.items()):
         folder = folders[name] = root / f"m{number}"
@@ -97,6 +103,9 @@ def told(tmp_path_factory, prepared):
         model = make(kinds, **changes)
         nr.save(model, folder, tokenizer=tokenizer, dtype=getattr(torch, dtype), max_shard_size=shard)
         words += [str(folder), dtype]
+    qwen = Qwen2ForCausalLM(Qwen2Config(**SIZES))
+    nr.factorize(qwen, rank_ratio=0.25)
+    nr.save(qwen, root / "qwen")
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONSTARTUP")} | {
         "PYTHONPATH": os.pathsep.join(p for p in site.getsitepackages() if os.path.isdir(p)),
         "HF_MODULES_CACHE": str(root / "modules"),
@@ -135,6 +144,12 @@ def test_a_process_without_nativerank_computes_the_same(told, prepared, case):
         "linears": True,
         "words": Dataset.open(prepared).tokenizer().encode("low rank").tokens,
     }
+
+
+def test_other_architectures_are_refused_there(told):
+    """Instead of filling a stock model with fresh numbers, as they would be if the type were the architecture's."""
+    said = next(iter(told.values())).with_name("qwen.said").read_text()
+    assert "nativerank" in said and "does not recognize this architecture" in said
 
 
 def test_the_file_goes_with_llama_language_models_alone(tmp_path):

@@ -81,14 +81,6 @@ def test_the_dense_form_is_read_by_plain_transformers(tmp_path, family):
     assert "nativerank" not in (tmp_path / "m/config.json").read_text()
 
 
-def test_plain_transformers_refuses_the_factored_form(saved):
-    """Instead of filling a stock model with fresh numbers, as it would if the type were that of the architecture."""
-    from transformers import AutoModelForCausalLM
-
-    with pytest.raises(ValueError, match="nativerank"):
-        AutoModelForCausalLM.from_pretrained(saved)
-
-
 def test_every_tensor_is_stored_once_and_by_its_own_name(saved):
     tensors = load_file(saved / "model.safetensors")
     assert "model.layers.0.self_attn.q_proj.up.weight" in tensors

@@ -68,8 +68,8 @@ def factored_config(model: nn.Module) -> dict[str, Any]:
     }
     for key in ("_name_or_path", "auto_map"):  # where the model came from: not true of this one
         keys.pop(key, None)
-    names = {"architectures": [f"Nativerank{architecture}"], "model_type": MODEL_TYPE, "dtype": dtype_name(model)}
-    return {**keys, **names, RECORD: record}
+    names = {"architectures": [f"Nativerank{architecture}"], "model_type": MODEL_TYPE} if keys["model_type"] else {}
+    return {**keys, **names, "dtype": dtype_name(model), RECORD: record}
 
 
 def dtype_name(model: nn.Module) -> str:

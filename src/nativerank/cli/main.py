@@ -10,6 +10,7 @@ and SIGTERM.
 import argparse
 import atexit
 import importlib
+import logging
 import os
 import sys
 import time
@@ -23,6 +24,7 @@ COMMANDS = {
     "train": "pretrain a model: a checkpointed, resumable run",
     "data": "prepare, describe and verify training data",
     "generate": "continue a prompt with a trained model",
+    "eval": "how good trained models are on texts, questions and tasks, side by side",
     "export": "write a trained model in the form that others read, checked",
     "convert": "turn a dense model into factors that training goes on from",
     "compare": "train methods side by side: rates, seeds, budgets, statistics",
@@ -47,6 +49,8 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    for name in ("torchao", "torch.utils._pytree"):  # transformers imports torchao, which tells what a CPU lacks
+        logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     if "RANK" in os.environ:  # one of many: PyTorch prints a C++ stack for every process that is gone, we print a line
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

@@ -9,9 +9,9 @@ Importing the harness takes some ten seconds. Its stock tasks download their dat
 
 import contextlib
 import importlib.metadata
-import io
 import logging
 import math
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -135,10 +135,11 @@ def evaluate_tasks(
         quiet: no progress.
 
     Raises:
-        ValueError: a result that is not a number.
+        ValueError: logits or results that are not numbers.
     """
     models, evaluator = (require(f"{PACKAGE}.{part}", EXTRA, WHAT) for part in ("models.huggingface", "evaluator"))
     device = next(model.parameters()).device
+    check_finite(model, device)
     with hushed(quiet), evaluating(model), torch.no_grad():
         wrapped = models.HFLM(
             pretrained=model,
@@ -151,6 +152,15 @@ def evaluate_tasks(
         options: dict[str, Any] = {"limit": limit, "log_samples": False, "bootstrap_iters": 100}
         results = evaluator.simple_evaluate(wrapped, tasks=tasks.objects, task_manager=tasks.manager, **options)
     return {name: task_score(name, results) for name in results["results"]}
+
+
+@torch.no_grad()
+def check_finite(model: nn.Module, device: torch.device) -> None:
+    """Raises a ValueError if the model answers NaN: an accuracy over NaN would look like a number."""
+    with evaluating(model):
+        logits = model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False).logits
+    if not torch.isfinite(logits).all():
+        raise ValueError("the model's logits are not finite numbers: it diverged or is damaged")
 
 
 def task_score(name: str, results: dict[str, Any]) -> TaskScore:
@@ -178,9 +188,23 @@ def hushed(quiet: bool) -> Iterator[None]:
     logger = logging.getLogger(PACKAGE)
     before = logger.level
     logger.setLevel(logging.ERROR)
-    shown = contextlib.redirect_stderr(io.StringIO()) if quiet else contextlib.nullcontext()
     try:
-        with shown, contextlib.redirect_stdout(sys.stderr):  # standard output is for the result
-            yield
+        with contextlib.redirect_stdout(sys.stderr), silent_stderr() if quiet else contextlib.nullcontext():
+            yield  # standard output is for the result
     finally:
         logger.setLevel(before)
+
+
+@contextlib.contextmanager
+def silent_stderr() -> Iterator[None]:
+    """Standard error of this process and of the git that the harness asks for a commit, dropped for the block."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+            with contextlib.redirect_stderr(nowhere), contextlib.redirect_stdout(nowhere):
+                yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)

@@ -16,6 +16,7 @@ The times go into the user cache, where `--form auto` finds them.
 import copy
 import dataclasses
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -218,6 +219,7 @@ def bench_generate(
         "new_tokens": new_tokens,
         "repeats": repeats,
         "clock": clock,
+        "load_average": load_average(),
         "place": place(where),
         "merge_seconds": merge_seconds,
         "sides": found,
@@ -227,6 +229,11 @@ def bench_generate(
     }
     result["remembered"] = str(remember(for_auto(result)))
     return result
+
+
+def load_average() -> float | None:
+    """Processes that wanted a processor in the last 15 minutes, this one included, where the system says."""
+    return os.getloadavg()[2] if hasattr(os, "getloadavg") else None
 
 
 def make_sides(

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import nativerank as nr
@@ -176,3 +177,31 @@ def test_layerwise_updates_are_those_of_whole_steps(tmp_path):
     whole = run(tmp_path, "spectron", **settings)
     parts = run(tmp_path, "spectron", options={"layerwise": True}, callbacks=[NativerankCallback()], **settings)
     assert same(whole, parts)
+
+
+def test_a_loop_with_accelerate_alone_saves_and_resumes_too(tmp_path):
+    def prepared():
+        model, optimizer = built("self-guided", guided_steps=3)
+        nr.follow_checkpoints(model, optimizer)
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+        return accelerator, *accelerator.prepare(model, optimizer), optimizer
+
+    def train(accelerator, model, wrapped, batches):
+        for ids in batches:
+            with accelerator.accumulate(model):
+                accelerator.backward(model(input_ids=ids, labels=ids).loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), 1.0)
+                wrapped.step()
+                wrapped.zero_grad()
+
+    batches = Ids().ids[:48].reshape(12, 4, 16)
+    *whole, optimizer = prepared()
+    train(*whole, batches[:8])
+    assert optimizer.guides.step == 4  # of eight micro-batches, and the guides are gone
+    whole[0].save_state(tmp_path)
+    train(*whole, batches[8:])
+    *resumed, twin = prepared()
+    resumed[0].load_state(tmp_path)
+    train(*resumed, batches[8:])
+    assert same(SimpleNamespace(model=whole[1], optimizer=optimizer), SimpleNamespace(model=resumed[1], optimizer=twin))

@@ -9,7 +9,8 @@ from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import nativerank as nr
-from nativerank.integrations.hf_trainer import NativerankCallback
+from nativerank.config import AdaptConfig
+from nativerank.integrations.hf_trainer import NativerankCallback, check_arguments, check_ranks
 from nativerank.methods import METHODS
 
 CONFIG = {
@@ -170,6 +171,22 @@ def test_what_cannot_be_is_one_clear_error(tmp_path):
     with pytest.raises(ValueError, match=r"max_grad_norm=0 and gradient_accumulation_steps=1, got 1.0 and 2"):
         layerwise = nr.build_optimizer(model, "spectron", layerwise=True)
         trainer_of(tmp_path, model, layerwise, callbacks=[NativerankCallback()], gradient_accumulation_steps=2).train()
+
+
+def test_shapes_that_change_are_refused_on_several_processes():
+    _, optimizer = built("spectron")
+    two = SimpleNamespace(world_size=2, max_grad_norm=1.0, gradient_accumulation_steps=1)
+    check_arguments(two, optimizer, AdaptConfig())
+    with pytest.raises(ValueError, match=r"rank\.adapt changes parameters, which Trainer's 2 processes do not notice"):
+        check_arguments(two, optimizer, AdaptConfig(mode="once", threshold=0.9))
+    with pytest.raises(ValueError, match="self-guided changes parameters"):
+        check_arguments(two, built("self-guided")[1], AdaptConfig())
+
+
+def test_a_checkpoint_of_another_model_is_named():
+    check_ranks({"a": 3}, {"a": 3})
+    with pytest.raises(ValueError, match="the checkpoint has rank 3 in a, this model 4"):
+        check_ranks({"a": 3}, {"a": 4})
 
 
 def test_layerwise_updates_are_those_of_whole_steps(tmp_path):

@@ -4,6 +4,7 @@ import io
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -71,6 +72,18 @@ def test_a_stock_gpt2_folder_and_its_factored_conversion(cli, run, tmp_path, wri
         shutil.copy(run / "model/tokenizer.json", tmp_path / folder)
         found = cli("generate", tmp_path / folder, *WORDS)
         assert found.code == 0 and found.out.startswith("the low rank") and f", {form}: " in found.err
+
+
+def test_the_python_of_the_page_runs(run, tmp_path, monkeypatch, capsys):
+    page = Path(__file__).parents[2] / "docs/generate.md"
+    (code,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.S)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/a").symlink_to(run)
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    names = {}
+    exec(code, names)
+    assert capsys.readouterr().out == names["text"] != ""
 
 
 def test_speed_is_said_beside_the_text(cli, run):

@@ -7,6 +7,7 @@ nativerank export runs/a --format gguf --dtype float16 --out gguf
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -84,12 +85,14 @@ def show(done: Any) -> None:
 
 
 def table(matrices: list[Any]) -> str:
-    """A line per factored matrix."""
-    width = max(len(entry.name) for entry in matrices)
-    lines = [f"{'matrix':<{width}}  {'d_out x d_in':>15}  {'rank':>5}  {'break-even':>10}  becomes"]
-    for entry in matrices:
-        shape, what = f"{entry.d_out} x {entry.d_in}", "dense" if entry.merged else "factors"
-        lines.append(f"{entry.name:<{width}}  {shape:>15}  {entry.rank:>5}  {entry.break_even:>10.1f}  {what}")
+    """At most 80 columns; equal matrices of repeated blocks share a row, `*` for the block number."""
+    from nativerank.layers.report import any_block, clipped
+
+    rows = Counter((any_block(m.name), f"{m.d_out} x {m.d_in}", m.rank, m.break_even, m.merged) for m in matrices)
+    lines = [f"{'matrix':<32}{'count':>6}{'d_out x d_in':>15}{'rank':>6}{'break-even':>12}  becomes"]
+    for (name, shape, rank, break_even, merged), count in rows.items():
+        what = "dense" if merged else "factors"
+        lines.append(f"{clipped(name, 32):<32}{count:>6}{shape:>15}{rank:>6}{break_even:>12.1f}  {what}")
     return "\n".join(lines)
 
 

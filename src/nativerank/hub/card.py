@@ -56,7 +56,14 @@ PAPERS: dict[str, Paper] = {
         2024,
         "2406.16450",
     ),
-    "sct": Paper("kohlberger2026sct", "Kohlberger, B. R.", "Spectral Compact Training", 2026, "2604.00733"),
+    "sct": Paper(
+        "kohlberger2026spectral",
+        "Kohlberger, B. R.",
+        "Spectral Compact Training: Pre-Training Large Language Models via Permanent Truncated SVD and Stiefel QR "
+        "Retraction",
+        2026,
+        "2604.00733",
+    ),
     "tsvd": Paper(
         "kamali2026tsvd",
         "Kamali and Schweighofer and Shahrzad and Francon and Hodjat and Miikkulainen",

@@ -75,8 +75,7 @@ class FactorizeReport:
         """A table of at most 80 columns; equal matrices of repeated blocks share a row, `*` for the block number."""
         groups: dict[tuple, list[FactorizeEntry]] = {}
         for e in self.entries:
-            key = (re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", e.name), e.d_in, e.d_out, e.rank, e.warning)
-            groups.setdefault(key, []).append(e)
+            groups.setdefault((any_block(e.name), e.d_in, e.d_out, e.rank, e.warning), []).append(e)
         lines = [_line(("matrix", "count", "d_in", "d_out", "rank", "dense", "factors"))]
         lines += [_line(_row(key[0], group)) for key, group in groups.items()]
         share = self.params_after / self.params_before
@@ -88,6 +87,11 @@ class FactorizeReport:
             if first.warning:
                 lines.append(_note("warning", key[0], first.warning))
         return "\n".join(lines)
+
+
+def any_block(name: str) -> str:
+    """The name with `*` for numbers of blocks, which repeated blocks share."""
+    return re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", name)
 
 
 def detailed(report: FactorizeReport) -> str:
@@ -133,18 +137,18 @@ def _row(name: str, group: list[FactorizeEntry]) -> Row:
 
 def _line(row: Row) -> str:
     name, *numbers = row
-    return f"{_clip(name, 32):32}" + "".join(f"{n:>{w}}" for n, w in zip(numbers, (6, 7, 8, 7, 10, 10), strict=True))
+    return f"{clipped(name, 32):32}" + "".join(f"{n:>{w}}" for n, w in zip(numbers, (6, 7, 8, 7, 10, 10), strict=True))
 
 
 def _detail(name: str, shape: str, rank: str, kept: str, before: str, after: str, mark: str = "") -> str:
-    return f"{_clip(name, 34):34}{shape:>13}{rank:>6}{kept:>8}{before:>9}{after:>9}{mark}"
+    return f"{clipped(name, 34):34}{shape:>13}{rank:>6}{kept:>8}{before:>9}{after:>9}{mark}"
 
 
 def _note(what: str, name: str, text: str) -> str:
-    return f"{what}: {_clip(name, max(80 - len(f'{what}: : {text}'), 16))}: {text}"
+    return f"{what}: {clipped(name, max(80 - len(f'{what}: : {text}'), 16))}: {text}"
 
 
-def _clip(text: str, width: int) -> str:
+def clipped(text: str, width: int) -> str:
     """The end of a long text is what tells names apart, so the beginning goes."""
     return text if len(text) <= width else ".." + text[2 - width :]
 

@@ -175,6 +175,19 @@ def test_the_guard_looks_at_the_text_alone(tmp_path, taught, listen, monkeypatch
     ]
 
 
+@pytest.mark.parametrize("method", ["spectron", "self-guided"])
+def test_ranks_and_guides_change_as_without_a_teacher(tmp_path, taught, listen, method):
+    words = {"method": method, "rank__value": 12, "train__eval_every": 0}
+    if method == "spectron":
+        words |= {"rank__adapt__threshold": 0.7, "rank__adapt__min": 2, "rank__adapt__multiple": 1}
+        words |= {"rank__adapt__start": 0.2, "rank__adapt__every": 0.2}
+    train(taught(**words, out=tmp_path / "run"), listen())
+    rows = read_rows(tmp_path / "run")
+    assert [row["step"] for row in rows if row.get("distill_loss", 0) > 0] == list(range(1, 9))
+    flops = [row["train_flops"] for row in rows if "loss" in row]
+    assert flops[1] - flops[0] > flops[-1] - flops[-2], "smaller ranks, or a guide that is freed"
+
+
 @pytest.mark.parametrize("family", ["gpt2", "factored"])
 def test_any_folder_with_the_vocabulary_can_teach(tmp_path, taught, tiny_config, listen, family):
     if family == "gpt2":

@@ -24,7 +24,7 @@ def compare(run: str, head: bool = False) -> tuple[float, float]:
     done = quantize(trained.model, "int8", head=head)
     after = validation_loss(trained.model, validation, context, batch_size=8).nats
     print(f"{trained.label}: {done}")
-    print(f"validation loss {before:.4f} -> {after:.4f} nats per token ({after - before:+.4f})")
+    print(f"validation loss {before:.4f} -> {after:.4f} nats per token ({after - before:+.5f})")
     return before, after
 
 

@@ -4,7 +4,7 @@ The result, as `--json` writes it:
 
     {"models": {LABEL: {"path", "folder", "parameters", "scores": {NAME: SCORE}}},
      "versions": {"nativerank", "commit", "torch", "transformers", "python", "machine", "lm_eval" where it was used},
-     "device", "limit"}
+     "device", "limit", "quantize"}
 
     SCORE = {"kind": "text" | "cloze" | "task",
              "metrics": {METRIC: {"value", "stderr"}},      null where there is none, or it is infinite
@@ -45,6 +45,7 @@ from nativerank.evaluate.text import (
     text_loss,
 )
 from nativerank.hub.companions import TOKENIZER_CONFIG, write_tokenizer
+from nativerank.integrations.quantize import quantize
 from nativerank.models import PRESETS, count_parameters
 from nativerank.train.folder import CONFIG as RUN_CONFIG
 from nativerank.train.folder import read_config
@@ -64,6 +65,7 @@ class Request:
         data: text files and prepared folders. split: of the folders.
         cloze: files of questions. tasks, include: as of `open_tasks`.
         limit: questions of each file and task. windows: how texts are read.
+        quantize: a format of `integrations.quantize` to bring the weights into first.
         quiet: nothing of what the harness prints.
     """
 
@@ -75,6 +77,7 @@ class Request:
     tasks: list[str] = field(default_factory=list)
     include: list[str] = field(default_factory=list)
     limit: int | None = None
+    quantize: str | None = None
     windows: Windows = field(default_factory=Windows)
     quiet: bool = True
 
@@ -108,6 +111,8 @@ def evaluate(
         watch(f"reading {path}", 0, 0)
         trained = open_trained(path, request.step)
         trained.model.to(device)
+        if request.quantize:
+            watch(f"{path}: {quantize(trained.model, request.quantize)}", 0, 0)
         label = unique(trained.label, models)
         models[label] = {
             "path": path,
@@ -116,7 +121,8 @@ def evaluate(
             "scores": scores(trained, path, label, request, material, watch),
         }
     used = versions() | ({PACKAGE: package_version()} if material.tasks else {})
-    return {"models": models, "versions": used, "device": str(device), "limit": request.limit}
+    asked = {"limit": request.limit, "quantize": request.quantize}
+    return {"models": models, "versions": used, "device": str(device), **asked}
 
 
 def gathered(request: Request, watch: Watch) -> Material:

@@ -137,3 +137,16 @@ def test_generate_writes_from_int8_factors_and_from_an_int8_merged_matrix(cli, r
         found = cli("generate", run, *words, "--quantize", "int8", "--form", form)
         assert found.code == 0 and f"{count} matrices in int8" in found.err, found.err
         assert found.out.startswith("the low rank") and len(found.out) > 0.5 * len(plain)
+
+
+def test_eval_scores_int8_beside_the_weights_as_they_are(cli, run, tmp_path):
+    found = {}
+    for words in ([], ["--quantize", "int8"]):
+        file = tmp_path / f"scores{len(words)}.json"
+        done = cli("eval", run, "--json", file, *words)
+        assert done.code == 0 and ("28 matrices in int8" in done.err) == bool(words), done.err
+        scores = json.loads(file.read_text())
+        (model,) = scores["models"].values()
+        (score,) = model["scores"].values()
+        found[scores["quantize"]] = model["parameters"], score["metrics"]["bits_per_byte"]["value"]
+    assert found[None][0] == found["int8"][0] and 0 < abs(found[None][1] - found["int8"][1]) < 0.01

@@ -53,6 +53,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--context", type=int, metavar="N", help="tokens of a window (default: as the run was trained)")
     parser.add_argument("--stride", type=int, metavar="N", help="by which a window begins later (default: the context)")
     parser.add_argument("--batch_size", type=int, metavar="N", help="windows or choices at once (default: by memory)")
+    parser.add_argument("--quantize", choices=["int8"], help="weights in 8 bits, with the extra `quantize`")
     parser.add_argument("--device", choices=["cpu", "cuda", "mps"], help="default: cuda where there is one, else cpu")
     parser.add_argument("--quiet", action="store_true", help="print nothing but warnings and errors")
     add_json(parser)
@@ -73,7 +74,7 @@ def run(flags: argparse.Namespace) -> int:
     request = Request(
         models=flags.models, step=flags.step, data=flags.data, split=flags.split, cloze=flags.cloze,
         tasks=tasks or [], include=flags.include_path, limit=flags.limit, windows=windows,
-        quiet=flags.quiet or not sys.stderr.isatty(),
+        quantize=flags.quantize, quiet=flags.quiet or not sys.stderr.isatty(),
     )  # fmt: skip
     device = device_of(flags)
     with progress(flags.quiet) as watch:

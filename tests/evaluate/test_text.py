@@ -132,7 +132,7 @@ def test_every_byte_and_token_of_a_file_is_counted(reader, tmp_path, max_tokens)
     "windows, message",
     [
         (dict(context=65), r"--context 65 is more than the 64 positions of the model"),
-        (dict(context=8, stride=9), r"--stride 9 is more than --context 8: tokens would be lost"),
+        (dict(context=8, stride=9), r"--stride 9 is more than the context, 8: tokens would be lost"),
         (dict(stride=65), r"--stride 65 is more than the context, 64"),
         (dict(stride=0), r"--stride must be at least 1, got 0"),
         (dict(max_tokens=-1), r"--eval_tokens must be at least 1, got -1"),

@@ -168,13 +168,12 @@ def reading(reader: Reader, windows: Windows) -> Windows:
     Raises:
         ValueError: a context longer than the model's, a stride longer than the context, or a number below 1.
     """
-    context, limit = windows.context or window(reader.model), longest_context(reader.model)
     check_windows(windows)
+    context, limit = windows.context or window(reader.model), longest_context(reader.model)
     if limit is not None and context > limit:
         raise ValueError(f"--context {context} is more than the {limit} positions of {reader.label}")
     stride = context if windows.stride is None else windows.stride
-    if stride > context:
-        raise ValueError(f"--stride {stride} is more than the context, {context}: tokens between windows would be lost")
+    check_windows(Windows(context, stride))
     batch_size = windows.batch_size or batch_of(context, reader.vocab_size)
     return Windows(context, stride, batch_size, windows.max_tokens, windows.document_mask)
 
@@ -187,7 +186,7 @@ def check_windows(windows: Windows) -> None:
         if value is not None and value < 1:
             raise ValueError(f"--{flag} must be at least 1, got {value}")
     if windows.context and windows.stride and windows.stride > windows.context:
-        raise ValueError(f"--stride {windows.stride} is more than --context {windows.context}: tokens would be lost")
+        raise ValueError(f"--stride {windows.stride} is more than the context, {windows.context}: tokens would be lost")
 
 
 def text_loss(

@@ -93,7 +93,7 @@ def check_known(names: list[str], known: list[str]) -> None:
                 raise ValueError(f"--tasks {name}: no such file")
         elif name not in known:
             near = nearest(name, [*known, *GROUPS])
-            raise ValueError(f"unknown task {name!r}{near}; --include_path DIR adds YAML files of your own")
+            raise ValueError(f"unknown task {name!r}{near} (--include_path DIR adds YAML files of your own)")
 
 
 def load(manager: Any, name: str) -> Any:

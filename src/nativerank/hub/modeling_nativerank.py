@@ -12,6 +12,8 @@ the replacing and attention goes through transformers' table of attention functi
 tensor-parallel plan that names `q_proj` does not know its two halves, so there is none.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
@@ -23,7 +25,7 @@ class NativerankConfig(LlamaConfig):
     """A LLaMA config with `nativerank`: {"factors": {KIND: {MODULE: rank}}}; modules not named are dense."""
 
     model_type = "nativerank"
-    base_model_tp_plan = None
+    base_model_tp_plan: Any = None
 
 
 class FactoredLinear(nn.Module):
@@ -41,10 +43,10 @@ class FactoredLinear(nn.Module):
         return self.up(h if self.s is None else h * self.s.to(h.dtype))
 
     def _apply(self, fn, recurse=True):
-        before = self.s
+        before = None if self.s is None else self.s.detach()
         super()._apply(fn, recurse)
-        if before is not None and self.s.dtype in (torch.bfloat16, torch.float16):
-            self.s.data = before.detach().float().to(self.s.device)
+        if self.s is not None and before is not None and self.s.dtype in (torch.bfloat16, torch.float16):
+            self.s.data = before.float().to(self.s.device)
         return self
 
 
@@ -53,7 +55,7 @@ class NativerankLlamaModel(LlamaModel):
 
     config_class = NativerankConfig
     _supports_attention_backend = True
-    _keep_in_fp32_modules_strict = (KEPT_WIDE,)
+    _keep_in_fp32_modules_strict = {KEPT_WIDE}  # noqa: RUF012
 
     def __init__(self, config: NativerankConfig):
         super().__init__(config)
@@ -65,7 +67,7 @@ class NativerankLlamaModel(LlamaModel):
 
     def _factorize(self, name: str, rank: int, spectral: bool) -> None:
         parent, _, child = name.rpartition(".")
-        dense = self.get_submodule(name)
+        dense: Any = self.get_submodule(name)
         layer = FactoredLinear(dense.in_features, dense.out_features, rank, dense.bias is not None, spectral)
         setattr(self.get_submodule(parent), child, layer)
 
@@ -75,7 +77,7 @@ class NativerankLlamaForCausalLM(LlamaForCausalLM):
 
     config_class = NativerankConfig
     _supports_attention_backend = True
-    _keep_in_fp32_modules_strict = (KEPT_WIDE,)
+    _keep_in_fp32_modules_strict = {KEPT_WIDE}  # noqa: RUF012
 
     def __init__(self, config: NativerankConfig):
         super().__init__(config)

@@ -12,7 +12,7 @@ the replacing and attention goes through transformers' table of attention functi
 tensor-parallel plan that names `q_proj` does not know its two halves, so there is none.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -25,7 +25,7 @@ class NativerankConfig(LlamaConfig):
     """A LLaMA config with `nativerank`: {"factors": {KIND: {MODULE: rank}}}; modules not named are dense."""
 
     model_type = "nativerank"
-    base_model_tp_plan: Any = None
+    base_model_tp_plan: ClassVar[Any] = None
 
 
 class FactoredLinear(nn.Module):

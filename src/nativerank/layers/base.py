@@ -73,14 +73,16 @@ class UnformedWeight(Tensor):
 
     @staticmethod
     def __new__(cls, shape: tuple[int, ...], like: Tensor) -> Self:
-        made: Self = Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)  # type: ignore[attr-defined]
+        made: Self = Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
         return made
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"{type(self).__name__}({tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         raise TypeError(
             f"{function} wants the dense weight of a factor layer, which is never formed: this module reads weights of "
             "its linears instead of calling them, so exclude these from factorization"

@@ -37,7 +37,7 @@ def new_folder(out: Path, replace: bool = False, synced: bool = False) -> Iterat
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}{PARTIAL}", dir=out.parent))
     try:
         yield temporary
-        temporary.chmod(0o777 & ~_umask())  # mkdtemp makes it private
+        temporary.chmod(0o777 & ~umask())  # mkdtemp makes it private
         for path in (*(p for p in temporary.iterdir() if p.is_file() and not synced), temporary):
             sync(path)
         with _aside(out if replace else None):
@@ -112,7 +112,8 @@ def _rename(temporary: Path, out: Path) -> None:
         raise
 
 
-def _umask() -> int:
+def umask() -> int:
+    """The permissions that new files of this process do without."""
     mask = os.umask(0o022)
     os.umask(mask)
     return mask

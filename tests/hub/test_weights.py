@@ -255,3 +255,9 @@ def test_into_takes_a_hugging_face_model_too(sharded):
 def test_a_header_of_a_folder_names_the_file_of_each_tensor(sharded):
     stored = read_folder_header(sharded)
     assert len({t.file for t in stored.values()}) > 3 and set(stored) == set(dict(make().named_parameters()))
+
+
+def test_files_are_as_readable_as_others_of_the_folder(tmp_path):
+    """The safetensors writer makes its files private, and then nobody else of a team could load the model."""
+    nr.save(make(), tmp_path / "m")
+    assert {file.stat().st_mode for file in (tmp_path / "m").iterdir()} == {(tmp_path / "m/config.json").stat().st_mode}

@@ -26,6 +26,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from nativerank.files import umask
+
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -82,6 +84,7 @@ def write_tensors(tensors: Mapping[str, Tensor], file: Path, header: dict[str, s
     """
     try:
         save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, file, header)
+        file.chmod(0o666 & ~umask())  # the writer makes it private, and then others of a team cannot load the model
     except SafetensorError as error:  # the writer's name for an operating system error, number and all
         code = re.search(r"os error (\d+)", str(error))
         raise OSError(int(code.group(1)) if code else errno.EIO, str(error), str(file)) from None

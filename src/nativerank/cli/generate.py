@@ -9,19 +9,19 @@ from typing import Any
 
 from nativerank.cli.output import add_json, check_json, write_json
 
-EXAMPLE = """examples:
-  nativerank generate runs/demo-spectron --prompt "My fellow citizens" --max_new_tokens 80
-  nativerank generate runs/demo-spectron --step 200 --prompt "The war" --temperature 0
-  nativerank generate runs/demo-spectron --prompts prompts.jsonl --batch_size 16 --json texts.json
-  head prompts.txt | nativerank generate runs/demo-spectron/model --prompts - --top_p 0.9 --num 3
-
-The text goes to standard output, token by token where one is written at a time; the form and the speed go to
+EXAMPLE = """The text goes to standard output, token by token where one is written at a time; the form and the speed go to
 standard error.
 
 --form merged forms W = A B^T in memory first, --form factored keeps the factors. auto takes the form that is done
 first by the measurements of `nativerank bench generate` in the user cache, if there is one of this machine and
 number of threads for a model of similar size and rank, at the nearest batch, the seconds that merging takes included.
 Without one it counts: reading weights is what a token costs, so factors win below the break-even rank.
+
+examples:
+  nativerank generate runs/demo-spectron --prompt "My fellow citizens" --max_new_tokens 80
+  nativerank generate runs/demo-spectron --step 200 --prompt "The war" --temperature 0
+  nativerank generate runs/demo-spectron --prompts prompts.jsonl --batch_size 16 --json texts.json
+  nativerank generate runs/demo-spectron/model --prompts - --top_p 0.9 --num 3
 """
 # What a terminal would act on instead of showing it.
 CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}

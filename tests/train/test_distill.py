@@ -57,6 +57,21 @@ def test_the_divergence_and_its_gradient_in_slices(monkeypatch, temperature):
     assert torch.autograd.gradcheck(lambda z: divergences(z, taught, temperature), logits)
 
 
+@pytest.mark.parametrize("in_both", [False, True])
+def test_words_that_the_teacher_masks_are_of_no_weight(in_both):
+    logits, taught = torch.randn(4, 6, dtype=torch.float64), torch.randn(4, 6, dtype=torch.float64)
+    taught[:, 4:] = -torch.inf
+    if in_both:
+        logits[:, 4:] = -torch.inf
+    logits.requires_grad_()
+    found = divergences(logits, taught, 2.0)
+    log_q, log_p = (logits / 2).log_softmax(-1)[:, :4], (taught[:, :4] / 2).log_softmax(-1)
+    assert_close(found, 4 * (log_p.exp() * (log_p - log_q)).sum(-1))
+    found.sum().backward()
+    assert_close(logits.grad, 2 * ((logits / 2).softmax(-1) - (taught / 2).softmax(-1)))
+    assert divergences(logits, taught.fill_(torch.nan), 2.0).isnan().all(), "what is no number stays visible"
+
+
 def test_low_precision_logits_are_compared_in_float32():
     logits, taught = (torch.randn(9, 40).bfloat16() for _ in range(2))
     found = divergences(logits.requires_grad_(), taught, 2.0)

@@ -87,7 +87,8 @@ class _Divergence(torch.autograd.Function):
             log_q = (logits[rows].to(wide) / temperature).log_softmax(-1)
             log_p = (taught[rows].to(wide) / temperature).log_softmax(-1)
             p = log_p.exp()
-            losses[rows] = temperature**2 * (p * (log_p - log_q)).sum(-1)
+            apart = (p * (log_p - log_q)).masked_fill_(p == 0, 0.0)  # a masked word of the teacher: 0 log 0 = 0
+            losses[rows] = temperature**2 * apart.sum(-1)
             gradient[rows] = (temperature * (log_q.exp() - p)).to(gradient.dtype)
         ctx.save_for_backward(gradient)
         return losses

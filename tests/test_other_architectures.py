@@ -7,8 +7,11 @@ import torch
 from torch.testing import assert_close
 
 import nativerank as nr
+from nativerank.hub.generate import Writer
+from nativerank.hub.sampling import Sampling
 from nativerank.layers import linear_modules
 from nativerank.layers.discover import embedding_parameters
+from nativerank.models import predicts_next_token
 from nativerank.optim.roles import factor_modules
 
 SIZES = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128)
@@ -165,3 +168,19 @@ def test_code_that_asks_a_factor_layer_for_its_weight(make):
     assert "weight" not in dict(layer.named_parameters(recurse=False))
     with pytest.raises(TypeError, match="never formed"):
         torch.nn.functional.linear(torch.zeros(6, dtype=torch.bfloat16), weight)
+
+
+@pytest.mark.parametrize("build", [vit, llava, bert, t5], ids=lambda build: build.__name__)
+def test_every_command_agrees_on_what_predicts_text(tmp_path, make, cli, build):
+    """One with images reads text alone too: it is exported like any other; the rest is refused in one line."""
+    model, _ = make(build)
+    nr.factorize(model, method="spectron", rank_ratio=0.25)
+    nr.save(model, tmp_path / "factored")
+    assert predicts_next_token(model) == (build is llava)
+    done = cli("export", tmp_path / "factored", "--format", "dense", "--out", tmp_path / "dense")
+    if build is llava:
+        assert done.code == 0 and type(nr.load(tmp_path / "dense")) is type(model), done.err
+    else:
+        assert done.code == 2 and "takes causal language models only" in done.err and done.err.count("\n") == 1
+        with pytest.raises(ValueError, match=f"{type(model).__name__} is not a model that generates text"):
+            Writer(model, None, 0, Sampling())

@@ -27,7 +27,7 @@ from nativerank.hub.generate import end_of_text, start_of_text
 from nativerank.hub.load import TOKENIZER, layer_kind, load, model_folder, outline
 from nativerank.hub.save import save
 from nativerank.layers import FactorizeReport, factorize_modules
-from nativerank.models import count_parameters
+from nativerank.models import count_parameters, predicts_next_token
 
 KINDS = ("lowrank", "spectral")
 EVAL_TOKENS = 32768
@@ -111,7 +111,7 @@ def convert(
         raise ValueError(f"--data {data}: no such file or folder")
     watch("reading weights", 0, 0)
     model = load(folder)
-    if data is not None and not is_causal(model):
+    if data is not None and not predicts_next_token(model):
         raise ValueError(f"--data {data}: {folder} holds a {type(model).__name__}, which predicts no next token")
     counts = {"before": count_parameters(model)}
     tokenizer = load_tokenizer(folder / TOKENIZER) if (folder / TOKENIZER).is_file() else None
@@ -126,7 +126,7 @@ def convert(
     watch("writing", 0, 0)
     save(model, out, companions=[folder / name for name in COMPANIONS if (folder / name).is_file()])
     context = window(model) if before else None
-    return Conversion(str(source), str(out), kind, report, counts, before, after, context, is_causal(model))
+    return Conversion(str(source), str(out), kind, report, counts, before, after, context, predicts_next_token(model))
 
 
 def check_request(folder: Path, out: Path, rank: RankConfig, kind: str, eval_tokens: int | None) -> None:
@@ -141,11 +141,6 @@ def check_request(folder: Path, out: Path, rank: RankConfig, kind: str, eval_tok
     if (found := layer_kind(folder)) is not None:
         raise ValueError(f"{folder} is in low rank already ({found} layers); convert takes a dense model")
     factorize_modules(outline(folder), kind=kind, **choices(rank))
-
-
-def is_causal(model: Any) -> bool:
-    """Whether a transformers model predicts the next token of a text alone."""
-    return bool(model.can_generate()) and not model.config.is_encoder_decoder
 
 
 def choices(rank: RankConfig) -> dict[str, Any]:

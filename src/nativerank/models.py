@@ -239,6 +239,18 @@ def skeleton(config: Any, architecture: type[nn.Module] | None = None, dtype: to
     return model
 
 
+def predicts_next_token(model: Any) -> bool:
+    """Whether a model gives the logits of the next token for token ids alone, as causal language models do."""
+    can_generate = getattr(model, "can_generate", None)
+    return can_generate is not None and bool(can_generate()) and not model.config.is_encoder_decoder
+
+
+def context_length(config: Any) -> int | None:
+    """Positions that a transformers config has for text, None where it does not say."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return int(limit) if limit else None
+
+
 def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 

@@ -10,7 +10,7 @@ Transformers' generate runs as in `nativerank generate`, greedily, on random pro
 turns. Prefill is the time to the first token, decode that of the others. Memory is measured in a fresh process for each
 form (`bench.generate_memory`); bytes of weights and cache are those of the tensors.
 
-The times go into the user cache, where `--form auto` finds them.
+The times go into the user cache, where `--form auto` finds them, unless there are too few of them.
 """
 
 import copy
@@ -34,7 +34,16 @@ from nativerank.hub.sampling import Chooser, Sampling
 from nativerank.layers import to_dense_modules
 from nativerank.methods import factorize
 from nativerank.models import DENSE as DENSE_PRESET
-from nativerank.models import Preset, count_parameters, find_preset, hf_config, materialize, scaled, skeleton
+from nativerank.models import (
+    Preset,
+    context_length,
+    count_parameters,
+    find_preset,
+    hf_config,
+    materialize,
+    scaled,
+    skeleton,
+)
 from nativerank.optim.roles import factor_modules
 from nativerank.train.setup import pick_device, versions
 from nativerank.train.trained import open_trained
@@ -42,6 +51,7 @@ from nativerank.train.trained import open_trained
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 PHASES = ("prefill", "decode")
 MEMORY = "nativerank.bench.generate_memory"
+LEAST_REPEATS, LEAST_TOKENS = 3, 16  # of a measurement that `--form auto` may go by
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
@@ -227,7 +237,8 @@ def bench_generate(
         "merged_over_dense": speedups(side_of(sides, MERGED), sides, batches, DENSE),
         "environment": versions(),
     }
-    result["remembered"] = str(remember(for_auto(result)))
+    steady = repeats >= LEAST_REPEATS and new_tokens >= LEAST_TOKENS
+    result["remembered"] = str(remember(for_auto(result))) if steady else None
     return result
 
 
@@ -254,7 +265,7 @@ def make_sides(
 def check_context(model: nn.Module, tokens: int) -> None:
     """Raises a ValueError if so many tokens are beyond the model."""
     hf: Any = model
-    context = getattr(hf.config.get_text_config(), "max_position_embeddings", None)
+    context = context_length(hf.config)
     if context and tokens > context:
         raise ValueError(f"--prompt_tokens and --new_tokens are {tokens} together, the model's context only {context}")
 
@@ -346,6 +357,11 @@ def add_memory(one: dict[str, Any], found: dict[str, Any]) -> None:
         row |= memory
 
 
+def noise(result: dict[str, Any]) -> float:
+    """How far the times of merged and dense, which have equal shapes, are apart at most, as a part of them."""
+    return float(max(abs(row["whole"] - 1) for row in result["merged_over_dense"]["batches"]))
+
+
 def for_auto(result: dict[str, Any]) -> list[dict[str, Any]]:
     """The times as `hub.forms` reads them, one entry for each factored side."""
 
@@ -359,6 +375,7 @@ def for_auto(result: dict[str, Any]) -> list[dict[str, Any]]:
             "place": result["place"],
             **one["products"],
             "merge_seconds": result["merge_seconds"],
+            "noise": noise(result),
             "prompt_tokens": result["prompt_tokens"],
             "new_tokens": result["new_tokens"],
             "batches": [

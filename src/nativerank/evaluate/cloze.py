@@ -27,7 +27,8 @@ import torch
 from nativerank.data.readers import decode, open_stream
 from nativerank.data.tokenizer import FILE_NAME, end_of_text_id
 from nativerank.evaluate.loss import autocast, evaluating, token_losses
-from nativerank.evaluate.text import Reader, batch_of, check_vocabulary, longest_context
+from nativerank.evaluate.text import Reader, batch_of, check_vocabulary
+from nativerank.models import context_length
 
 CONTEXTS = ("context", "query")
 DELIMITER = " "
@@ -146,7 +147,7 @@ def encode_questions(reader: Reader, questions: list[Question]) -> list[Pair]:
     Raises:
         ValueError: no tokenizer, or one of another vocabulary; a choice without a token, or longer than the positions.
     """
-    tokenizer, limit = reader.tokenizer, longest_context(reader.model)
+    tokenizer, limit = reader.tokenizer, context_length(reader.model.config)
     if tokenizer is None:
         raise ValueError(f"{reader.label} holds no {FILE_NAME} to read the questions with")
     start_id = end_of_text_id(tokenizer) if reader.start_id is None else reader.start_id

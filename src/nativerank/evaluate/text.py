@@ -33,6 +33,7 @@ from nativerank.data.shards import Dataset, Split
 from nativerank.data.sources import open_source
 from nativerank.data.tokenizer import FILE_NAME, tokenizer_hash
 from nativerank.evaluate.loss import Loss, check_document_mask, validation_loss
+from nativerank.models import context_length
 
 LONGEST_CONTEXT = 1024  # of a window, where nothing else is asked; a model with a shorter one decides
 LOGITS = 1 << 26  # at most so many numbers in the logits of one batch
@@ -146,15 +147,9 @@ def check_vocabulary(needed: int, reader: Reader) -> None:
         )
 
 
-def longest_context(model: Any) -> int | None:
-    """Positions that the model has, None where nothing says."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return int(limit) if limit else None
-
-
-def window(model: nn.Module) -> int:
+def window(model: Any) -> int:
     """Tokens of one window, where nothing else is asked."""
-    return min(longest_context(model) or LONGEST_CONTEXT, LONGEST_CONTEXT)
+    return min(context_length(model.config) or LONGEST_CONTEXT, LONGEST_CONTEXT)
 
 
 def batch_of(context: int, vocab_size: int) -> int:
@@ -169,7 +164,7 @@ def reading(reader: Reader, windows: Windows) -> Windows:
         ValueError: a context longer than the model's, a stride longer than the context, or a number below 1.
     """
     check_windows(windows)
-    context, limit = windows.context or window(reader.model), longest_context(reader.model)
+    context, limit = windows.context or window(reader.model), context_length(reader.model.config)
     if limit is not None and context > limit:
         raise ValueError(f"--context {context} is more than the {limit} positions of {reader.label}")
     stride = context if windows.stride is None else windows.stride

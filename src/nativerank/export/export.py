@@ -25,8 +25,8 @@ from nativerank.files import check_free, new_folder
 from nativerank.hub.companions import TOKENIZER_CONFIG
 from nativerank.hub.load import load
 from nativerank.hub.save import save
-from nativerank.hub.stock import silence
-from nativerank.models import count_parameters
+from nativerank.hub.stock import architecture_of, silence
+from nativerank.models import count_parameters, read_hf_config
 from nativerank.optim.roles import factor_modules
 from nativerank.train.trained import Complain, Trained, open_trained, to_stderr
 
@@ -180,8 +180,7 @@ def verified(written: Path, wanted: Tensor, form: str, dtype: torch.dtype, batch
 
 def stock(folder: Path, dtype: torch.dtype) -> nn.Module:
     """A dense folder by transformers alone."""
-    from transformers import AutoModelForCausalLM
-
+    auto = architecture_of(read_hf_config(str(folder)))
     with silence():
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        model: nn.Module = auto.from_pretrained(folder, dtype=dtype, local_files_only=True)
     return model.eval()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nativerank.data.shards import Dataset
 from nativerank.distributed.wrap import original_class
+from nativerank.models import context_length, predicts_next_token
 from nativerank.train.trained import Trained
 
 SEQUENCES, POSITIONS = 4, 64
@@ -53,7 +54,7 @@ class Parity:
 def fixed_batch(trained: Trained) -> Batch:
     """The first validation tokens of the data, where they are known; else random ids with a fixed seed."""
     hf: Any = trained.model
-    context = getattr(hf.config.get_text_config(), "max_position_embeddings", None) or POSITIONS
+    context = context_length(hf.config) or POSITIONS
     shape = SEQUENCES, min(POSITIONS, context)
     if trained.data is not None:
         try:
@@ -99,11 +100,8 @@ def check(parity: Parity, what: str) -> None:
 
 def check_language_model(model: nn.Module, label: str) -> None:
     """Raises a ValueError for a model that is not asked for its logits by token ids alone."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    name = original_class(model).__name__
-    if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+    if not predicts_next_token(model):
         raise ValueError(
-            f"{label} is a {name}; export compares logits, so it takes causal language models only "
-            f"(nativerank.save writes any model)"
+            f"{label} is a {original_class(model).__name__}; export compares logits, "
+            f"so it takes causal language models only (nativerank.save writes any model)"
         )

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from nativerank.data.tokenizer import end_of_text_id
+from nativerank.models import context_length
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -28,7 +29,7 @@ def write_tokenizer(tokenizer: Any, model: nn.Module, folder: Path) -> None:
     (folder / TOKENIZER).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")  # .save hides errors
     text = _text_config(model)
     options: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    if context := getattr(text, "max_position_embeddings", None):
+    if text is not None and (context := context_length(text)):
         options["model_max_length"] = context
     if (eot := _end_of_text(text, tokenizer)) is not None:
         options |= {"bos_token": eot, "eos_token": eot}  # as padding it would be masked from the labels in training

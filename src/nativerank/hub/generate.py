@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from nativerank.data.tokenizer import end_of_text_id
 from nativerank.hub.sampling import Chooser, Sampling
 from nativerank.hub.streaming import TextStream, continuation
+from nativerank.models import context_length, predicts_next_token
 
 Write = Callable[[str], None]
 
@@ -94,7 +95,7 @@ class Writer:
 
     def __init__(self, model: nn.Module, tokenizer: Tokenizer, eot_id: int, sampling: Sampling, together: bool = False):
         hf: Any = model
-        if not getattr(model, "can_generate", lambda: False)():
+        if not predicts_next_token(model):
             raise ValueError(f"{type(model).__name__} is not a model that generates text")
         self.model, self.tokenizer, self.sampling, self.together = hf, tokenizer, sampling, together
         self.eot_id, self.start_id = eot_id, start_of_text(model, tokenizer, eot_id)
@@ -113,7 +114,7 @@ class Writer:
         except UnicodeEncodeError:
             raise ValueError(f"the prompt {ascii(prompt)[:60]} is not UTF-8 text") from None
         ids = (self.start_id, *self.tokenizer.encode(prompt, add_special_tokens=False).ids)
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        context = context_length(self.model.config)
         if context and len(ids) >= context:
             raise ValueError(f"the prompt has {len(ids) - 1} tokens and the model's context only {context}")
         rows = self.model.get_input_embeddings().num_embeddings

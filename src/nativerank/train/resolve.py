@@ -23,7 +23,7 @@ from nativerank.hub.load import base_config, layer_kind
 from nativerank.layers import DEFAULT_RATIO
 from nativerank.linalg.energy import check_threshold
 from nativerank.methods import default_rates, find_method, fitting_methods
-from nativerank.models import DENSE, Preset, find_preset, read_hf_config
+from nativerank.models import DENSE, Preset, context_length, find_preset, read_hf_config
 from nativerank.rank.schedule import resolve_adapt
 from nativerank.train.teacher import check_distill
 
@@ -141,7 +141,7 @@ def resolve_train(config: RunConfig, preset: Preset) -> TrainConfig:
     context = train.context or preset.context
     if (config.model.config or config.init) and not train.context:
         hf = read_hf_config(config.model.config) if config.model.config else base_config(Path(config.init or ""))
-        context = min(context, getattr(hf.get_text_config(), "max_position_embeddings", None) or context)
+        context = min(context, context_length(hf) or context)
     train = replace(
         train,
         batch_size=train.batch_size or preset.batch_size,

@@ -22,7 +22,7 @@ from nativerank.distributed.wrap import deal, wrap
 from nativerank.hub.load import load, outline, tokenizer_fingerprint
 from nativerank.layers import FactorizeReport, matrix_parameters
 from nativerank.methods import build_optimizer, factorize, find_method
-from nativerank.models import allocate, find_preset, hf_config, materialize, read_hf_config, skeleton
+from nativerank.models import allocate, context_length, find_preset, hf_config, materialize, read_hf_config, skeleton
 from nativerank.optim.check import RULE_OPTIONS
 from nativerank.optim.optimizer import LowRankOptimizer
 from nativerank.optim.roles import assign_roles, long_sides
@@ -183,7 +183,7 @@ def check_fit(config: RunConfig, dataset: Dataset, model: Any) -> None:
     rows = model.get_input_embeddings().num_embeddings
     if rows < dataset.vocab_size:
         raise ValueError(f"the model's vocabulary of {rows} is smaller than the data's {dataset.vocab_size}")
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = context_length(model.config)
     if limit and config.train.context and config.train.context > limit:
         raise ValueError(f"train.context {config.train.context} exceeds the model's max_position_embeddings {limit}")
 

@@ -8,7 +8,6 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from nativerank.config import DistillConfig, RunConfig, differences
@@ -18,6 +17,7 @@ from nativerank.distributed.grid import SINGLE, Grid
 from nativerank.evaluate.loss import check_document_mask
 from nativerank.hub.load import base_config, load, model_folder, tokenizer_fingerprint
 from nativerank.hub.weights import named_tensors
+from nativerank.models import context_length, predicts_next_token
 from nativerank.train.distill import Teacher
 
 SAMPLE = 1024  # numbers of each tensor that a fingerprint looks at: training changes nearly all of them
@@ -35,7 +35,7 @@ def check_distill(config: RunConfig) -> None:
         raise ValueError("distill.temperature must not be 0")
     try:
         folder = model_folder(Path(d.teacher)).resolve()
-        limit = getattr(base_config(folder).get_text_config(), "max_position_embeddings", None)
+        limit = context_length(base_config(folder))
     except ValueError as error:
         raise ValueError(f"distill.teacher: {error}") from None
     out = Path(config.out).resolve() if config.out else None
@@ -65,7 +65,10 @@ def open_teacher(config: RunConfig, dataset: Dataset, model: nn.Module, grid: Gr
     with together(grid):
         check_tokens(d.teacher, dataset, model)
         teacher: Any = load(d.teacher)
-        check_predictions(teacher, d.teacher)
+        if not predicts_next_token(teacher):
+            raise ValueError(
+                f"distill.teacher {d.teacher} holds a {type(teacher).__name__}, which predicts no next token"
+            )
         teacher.requires_grad_(False).to(config.device)
         if config.data.document_mask:
             check_document_mask(teacher)
@@ -85,18 +88,6 @@ def check_tokens(folder: str, dataset: Dataset, model: Any) -> None:
     size, wanted = base_config(Path(folder)).get_text_config().vocab_size, model.config.get_text_config().vocab_size
     if size != wanted:
         raise ValueError(f"distill.teacher {folder} has a vocabulary of {size}, the model one of {wanted}")
-
-
-@torch.no_grad()
-def check_predictions(teacher: Any, folder: str) -> None:
-    """Raises a ValueError for a model that does not predict tokens."""
-    size = teacher.config.get_text_config().vocab_size
-    try:
-        shape = teacher(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False).logits.shape
-    except (TypeError, ValueError, AttributeError):
-        shape = None
-    if shape != (1, 2, size):
-        raise ValueError(f"distill.teacher {folder} holds a {type(teacher).__name__}, which predicts no next token")
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -62,6 +62,15 @@ def test_bytes_are_those_of_codes_and_scales(build):
     assert str(done) == f"28 matrices in int8, {done.bytes_before:,} -> {done.bytes_after:,} bytes"
 
 
+@pytest.mark.parametrize("method", ["spectron", None])
+def test_a_second_time_is_refused(build, method):
+    model = build(method)
+    done = quantize(model)
+    with pytest.raises(ValueError, match="quantized already"):
+        quantize(model, head=True)
+    assert held_bytes(model) == done.bytes_after
+
+
 def test_the_head_only_on_request_and_never_with_the_embedding(build):
     assert "lm_head" not in quantize(build()).matrices
     assert "lm_head" in quantize(build(), head=True).matrices

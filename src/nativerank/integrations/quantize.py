@@ -20,6 +20,7 @@ from nativerank.layers import FactorLayer, matrix_parameters
 from nativerank.layers.base import factor_linears
 
 FORMATS = ("int8",)
+EXTRA, WHAT = "quantize", "quantization"
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,14 @@ def quantize(model: nn.Module, format: str = "int8", *, head: bool = False) -> Q
         head: the output head too.
 
     Raises:
-        ValueError: an unknown format, no torchao, a head that is not there or is the embedding too, or nothing to
-            quantize.
+        ValueError: an unknown format, no torchao, a head that is not there or is the embedding too, a model that is
+            quantized already, or nothing to quantize.
     """
     if format not in FORMATS:
         raise ValueError(f"quantize must be {', '.join(FORMATS)}, got {format!r}")
-    api: Any = require("torchao.quantization", "quantize", "quantization")
+    api: Any = require("torchao.quantization", EXTRA, WHAT)
+    if any(isinstance(p, require("torchao.utils", EXTRA, WHAT).TorchAOBaseTensor) for p in model.parameters()):
+        raise ValueError("the model is quantized already")
     names = hidden_linears(model) + ([head_name(model)] if head else [])
     if not names:
         raise ValueError("quantize found no linear layer: the model has neither factors nor hidden matrices")

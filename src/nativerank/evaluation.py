@@ -46,7 +46,7 @@ from nativerank.evaluate.text import (
 )
 from nativerank.hub.companions import TOKENIZER_CONFIG, write_tokenizer
 from nativerank.integrations.quantize import quantize
-from nativerank.models import PRESETS, count_parameters
+from nativerank.models import PRESETS, count_parameters, one_line
 from nativerank.train.folder import CONFIG as RUN_CONFIG
 from nativerank.train.folder import read_config
 from nativerank.train.setup import versions
@@ -260,14 +260,26 @@ def task_scores(trained: Trained, reader: Reader, request: Request, tasks: Tasks
 
 
 def hf_tokenizer(trained: Trained) -> Any:
-    """The tokenizer as a class of transformers: as the folder says, or as `nr.save` would write it there."""
-    from transformers import AutoTokenizer
+    """The tokenizer as a class of transformers: as the folder says, or as `nr.save` would write it there.
 
+    Raises:
+        ValueError: the folder asks for a class that transformers lacks; code of its own is never run.
+    """
     if (trained.folder / TOKENIZER_CONFIG).is_file():
-        return AutoTokenizer.from_pretrained(trained.folder)
+        return read_tokenizer(trained.folder)
     with tempfile.TemporaryDirectory() as folder:
         write_tokenizer(trained.tokenizer, trained.model, Path(folder))
-        return AutoTokenizer.from_pretrained(folder)
+        return read_tokenizer(Path(folder))
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """A folder's tokenizer, by transformers' own classes alone: left to itself it asks whether to run a folder's."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"cannot read the tokenizer in {folder}: {one_line(error)}") from None
 
 
 def number(value: float, stderr: float | None = None) -> dict[str, float | None]:

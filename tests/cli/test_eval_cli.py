@@ -7,9 +7,11 @@ import pytest
 
 from nativerank.cli.eval import table
 from nativerank.evaluate.loss import validation_loss
+from nativerank.evaluation import hf_tokenizer
 from nativerank.hub.load import load
 from nativerank.train.loop import train
 from nativerank.train.metrics import read_rows
+from nativerank.train.trained import open_trained
 
 QUESTION = {"context": "the low rank", "choices": ["matrix", "model learns"], "answer": 0}
 
@@ -97,6 +99,18 @@ def test_mistakes_are_one_line(trained, cli, words, message):
     result = cli("eval", trained, *words)
     assert result.code == 2 and message in result.err.splitlines()[-1], result.err
     assert result.out == ""
+
+
+def test_code_of_a_tokenizer_folder_never_runs(trained, tmp_path, monkeypatch):
+    folder, ran = shutil.copytree(trained / "model", tmp_path / "evil"), tmp_path / "ran"
+    (folder / "evil.py").write_text(f"open({str(ran)!r}, 'w')\nclass Evil: pass\n")
+    asks = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(asks))
+    monkeypatch.setattr("builtins.input", lambda *text: "y")
+    with pytest.raises(ValueError, match=f"cannot read the tokenizer in {folder}: .*custom code") as error:
+        hf_tokenizer(open_trained(folder))
+    assert not ran.exists() and "\n" not in str(error.value)
+    assert hf_tokenizer(open_trained(trained)).encode("the low rank")  # a folder of ours has no code
 
 
 def test_models_that_cannot_be_evaluated_are_one_line(trained, files, cli, tmp_path, without_validation):

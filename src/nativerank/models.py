@@ -26,6 +26,7 @@ from nativerank.layers.pretrained import MODEL_TYPE
 from nativerank.optim.roles import factor_modules
 
 DENSE = "-dense"
+BUILT_IN = ("eager", "sdpa", "flex_attention", "batched_mm", "grouped_mm")  # how attention and experts are computed
 SAMPLED_ABOVE = 2048  # d_model above which factors are sampled instead of truncated: an SVD there takes minutes
 
 
@@ -182,7 +183,8 @@ def make_hf_config(values: Any, file: Path) -> Any:
     """The transformers config of the keys that were read from a file.
 
     Raises:
-        ValueError: naming the file: no model type, one that this transformers does not know, or values it refuses.
+        ValueError: naming the file: no model type, one that this transformers does not know, or values it refuses; a
+            kernel that is not built in.
     """
     from transformers import AutoConfig
 
@@ -190,10 +192,26 @@ def make_hf_config(values: Any, file: Path) -> Any:
         raise ValueError(f"{file} names no model_type, so it is not a Hugging Face config.json")
     if values["model_type"] == MODEL_TYPE:
         raise ValueError(f"{file} belongs to a model in low rank; train its weights on with --init {file.parent}")
+    refuse_foreign_kernels(values, file)
     try:
         return AutoConfig.for_model(**values)
     except Exception as error:  # transformers raises what it likes on values it does not accept
         raise ValueError(f"{file} is no valid config: {one_line(error)}") from error
+
+
+def refuse_foreign_kernels(values: Any, file: Path) -> None:
+    """Raises a ValueError where a config, at any depth, names code to be fetched: "owner/kernel" makes transformers
+    download and run it, and so may a name of its own whose package is missing here."""
+    if isinstance(values, list):
+        for value in values:
+            refuse_foreign_kernels(value, file)
+    for key, value in values.items() if isinstance(values, dict) else ():
+        if "attn_implementation" in str(key) or "experts_implementation" in str(key):
+            named = value.values() if isinstance(value, dict) else [value]
+            if foreign := [name for name in named if not (name is None or type(name) is bool or name in BUILT_IN)]:
+                raise ValueError(f"{file}: {key} is {foreign[0]!r}, which is none of {', '.join(BUILT_IN)}")
+        else:
+            refuse_foreign_kernels(value, file)
 
 
 def find_architecture(name: str, config: Any) -> type[nn.Module]:

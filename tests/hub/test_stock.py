@@ -84,6 +84,30 @@ def test_damage_and_a_shard_that_is_gone(folder):
         nr.load(folder)
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"attn_implementation": "kernels-community/x"},
+        {"_attn_implementation": "flash_attention_2"},  # not installed, it is fetched too
+        {"attn_implementation": {"": "sdpa", "text_config": "paged|kernels-community/x"}},
+        {"vision_config": {"layers": [{"_attn_implementation_internal": "kernels-community/x"}]}},
+        {"experts_implementation": "owner/experts"},
+    ],
+)
+def test_kernels_from_elsewhere_are_refused(folder, keys):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"attn_implementation": "eager"}))
+    assert nr.load(folder).config._attn_implementation == "eager"
+    (folder / "config.json").write_text(json.dumps(config | keys))
+    with pytest.raises(ValueError, match="implementation(_internal)? is '.*', which is none of eager, sdpa, "):
+        nr.load(folder)
+    factored = {"model_type": "nativerank", "nativerank": {"architecture": "LlamaForCausalLM", "model_type": "llama"}}
+    factored["nativerank"]["factors"] = {"lowrank": {NAME.removesuffix(".weight"): 4}}
+    (folder / "config.json").write_text(json.dumps(config | keys | factored))
+    with pytest.raises(ValueError, match="which is none of eager, sdpa, "):
+        nr.load(folder)
+
+
 def test_pickles_and_quantized_weights_are_refused(folder, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))

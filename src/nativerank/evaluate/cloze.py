@@ -26,7 +26,8 @@ import torch
 
 from nativerank.data.readers import decode, open_stream
 from nativerank.data.tokenizer import FILE_NAME, end_of_text_id
-from nativerank.evaluate.loss import autocast, evaluating, token_losses
+from nativerank.distributed.wrap import evaluating
+from nativerank.evaluate.loss import autocast, token_losses
 from nativerank.evaluate.text import Reader, batch_of, check_vocabulary
 from nativerank.models import context_length
 

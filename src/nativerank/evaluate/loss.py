@@ -10,8 +10,8 @@ times the cost.
 
 import lzma
 import math
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from nativerank.data.loader import document_positions, sequential_batches
 from nativerank.data.shards import Split
 from nativerank.distributed.agree import totals
 from nativerank.distributed.grid import SINGLE, Grid
-from nativerank.distributed.wrap import reshard
+from nativerank.distributed.wrap import evaluating
 
 
 @dataclass(frozen=True)
@@ -53,18 +53,6 @@ class Loss:
 def autocast(device: torch.device) -> AbstractContextManager[Any]:
     """bfloat16 autocast on CUDA; nothing elsewhere (bf16 products are slower than fp32 on most CPUs)."""
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """In eval mode for the block; sharded weights that it gathered are shards again after it."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-        reshard(model)
 
 
 def token_losses(model: nn.Module, inputs: Tensor, targets: Tensor, positions: Tensor | None = None) -> Tensor:

@@ -28,7 +28,8 @@ from nativerank.data.shards import Split
 from nativerank.distributed.agree import from_first
 from nativerank.distributed.grid import SINGLE, Grid
 from nativerank.distributed.pieces import full
-from nativerank.evaluate.loss import autocast, evaluating
+from nativerank.distributed.wrap import evaluating
+from nativerank.evaluate.loss import autocast
 from nativerank.layers import linear_modules
 from nativerank.layers.experts import grouped_linear
 from nativerank.layers.patterns import Patterns, match_all

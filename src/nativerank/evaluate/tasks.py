@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from nativerank.config import nearest
-from nativerank.evaluate.loss import evaluating
+from nativerank.distributed.wrap import evaluating
 from nativerank.extras import require
 
 GROUPS = {"spectron": ("hellaswag", "piqa", "arc_easy")}

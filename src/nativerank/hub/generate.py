@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from nativerank.data.tokenizer import end_of_text_id
+from nativerank.distributed.wrap import evaluating
 from nativerank.hub.sampling import Chooser, Sampling
 from nativerank.hub.streaming import TextStream, continuation
 from nativerank.models import context_length, predicts_next_token
@@ -31,7 +32,7 @@ def end_of_text(model: nn.Module, tokenizer: Tokenizer) -> int:
         ValueError: neither has one.
     """
     hf: Any = model
-    named = hf.config.get_text_config().eos_token_id  # a stock folder may name several, or one of another vocabulary
+    named = getattr(hf.config.get_text_config(), "eos_token_id", None)  # a stock folder may name several, or one of another vocabulary
     for token_id in named if isinstance(named, list) else [named]:
         if token_id is not None and tokenizer.id_to_token(token_id) is not None:
             return int(token_id)
@@ -41,7 +42,7 @@ def end_of_text(model: nn.Module, tokenizer: Tokenizer) -> int:
 def start_of_text(model: nn.Module, tokenizer: Tokenizer, eot_id: int) -> int:
     """The id that stands before a text: the config's, if the tokenizer has it as a special token, else end of text."""
     hf: Any = model
-    named = hf.config.get_text_config().bos_token_id
+    named = getattr(hf.config.get_text_config(), "bos_token_id", None)
     added = tokenizer.get_added_tokens_decoder()
     return int(named) if named in added and added[named].special else eot_id
 
@@ -214,17 +215,6 @@ def continue_ids(
             ids, attention_mask=mask, generation_config=wanted, logits_processor=[chooser], **how
         )
     return found
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for the block."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 @contextmanager

@@ -14,7 +14,6 @@ from nativerank.config import RunConfig
 from nativerank.data.shards import Dataset
 from nativerank.distributed.agree import from_first
 from nativerank.distributed.grid import Grid
-from nativerank.distributed.wrap import reshard
 from nativerank.evaluate.loss import Loss, xz_bits_per_byte
 from nativerank.files import remove_partial
 from nativerank.hub.card import Training
@@ -97,7 +96,6 @@ def _sample_text(model: nn.Module, dataset: Dataset, config: RunConfig, together
     # Generation's growing shapes would make compiled blocks compile again for every token.
     with torch.compiler.set_stance("force_eager") if config.compile else nullcontext():
         text = generate(model, tokenizer, prompt, eot_id=dataset.eot_id, seed=config.train.seed, together=together)
-    reshard(model)
     return prompt, text
 
 

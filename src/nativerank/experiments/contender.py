@@ -88,7 +88,10 @@ def laid_out(settings: str) -> tuple[RunConfig, nn.Module]:
     config = resolve(configured(json.loads(settings)))
     pick_device(config.device or "cpu")
     dataset = open_data(config, quiet=True)
-    model = initial_model(config, dataset)[0].to("meta") if config.init else new_skeleton(config, dataset)[0]
+    if config.init:
+        model: nn.Module = initial_model(config, dataset)[0].to("meta")
+    else:
+        model, _ = new_skeleton(config, dataset.vocab_size, dataset.eot_id)
     check_fit(config, dataset, model)
     probed_names(model, config.train.probe)
     return config, model

@@ -19,6 +19,7 @@ from nativerank.optim.reshape import reshape
 from nativerank.optim.roles import factor_modules, members_of
 
 Tensors = Mapping[str, Tensor]
+Shapes = Mapping[str, tuple[int, ...]]  # torch.Size is one
 
 
 def follow_checkpoints(model: nn.Module, optimizer: LowRankOptimizer | None = None) -> RemovableHandle:
@@ -34,13 +35,14 @@ def follow_checkpoints(model: nn.Module, optimizer: LowRankOptimizer | None = No
     """
 
     def follow(_: nn.Module, state_dict: Tensors, prefix: str, *rest: Any) -> None:
-        _take_ranks(model, optimizer, state_dict, prefix)
-        _take_guides(model, optimizer, state_dict, prefix)
+        shapes = {name: tensor.shape for name, tensor in state_dict.items() if isinstance(tensor, Tensor)}
+        _take_ranks(model, optimizer, shapes, prefix)
+        _take_guides(model, optimizer, shapes, prefix)
 
     return model.register_load_state_dict_pre_hook(follow)
 
 
-def _take_ranks(model: nn.Module, optimizer: LowRankOptimizer | None, stored: Tensors, prefix: str) -> None:
+def _take_ranks(model: nn.Module, optimizer: LowRankOptimizer | None, stored: Shapes, prefix: str) -> None:
     for name, layer in factor_modules(model):
         rank = stored_rank(stored, f"{prefix}{name}")
         if rank in (None, layer.rank):
@@ -51,16 +53,16 @@ def _take_ranks(model: nn.Module, optimizer: LowRankOptimizer | None, stored: Te
             layer.reshape(rank)
 
 
-def stored_rank(stored: Tensors, name: str) -> int | None:
-    """The rank of a factor layer among tensors; None if neither of its factors is there."""
+def stored_rank(shapes: Shapes, name: str) -> int | None:
+    """The rank of a factor layer among the shapes of tensors; None if neither of its factors is there."""
     for side, axis in (("up", -1), ("down", -2)):
         for key in (f"{name}.{side}.weight", f"{name}.{side}"):  # the latter in stacks of experts
-            if key in stored:
-                return stored[key].shape[axis]
+            if key in shapes:
+                return shapes[key][axis]
     return None
 
 
-def _take_guides(model: nn.Module, optimizer: LowRankOptimizer | None, stored: Tensors, prefix: str) -> None:
+def _take_guides(model: nn.Module, optimizer: LowRankOptimizer | None, stored: Shapes, prefix: str) -> None:
     layers = guided_layers(model)
     here = any(layer.guide is not None for layer in layers.values())
     there = any(f"{prefix}{name}.guide" in stored for name in layers)

@@ -6,7 +6,7 @@ import platform
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import transformers
@@ -219,24 +219,20 @@ def optimizer_for(config: RunConfig, model: nn.Module, grid: Grid = SINGLE) -> L
     )
 
 
-class Vocabulary(Protocol):
-    """A data set, as far as an architecture needs it."""
+def new_skeleton(config: RunConfig, vocab_size: int, eot_id: int | None) -> tuple[nn.Module, FactorizeReport | None]:
+    """The model of a resolved configuration without --init, as shapes on the meta device; and what became what.
 
-    @property
-    def vocab_size(self) -> int: ...
-
-    @property
-    def eot_id(self) -> int | None: ...
-
-
-def new_skeleton(config: RunConfig, dataset: Vocabulary) -> tuple[nn.Module, FactorizeReport | None]:
-    """The model of a resolved configuration without --init, as shapes on the meta device; and what became what."""
+    Args:
+        config: resolved.
+        vocab_size: rows of a preset's token embedding.
+        eot_id: ends a text, None where that is not known.
+    """
     if config.model.config:
         hf = read_hf_config(config.model.config)
     else:
-        hf = hf_config(find_preset(config.model.preset), dataset.vocab_size, config.train.context)
-    if dataset.eot_id is not None:
-        name_end_of_text(hf, dataset.eot_id)
+        hf = hf_config(find_preset(config.model.preset), vocab_size, config.train.context)
+    if eot_id is not None:
+        name_end_of_text(hf, eot_id)
     model, report = skeleton(hf), None
     if find_method(config.method or "").layer:
         r = config.rank
@@ -257,7 +253,7 @@ def new_skeleton(config: RunConfig, dataset: Vocabulary) -> tuple[nn.Module, Fac
 
 
 def _new_model(config: RunConfig, dataset: Dataset, fresh: bool) -> tuple[nn.Module, FactorizeReport | None]:
-    model, report = new_skeleton(config, dataset)
+    model, report = new_skeleton(config, dataset.vocab_size, dataset.eot_id)
     if not fresh:
         return allocate(model), report
     m = config.model

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tokenizers import Tokenizer
 from torch import nn
@@ -34,6 +34,7 @@ from nativerank.layers.guided import guided_layers
 from nativerank.layers.pretrained import MODEL_TYPE, RECORD
 from nativerank.models import allocate, find_preset
 from nativerank.optim.roles import factor_modules
+from nativerank.rank.follow import stored_rank
 from nativerank.train import checkpoint
 from nativerank.train.closing import training_of
 from nativerank.train.folder import CONFIG as RUN_CONFIG
@@ -66,13 +67,6 @@ class Trained:
     label: str
     data: Path | None = None
     training: Training | None = None
-
-
-class Words(NamedTuple):
-    """What an architecture has to know of the data: rows of the embedding, the id that ends a text."""
-
-    vocab_size: int
-    eot_id: int | None
 
 
 def to_stderr(message: str) -> None:
@@ -214,14 +208,12 @@ def built(config: RunConfig, stored: Stored, data: Dataset | None) -> nn.Module:
         if data is not None:
             name_end_of_text(model.config, data.eot_id)
     else:
-        words = Words(vocabulary(config, stored), data.eot_id if data else None)
-        model, _ = new_skeleton(config, words)
+        model, _ = new_skeleton(config, vocabulary(config, stored), data.eot_id if data else None)
     for layer in guided_layers(model).values():
         layer.free_guide()
     for name, layer in factor_modules(model):
-        down = stored.shapes.get(f"{name}.down.weight") or stored.shapes.get(f"{name}.down")
-        if down is not None:
-            layer.reshape(down[-2])
+        if (rank := stored_rank(stored.shapes, name)) is not None:
+            layer.reshape(rank)
     return model
 
 

@@ -79,7 +79,7 @@ def test_without_a_measurement_the_fewer_multiplications_win(write_hf_config):
     assert take_form(beyond, "auto", WORK, CPU) == Choice("dense", "the model holds no factors")  # it was merged
 
 
-def measured(batches=((1, 1.0, 2.0), (8, 2.0, 1.0)), merge_seconds=0.0, size=None, **place_changes):
+def measured(batches=((1, 1.0, 2.0), (8, 2.0, 1.0)), merge_seconds=0.0, size=None, noise=0.0, **place_changes):
     """(batch, seconds of a factored token, seconds of a merged one); prompts cost nothing."""
     size = size or Size(1000.0, 0.5)
 
@@ -91,6 +91,7 @@ def measured(batches=((1, 1.0, 2.0), (8, 2.0, 1.0)), merge_seconds=0.0, size=Non
         "dense": size.dense,
         "share": size.share,
         "merge_seconds": merge_seconds,
+        "noise": noise,
         "prompt_tokens": 8,
         "new_tokens": 4,
         "batches": [{"batch": b, "factored": times(f), "merged": times(m)} for b, f, m in batches],
@@ -113,7 +114,20 @@ def test_the_nearest_measured_batch_decides(cache, batch, form):
 @pytest.mark.parametrize(("new_tokens", "form"), [(5, "factored"), (500, "merged")])
 def test_merging_must_pay_within_the_work(cache, new_tokens, form):
     remember([measured(merge_seconds=20.0)])
-    assert choose(Size(1000.0, 0.5), Work(8, 8, new_tokens), CPU).form == form
+    choice = choose(Size(1000.0, 0.5), Work(8, 8, new_tokens), CPU)
+    assert choice.form == form and choice.reason.endswith("x as fast with merging")
+
+
+@pytest.mark.parametrize(
+    ("noise", "ahead", "found"),
+    [(0.0, 1.04, "counted"), (0.0, 1.06, "measured"), (0.2, 1.19, "counted"), (0.2, 1.21, "measured")],
+)
+def test_noise_decides_nothing(cache, noise, ahead, found):
+    """Merged is ahead; counting says factored."""
+    remember([measured(batches=[(8, ahead, 1.0)], noise=noise)])
+    choice = choose(Size(1000.0, 0.5), Work(8, 8, 16), CPU)
+    assert choice.form == ("merged" if found == "measured" else "factored") and choice.reason.startswith(found)
+    assert (f"within the noise of {max(noise, 0.05):.0%}" in choice.reason) == (found == "counted")
 
 
 @pytest.mark.parametrize(
@@ -133,7 +147,9 @@ def test_a_measurement_of_something_else_is_not_asked(cache, other):
 def test_the_most_similar_model_is_asked(cache):
     other = measured(size=Size(1500.0, 0.5), batches=[(8, 1.0, 3.0)])
     remember([other, measured()])
-    assert choose(Size(1100.0, 0.5), Work(8, 8, 16), CPU).form == "merged"
+    assert "of an alike model" not in choose(Size(1000.0, 0.5), Work(8, 8, 16), CPU).reason
+    choice = choose(Size(1100.0, 0.5), Work(8, 8, 16), CPU)
+    assert choice == Choice("merged", "measured at batch 8 of an alike model, 2.00x as fast")
     assert choose(Size(1400.0, 0.5), Work(8, 8, 16), CPU).form == "factored"
 
 

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nativerank.accounting.memory import weights_bytes
 from nativerank.bench.measure import check_sizes, ratio, rounds
 from nativerank.hub.forms import DENSE, FACTORED, MERGED, place, remember, size_of
 from nativerank.hub.generate import continue_ids
@@ -36,6 +37,7 @@ from nativerank.methods import factorize
 from nativerank.models import DENSE as DENSE_PRESET
 from nativerank.models import (
     Preset,
+    check_predicts_next_token,
     context_length,
     count_parameters,
     find_preset,
@@ -81,6 +83,7 @@ class Source:
         """
         if self.folder:
             model = open_trained(self.folder).model
+            check_predicts_next_token(model, self.folder)
             if not factor_modules(model):
                 raise ValueError(f"{self.folder} holds no factors, so there are no forms to compare")
             return model
@@ -165,12 +168,6 @@ class Side:
             "decode_tokens_per_second": batch * (new_tokens - 1) / seconds["decode"],
             "tokens_per_second": batch * new_tokens / seconds["whole"],
         }
-
-
-def weights_bytes(model: nn.Module) -> int:
-    """Of all parameters (tied ones once) and persistent or computed buffers."""
-    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 def bench_generate(

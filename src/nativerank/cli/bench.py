@@ -12,6 +12,7 @@ from nativerank.cli.bench_generate import add_flags as generate_flags
 from nativerank.cli.bench_generate import show_generate
 from nativerank.cli.bench_step70b import add_flags as step70b_flags
 from nativerank.cli.bench_step70b import show_step70b
+from nativerank.cli.flags import add_quiet
 from nativerank.cli.output import add_json, check_json, write_json
 
 EXAMPLE = """examples:
@@ -37,8 +38,7 @@ def add_parser(subparsers: Any) -> None:
         parser: argparse.ArgumentParser = names.add_parser(
             name, help=help, description=description, epilog=EXAMPLE, formatter_class=raw
         )
-        add_json(parser)
-        parser.set_defaults(run=runner(name, show))
+        finish(parser, name, show)
         return parser
 
     train = add(
@@ -105,9 +105,14 @@ def add_parser(subparsers: Any) -> None:
         ("distributed", distributed_flags, show_distributed),
         ("generate", generate_flags, show_generate),
     ):
-        parser = flags(names)
-        add_json(parser)
-        parser.set_defaults(run=runner(name, shown))
+        finish(flags(names), name, shown)
+
+
+def finish(parser: argparse.ArgumentParser, name: str, show: Callable[[dict[str, Any]], None]) -> None:
+    """What all of them take, and what runs."""
+    add_quiet(parser)
+    add_json(parser)
+    parser.set_defaults(run=runner(name, show))
 
 
 def add_model(parser: argparse.ArgumentParser, preset: str) -> None:
@@ -137,8 +142,8 @@ def runner(name: str, show: Callable[[dict[str, Any]], None]) -> Callable[[argpa
     def run(flags: argparse.Namespace) -> int:
         check_json(flags.json)
         measure = getattr(importlib.import_module(f"nativerank.bench.{name}"), f"bench_{name}")
-        result = measure(**{k: v for k, v in vars(flags).items() if k not in ("run", "json", "benchmark")})
-        if not write_json(result, flags.json):
+        result = measure(**{k: v for k, v in vars(flags).items() if k not in ("run", "json", "quiet", "benchmark")})
+        if not write_json(result, flags.json) and not flags.quiet:
             show(result)
         return 0
 

@@ -3,12 +3,14 @@
 import argparse
 from typing import Any
 
+WIDTH = 80
 EXAMPLE = """examples:
   nativerank bench generate
   nativerank bench generate runs/demo-spectron --batches 1 8
   nativerank bench generate --model.preset spectron-s --rank.ratio 0.25 0.5 --json result.json
 
-The times are kept in the user cache (NATIVERANK_CACHE), where `nativerank generate --form auto` finds them.
+With 3 repeats and 16 new tokens at least, the times are kept in the user cache (NATIVERANK_CACHE), where
+`nativerank generate --form auto` finds them.
 """
 
 
@@ -21,7 +23,9 @@ def add_flags(names: Any) -> argparse.ArgumentParser:
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folder", nargs="?", help="run, checkpoint or factored model folder, instead of a preset")
+    parser.add_argument(
+        "folder", nargs="?", metavar="RUN|DIR", help="run, checkpoint or factored model folder, instead of a preset"
+    )
     parser.add_argument("--model.preset", dest="preset_name", default="demo", metavar="PRESET")
     parser.add_argument(
         "--rank.ratio", dest="ratios", type=float, nargs="+", metavar="R", help="rank ratios (default: the preset's)"
@@ -44,22 +48,20 @@ def add_flags(names: Any) -> argparse.ArgumentParser:
 
 
 def show_generate(result: dict[str, Any]) -> None:
-    """Tokens per second of both phases, memory, and where factors are faster."""
-    from rich.console import Console
-
-    console = Console(highlight=False)
+    """Tokens per second of both phases, memory, and where factors are faster; at most 80 columns."""
     for phase, what in (("decode", "after the first token"), ("prefill", "of the prompt")):
-        console.print(_speed(result, phase, what))
-    console.print(_memory(result))
+        print(_speed(result, phase, what), end="\n\n")
+    print(_memory(result), end="\n\n")
     for one in result["speedup"]:
-        faster = one["faster"]
-        console.print(
-            f"{name_of(one)} is faster than merged: decode {faster['decode']}, prefill {faster['prefill']}, "
-            f"both {faster['whole']}"
-        )
-    noise = [abs(row["whole"] - 1) for row in result["merged_over_dense"]["batches"]]
-    console.print(f"merged and dense have equal shapes; their times differ by up to {max(noise):.0%}: the noise")
-    console.print(f"kept for `nativerank generate --form auto`: {result['remembered']}", soft_wrap=True)
+        print(f"{name_of(one)} is faster than merged:")
+        for phase, label in (("decode", "decode"), ("prefill", "prefill"), ("whole", "both")):
+            print(f"  {label:<9}{one['faster'][phase]}")
+    noise = max(abs(row["whole"] - 1) for row in result["merged_over_dense"]["batches"])
+    print(f"merged and dense have equal shapes; their times differ by up to {noise:.0%}: the noise")
+    if result["remembered"] is None:
+        print("not kept for `nativerank generate --form auto`: too few --repeats or --new_tokens")
+    else:
+        print(f"kept for `nativerank generate --form auto`: {result['remembered']}")
 
 
 def name_of(side: dict[str, Any]) -> str:
@@ -67,40 +69,47 @@ def name_of(side: dict[str, Any]) -> str:
     return side["form"] if side["ratio"] is None else f"{side['form']} {side['ratio']:g}"
 
 
-def _speed(result: dict[str, Any], phase: str, what: str) -> Any:
-    from rich.table import Table
-
+def _speed(result: dict[str, Any], phase: str, what: str) -> str:
+    """A row for each form, a column for each batch; then how many times as fast as merged the factors are."""
     where = result["place"]
     threads = f", {where['threads']} thread{'s' * (where['threads'] != 1)}" if where["threads"] else ""
     clock = ", processor time" if result["clock"] == "cpu" else ""
-    table = Table(title=f"{phase}: tokens/s {what}{threads}{clock}")
-    for column in ("batch", *map(name_of, result["sides"])):
-        table.add_column(column, justify="right")
-    for one in result["speedup"]:
-        table.add_column(f"{name_of(one)} over merged".replace("factored ", ""), justify="right")
-    for i, row in enumerate(result["sides"][0]["batches"]):
-        speeds = [f"{side['batches'][i][f'{phase}_tokens_per_second']:,.0f}" for side in result["sides"]]
-        table.add_row(str(row["batch"]), *speeds, *(f"{s['batches'][i][phase]:.2f}x" for s in result["speedup"]))
-    return table
+    speeds = {
+        name_of(side): [f"{row[f'{phase}_tokens_per_second']:,.0f}" for row in side["batches"]]
+        for side in result["sides"]
+    }
+    times = {f"{name_of(one)} / merged": [f"{row[phase]:.2f}x" for row in one["batches"]] for one in result["speedup"]}
+    heads = [str(row["batch"]) for row in result["sides"][0]["batches"]]
+    return _table(f"{phase}: tokens/s {what}{threads}{clock}", "batch", heads, speeds | times)
 
 
-def _memory(result: dict[str, Any]) -> Any:
-    from rich.table import Table
+def _memory(result: dict[str, Any]) -> str:
+    """Weights, then cache and peak at the smallest and the largest batch where they were measured."""
+    sides = result["sides"]
+    measured, last = "base_bytes" in sides[0], len(sides[0]["batches"]) - 1
+    ends = sorted({0, last}) if measured else []
+    wanted = [(what, i) for what in ("cache", "peak") for i in ends]
+    heads = ["weights", *(f"{what} b{sides[0]['batches'][i]['batch']}" for what, i in wanted)]
+    rows = {}
+    for side in sides:
+        values = [side["weights_bytes"], *(side["batches"][i][f"{what}_bytes"] for what, i in wanted)]
+        rows[name_of(side)] = [f"{value / 1e6:,.1f}" if value else "-" for value in values]
+    base = max(side["base_bytes"] or 0 for side in sides) if measured else 0
+    note = f"; the peak is the process's, PyTorch alone {base / 1e6:,.0f}" if base else ""
+    return _table(f"memory in MB (10^6 bytes){note}", "form", heads, rows)
 
-    first, last = (result["sides"][0]["batches"][i]["batch"] for i in (0, -1))
-    table = Table(title="memory in MB (10^6 bytes)")
-    measured = "base_bytes" in result["sides"][0]
-    table.add_column("form")
-    columns = ["weights"]
-    if measured:
-        columns += [f"{what}, batch {batch}" for what in ("cache", "peak") for batch in (first, last)]
-    for column in columns:
-        table.add_column(column, justify="right")
-    for side in result["sides"]:
-        values = [side["weights_bytes"]]
-        if measured:
-            values += [side["batches"][i][f"{what}_bytes"] for what in ("cache", "peak") for i in (0, -1)]
-        table.add_row(name_of(side), *(f"{value / 1e6:,.1f}" if value else "-" for value in values))
-    if measured and (base := max(side["base_bytes"] or 0 for side in result["sides"])):
-        table.caption = f"peak is the whole process's; PyTorch alone: {base / 1e6:,.0f}"
-    return table
+
+def _table(title: str, corner: str, heads: list[str], rows: dict[str, list[str]]) -> str:
+    """Right-aligned columns, as wide as they must be, in as many parts as 80 columns need."""
+    first = max(map(len, (corner, *rows)))
+    widths = [2 + max(len(head), *(len(row[i]) for row in rows.values())) for i, head in enumerate(heads)]
+    parts: list[list[int]] = [[]]
+    for i, width in enumerate(widths):
+        if parts[-1] and first + sum(widths[j] for j in parts[-1]) + width > WIDTH:
+            parts.append([])
+        parts[-1].append(i)
+    lines = [title]
+    for part in parts:
+        for name, row in {corner: heads, **rows}.items():
+            lines.append(f"{name:<{first}}" + "".join(f"{row[i]:>{widths[i]}}" for i in part))
+    return "\n".join(lines)

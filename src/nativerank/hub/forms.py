@@ -7,7 +7,7 @@ Both give the same text up to rounding. Which one is faster depends on ranks, ba
 
 1. the measurements of `nativerank bench generate` in the user cache, if one was made on this machine, with this device
    and number of threads, for a model of similar size and rank: the form that is done first, the time that merging
-   itself takes included;
+   itself takes included, if it is ahead by more than that measurement's noise (`MARGIN` at least);
 2. else the multiplications of one token, which for both forms are the weights that have to be read: the fewer. That
    rule cannot see the second product's overhead, which is what a measurement is for.
 """
@@ -29,8 +29,9 @@ from nativerank.optim.roles import factor_modules
 
 FACTORED, MERGED, DENSE, AUTO = "factored", "merged", "dense", "auto"
 FORMS = (AUTO, FACTORED, MERGED)
-FILE, VERSION = "generate-forms.json", 1
+FILE, VERSION = "generate-forms.json", 2
 SIMILAR_SIZE, SIMILAR_SHARE = 4.0, 1.25  # how far a measured model may be, as factors
+MARGIN = 0.05  # by how much a form must be ahead; timings of the same shapes differ by that much on a quiet machine
 
 
 class Work(NamedTuple):
@@ -98,15 +99,22 @@ def choose(size: Size, work: Work, device: torch.device) -> Choice:
     """The faster form, by measurements if there are any, else by counting."""
     found = nearest(size, measurements(), place(device))
     if found is None:
-        form = FACTORED if size.share < 1 else MERGED
-        return Choice(
-            form, f"counted, {size.share:.2f} of the merged multiplications; `nativerank bench generate` measures"
-        )
+        return counted(size, "`nativerank bench generate` measures")
     row = min(found["batches"], key=lambda row: abs(math.log2(row["batch"] / work.batch)))
     seconds = {form: predicted(row, form, found, work) for form in (FACTORED, MERGED)}
     form = min(seconds, key=lambda form: seconds[form])
-    slower = max(seconds.values())
-    return Choice(form, f"measured at batch {row['batch']}, {slower / seconds[form]:.2f}x as fast")
+    ahead, margin = max(seconds.values()) / seconds[form], max(found["noise"], MARGIN)
+    other = "" if (found["dense"], found["share"]) == tuple(size) else " of an alike model"
+    where, merging = f"measured at batch {row['batch']}{other}", " with merging" if found["merge_seconds"] else ""
+    if ahead - 1 <= margin:
+        return counted(size, f"{where}, the forms are within the noise of {margin:.0%}{merging}")
+    return Choice(form, f"{where}, {ahead:.2f}x as fast{merging}")
+
+
+def counted(size: Size, why: str) -> Choice:
+    """The form with fewer multiplications."""
+    form = FACTORED if size.share < 1 else MERGED
+    return Choice(form, f"counted, {size.share:.2f} of the merged multiplications; {why}")
 
 
 def predicted(row: dict[str, Any], form: str, measurement: dict[str, Any], work: Work) -> float:

@@ -11,7 +11,8 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 import nativerank as nr
-from nativerank.integrations.quantize import held_bytes, quantize
+from nativerank.accounting.memory import weights_bytes
+from nativerank.integrations.quantize import quantize
 from nativerank.models import read_hf_config
 from nativerank.train.loop import train
 
@@ -58,7 +59,7 @@ def test_bytes_are_those_of_codes_and_scales(build):
     linears = [model.get_submodule(name).weight for name in quantize(copy.deepcopy(model)).matrices]
     done = quantize(model)
     saved = sum(3 * W.numel() - 5 * len(W) for W in linears)  # of a row a float scale, and torchao's zero point
-    assert done.bytes_before - done.bytes_after == saved and done.bytes_after == held_bytes(model)
+    assert done.bytes_before - done.bytes_after == saved and done.bytes_after == weights_bytes(model)
     assert str(done) == f"28 matrices in int8, {done.bytes_before:,} -> {done.bytes_after:,} bytes"
 
 
@@ -68,7 +69,7 @@ def test_a_second_time_is_refused(build, method):
     done = quantize(model)
     with pytest.raises(ValueError, match="quantized already"):
         quantize(model, head=True)
-    assert held_bytes(model) == done.bytes_after
+    assert weights_bytes(model) == done.bytes_after
 
 
 def test_the_head_only_on_request_and_never_with_the_embedding(build):

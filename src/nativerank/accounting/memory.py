@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from nativerank.layers import SpectralLinear
 
@@ -48,6 +49,18 @@ def state_of(shapes: Iterable[Shape], rank: int) -> dict[str, Any]:
         "factored_bytes": adam_bytes(factored),
         "ratio": dense / factored,
     }
+
+
+def weights_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters (tied ones once) and buffers, of quantized ones those of codes and scales."""
+    return sum(_held(t) for t in (*model.parameters(), *model.buffers()))
+
+
+def _held(tensor: Any) -> int:
+    if is_traceable_wrapper_subclass(tensor):
+        names, _ = tensor.__tensor_flatten__()
+        return sum(_held(getattr(tensor, name)) for name in names)
+    return int(tensor.nbytes)
 
 
 def _numel(module: nn.Module) -> int:

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from nativerank.bench.generate import Source, random_prompts, weights_bytes, write_once
+from nativerank.accounting.memory import weights_bytes
+from nativerank.bench.generate import Source, random_prompts, write_once
 from nativerank.train.closing import peak_memory_bytes
 from nativerank.train.setup import pick_device
 

@@ -5,7 +5,7 @@ auto    those whose factors save nothing, r >= r* = d_in d_out / (d_in + d_out),
 all     every matrix becomes dense: the stock architecture
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -27,10 +27,6 @@ class Merged:
     rank: int
     break_even: float
     merged: bool
-
-    def as_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
-        return asdict(self)
 
 
 def past_break_even(layer: Any) -> bool:

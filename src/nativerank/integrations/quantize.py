@@ -13,8 +13,8 @@ from typing import Any, NoReturn
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from nativerank.accounting.memory import weights_bytes
 from nativerank.extras import require
 from nativerank.layers import FactorLayer, matrix_parameters
 from nativerank.layers.base import factor_linears
@@ -63,13 +63,13 @@ def quantize(model: nn.Module, format: str = "int8", *, head: bool = False) -> Q
     names = hidden_linears(model) + ([head_name(model)] if head else [])
     if not names:
         raise ValueError("quantize found no linear layer: the model has neither factors nor hidden matrices")
-    before = held_bytes(model)
+    before = weights_bytes(model)
     chosen = set(names)
     api.quantize_(model, api.Int8WeightOnlyConfig(), filter_fn=lambda module, name: name in chosen)
     for name, module in model.named_modules():
         if isinstance(module, FactorLayer):
             vars(module)["factors"] = Refusal(name)  # before the one of its class
-    return Quantized(names, before, held_bytes(model))
+    return Quantized(names, before, weights_bytes(model))
 
 
 class Refusal:
@@ -102,15 +102,3 @@ def head_name(model: Any) -> str:
     if found.weight is getattr(model.get_input_embeddings(), "weight", None):
         raise ValueError("quantize(head=True): the output head is the embedding too, which stays as it is")
     return next(name for name, module in model.named_modules() if module is found)
-
-
-def held_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters and buffers, of quantized ones those of codes and scales."""
-    return sum(_bytes(t) for t in (*model.parameters(), *model.buffers()))
-
-
-def _bytes(tensor: Any) -> int:
-    if is_traceable_wrapper_subclass(tensor):
-        names, _ = tensor.__tensor_flatten__()
-        return sum(_bytes(getattr(tensor, name)) for name in names)
-    return int(tensor.nbytes)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import nativerank as nr
-from nativerank.hub.weights import DTYPES, read_folder_header, read_header
+from nativerank.hub.weights import SAFETENSORS_DTYPES, read_folder_header, read_header
 from nativerank.layers.pretrained import factor_layers
 
 SIZES = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
@@ -44,7 +44,7 @@ def copied(sharded, tmp_path):
 
 
 def test_a_header_says_what_was_written(tmp_path):
-    tensors = {name: torch.zeros(2, i, dtype=dtype) for i, (name, dtype) in enumerate(DTYPES.items())}
+    tensors = {name: torch.zeros(2, i, dtype=dtype) for i, (name, dtype) in enumerate(SAFETENSORS_DTYPES.items())}
     tensors |= {"scalar": torch.tensor(3.0), "empty": torch.zeros(0, 4)}
     save_file(tensors, tmp_path / "x.safetensors", {"format": "pt"})
     stored, words = read_header(tmp_path / "x.safetensors")

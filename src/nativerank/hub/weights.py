@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from nativerank.files import umask
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-DTYPES: dict[str, torch.dtype] = {
+SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -145,10 +145,12 @@ def read_header(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
 
 
 def _stored(file: Path, origin: int, entry: dict[str, Any]) -> StoredTensor:
-    if entry["dtype"] not in DTYPES:
+    if entry["dtype"] not in SAFETENSORS_DTYPES:
         raise ValueError(f"it holds numbers of type {entry['dtype']!r}")
     start, end = map(int, entry["data_offsets"])
-    return StoredTensor(file, DTYPES[entry["dtype"]], tuple(map(int, entry["shape"])), origin + start, origin + end)
+    return StoredTensor(
+        file, SAFETENSORS_DTYPES[entry["dtype"]], tuple(map(int, entry["shape"])), origin + start, origin + end
+    )
 
 
 def _check_layout(stored: Iterable[StoredTensor], origin: int, size: int) -> None:

@@ -263,6 +263,12 @@ def predicts_next_token(model: Any) -> bool:
     return can_generate is not None and bool(can_generate()) and not model.config.is_encoder_decoder
 
 
+def check_predicts_next_token(model: nn.Module, label: str) -> None:
+    """Raises a ValueError unless `predicts_next_token`; of an outline too."""
+    if not predicts_next_token(model):
+        raise ValueError(f"{label} holds a {original_class(model).__name__}, which predicts no next token")
+
+
 def context_length(config: Any) -> int | None:
     """Positions that a transformers config has for text, None where it does not say."""
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)

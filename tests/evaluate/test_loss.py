@@ -9,7 +9,14 @@ import torch
 
 from nativerank.data.loader import document_positions
 from nativerank.data.shards import Dataset
-from nativerank.evaluate.loss import Loss, check_document_mask, token_losses, validation_loss, xz_bits_per_byte
+from nativerank.evaluate.loss import (
+    Loss,
+    check_document_mask,
+    check_predictions,
+    token_losses,
+    validation_loss,
+    xz_bits_per_byte,
+)
 from nativerank.methods import factorize
 from nativerank.models import make_hf_config, materialize, skeleton
 
@@ -210,3 +217,24 @@ def test_training_uses_the_mask(tmp_path, run_config, listen):
             loss = token_losses(built.model, torch.from_numpy(inputs), torch.from_numpy(targets), positions).mean()
         assert losses[mask] == pytest.approx(loss.item(), rel=1e-6)
     assert losses[True] != losses[False]
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *IGNORE_POSITIONS])
+def test_causal_models_predict(family):
+    check_predictions(make(family), "it")
+
+
+def test_a_model_that_sees_what_it_is_to_predict_or_answers_nan_is_refused():
+    from transformers import BertConfig, BertForMaskedLM, BertLMHeadModel
+
+    sizes = dict(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
+    with pytest.raises(ValueError, match="^it holds a BertForMaskedLM, which predicts no next token$"):
+        check_predictions(BertForMaskedLM(BertConfig(**sizes)), "it")
+    with pytest.raises(ValueError, match="^it holds a BertLMHeadModel, which sees the token that it is to predict$"):
+        check_predictions(BertLMHeadModel(BertConfig(**sizes)), "it")
+    check_predictions(BertLMHeadModel(BertConfig(**sizes, is_decoder=True)), "it")
+    model = make()
+    with torch.no_grad():
+        model.lm_head.weight[3] = math.nan
+    with pytest.raises(ValueError, match="the logits of it are not finite numbers"):
+        check_predictions(model, "it")

@@ -24,6 +24,7 @@ from nativerank.data.shards import Split
 from nativerank.distributed.agree import totals
 from nativerank.distributed.grid import SINGLE, Grid
 from nativerank.distributed.wrap import evaluating
+from nativerank.models import check_predicts_next_token
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,25 @@ def check_document_mask(model: nn.Module) -> None:
         alone = hf(input_ids=tokens[:, 3:], use_cache=False).logits
     if not torch.allclose(packed, alone, rtol=1e-3, atol=1e-4):
         raise ValueError(f"data.document_mask: {hf.config.model_type} models do not keep documents in a window apart")
+
+
+@torch.no_grad()
+def check_predictions(model: nn.Module, label: str) -> None:
+    """Raises a ValueError for a model that sees the token it is to predict, or answers NaN.
+
+    The loss or the accuracy of either would look like a number. Asked is the model itself: a language model head on
+    an encoder that looks both ways is of a class that generates.
+    """
+    check_predicts_next_token(model, label)
+    hf: Any = model
+    device = next(model.parameters()).device
+    tokens = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 4]], device=device)  # alike but for the last
+    with evaluating(model):
+        logits = hf(input_ids=tokens.remainder(hf.get_input_embeddings().num_embeddings), use_cache=False).logits
+    if not torch.isfinite(logits).all():
+        raise ValueError(f"the logits of {label} are not finite numbers: it diverged or is damaged")
+    if not torch.allclose(logits[0, :3], logits[1, :3], rtol=1e-3, atol=1e-4):
+        raise ValueError(f"{label} holds a {type(model).__name__}, which sees the token that it is to predict")
 
 
 @torch.no_grad()

@@ -19,11 +19,11 @@ from nativerank.config import (
     differences,
 )
 from nativerank.distributed.grid import Grid
-from nativerank.hub.load import base_config, layer_kind
+from nativerank.hub.load import base_config, layer_kind, outline
 from nativerank.layers import DEFAULT_RATIO
 from nativerank.linalg.energy import check_threshold
 from nativerank.methods import default_rates, find_method, fitting_methods
-from nativerank.models import DENSE, Preset, context_length, find_preset, read_hf_config
+from nativerank.models import DENSE, Preset, check_predicts_next_token, context_length, find_preset, read_hf_config
 from nativerank.rank.schedule import resolve_adapt
 from nativerank.train.teacher import check_distill
 
@@ -228,12 +228,13 @@ def resolve_rank(config: RunConfig, preset: Preset, method: str) -> RankConfig:
 
 
 def check_init(config: RunConfig, method: str) -> None:
-    """Raises a ValueError for a key that the weights of --init would overrule, or a method that does not train them."""
+    """Raises a ValueError for a key that --init would overrule, a model that predicts no text, or a method not for it."""
     model = replace(config.model, preset=ModelConfig().preset)  # whose training settings still count
     rank = replace(config.rank, adapt=AdaptConfig())  # which starts from the ranks it brings
     ignored = differences(model, ModelConfig(), "model.") + differences(rank, RankConfig(), "rank.")
     if ignored:
         raise ValueError(f"--init {config.init} brings architecture and ranks along, so {ignored[0]} has no meaning")
+    check_predicts_next_token(outline(Path(config.init or "")), f"--init {config.init}")
     frames = config.optim.frames
     kind, (wanted, _) = layer_kind(Path(config.init or "")), find_method(method).form(frames)
     if kind != wanted:

@@ -19,6 +19,7 @@ from nativerank.data.shards import Dataset
 from nativerank.distributed.agree import from_each, together
 from nativerank.distributed.grid import SINGLE, Grid
 from nativerank.distributed.wrap import deal, wrap
+from nativerank.evaluate.loss import check_predictions
 from nativerank.hub.load import load, outline, tokenizer_fingerprint
 from nativerank.layers import FactorizeReport, matrix_parameters
 from nativerank.methods import build_optimizer, factorize, find_method
@@ -274,6 +275,8 @@ def initial_model(config: RunConfig, dataset: Dataset, weights: bool = True) -> 
     """The model of --init, with its weights or memory for them, and no report."""
     assert config.init is not None
     model: Any = load(config.init) if weights else allocate(outline(Path(config.init)))
+    if weights:
+        check_predictions(model, f"--init {config.init}")
     found = tokenizer_fingerprint(Path(config.init))
     if found is not None and found != dataset.tokenizer_sha256:
         raise ValueError(

@@ -14,10 +14,10 @@ from nativerank.config import DistillConfig, RunConfig, differences
 from nativerank.data.shards import Dataset
 from nativerank.distributed.agree import from_each, together
 from nativerank.distributed.grid import SINGLE, Grid
-from nativerank.evaluate.loss import check_document_mask
-from nativerank.hub.load import base_config, load, model_folder, tokenizer_fingerprint
+from nativerank.evaluate.loss import check_document_mask, check_predictions
+from nativerank.hub.load import base_config, load, model_folder, outline, tokenizer_fingerprint
 from nativerank.hub.weights import named_tensors
-from nativerank.models import context_length, predicts_next_token
+from nativerank.models import check_predicts_next_token, context_length
 from nativerank.train.distill import Teacher
 
 SAMPLE = 1024  # numbers of each tensor that a fingerprint looks at: training changes nearly all of them
@@ -35,6 +35,7 @@ def check_distill(config: RunConfig) -> None:
         raise ValueError("distill.temperature must not be 0")
     try:
         folder = model_folder(Path(d.teacher)).resolve()
+        check_predicts_next_token(outline(folder), d.teacher)
         limit = context_length(base_config(folder))
     except ValueError as error:
         raise ValueError(f"distill.teacher: {error}") from None
@@ -57,7 +58,8 @@ def open_teacher(config: RunConfig, dataset: Dataset, model: nn.Module, grid: Gr
         grid: of all processes, which call this together.
 
     Raises:
-        ValueError: weights that cannot be read, another vocabulary or tokenizer, or not the same teacher everywhere.
+        ValueError: weights that cannot be read or predict no numbers, another vocabulary or tokenizer, or not the
+            same teacher everywhere.
     """
     d = config.distill
     if d.teacher is None:
@@ -65,10 +67,7 @@ def open_teacher(config: RunConfig, dataset: Dataset, model: nn.Module, grid: Gr
     with together(grid):
         check_tokens(d.teacher, dataset, model)
         teacher: Any = load(d.teacher)
-        if not predicts_next_token(teacher):
-            raise ValueError(
-                f"distill.teacher {d.teacher} holds a {type(teacher).__name__}, which predicts no next token"
-            )
+        check_predictions(teacher, f"distill.teacher {d.teacher}")
         teacher.requires_grad_(False).to(config.device)
         if config.data.document_mask:
             check_document_mask(teacher)

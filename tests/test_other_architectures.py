@@ -176,11 +176,23 @@ def test_every_command_agrees_on_what_predicts_text(tmp_path, make, cli, build):
     model, _ = make(build)
     nr.factorize(model, method="spectron", rank_ratio=0.25)
     nr.save(model, tmp_path / "factored")
+    (tmp_path / "q.json").write_text('[{"context": "a", "choices": ["b", "c"], "answer": 0}]')
     assert predicts_next_token(model) == (build is llava)
     done = cli("export", tmp_path / "factored", "--format", "dense", "--out", tmp_path / "dense")
     if build is llava:
         assert done.code == 0 and type(nr.load(tmp_path / "dense")) is type(model), done.err
     else:
         assert done.code == 2 and "takes causal language models only" in done.err and done.err.count("\n") == 1
+        folder, run = str(tmp_path / "factored"), tmp_path / "run"
+        for command in (
+            ("eval", folder, "--data", __file__),
+            ("eval", folder, "--cloze", tmp_path / "q.json"),
+            ("bench", "generate", folder),
+            ("train", "--init", folder, "--out", run, "--device", "cpu"),
+            ("train", "--distill.teacher", folder, "--out", run, "--device", "cpu"),
+        ):
+            done = cli(*command)
+            assert (done.code, done.out) == (2, "") and not run.exists()
+            assert done.err.endswith(f"a {type(model).__name__}, which predicts no next token\n"), done.err
         with pytest.raises(ValueError, match=f"{type(model).__name__} is not a model that generates text"):
             Writer(model, None, 0, Sampling())

@@ -228,9 +228,9 @@ def test_a_model_that_sees_what_it_is_to_predict_or_answers_nan_is_refused():
     from transformers import BertConfig, BertForMaskedLM, BertLMHeadModel
 
     sizes = dict(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
-    with pytest.raises(ValueError, match="^it holds a BertForMaskedLM, which predicts no next token$"):
+    with pytest.raises(ValueError, match=r"^it holds a BertForMaskedLM, which predicts no next token$"):
         check_predictions(BertForMaskedLM(BertConfig(**sizes)), "it")
-    with pytest.raises(ValueError, match="^it holds a BertLMHeadModel, which sees the token that it is to predict$"):
+    with pytest.raises(ValueError, match=r"^it holds a BertLMHeadModel, which sees the token that it is to predict$"):
         check_predictions(BertLMHeadModel(BertConfig(**sizes)), "it")
     check_predictions(BertLMHeadModel(BertConfig(**sizes, is_decoder=True)), "it")
     model = make()

@@ -228,7 +228,7 @@ def resolve_rank(config: RunConfig, preset: Preset, method: str) -> RankConfig:
 
 
 def check_init(config: RunConfig, method: str) -> None:
-    """Raises a ValueError for a key that --init would overrule, a model that predicts no text, or a method not for it."""
+    """Raises a ValueError for a key that --init overrules, a model that predicts no text, or a method not for it."""
     model = replace(config.model, preset=ModelConfig().preset)  # whose training settings still count
     rank = replace(config.rank, adapt=AdaptConfig())  # which starts from the ranks it brings
     ignored = differences(model, ModelConfig(), "model.") + differences(rank, RankConfig(), "rank.")

@@ -1,5 +1,6 @@
 """The model card says what the model is, survives hostile names, and a run writes what it knows."""
 
+import json
 import math
 
 import pytest
@@ -47,6 +48,10 @@ def test_names_from_outside_stay_in_their_cells(network):
     training = Training("spectron", (hostile,), "ab" * 32, 10**9, 5, {"validation loss": 3.25, hostile: 1.0})
     front, text = front_of(model_card(network, factored_config(network), training))
     assert "license" not in front and "<script>" not in text and "\n---\n" not in text
+    spy = "![x](http://h/x.png) [y](http://h) \\| z"
+    _, text_of_spy = front_of(model_card(network, factored_config(network), Training(spy, (spy,), metrics={spy: 1.0})))
+    assert r"| data | \!\[x\](http://h/x.png) \[y\](http://h) \\\| z |" in text_of_spy
+    assert "![" not in text_of_spy
     assert "1,000,000,000" in text and "| validation loss | 3.2500 |" in text and "2602.12429" in text
 
 
@@ -80,3 +85,24 @@ def test_a_folder_that_says_nothing_of_its_training(network, tmp_path):
     (tmp_path / "m/config.json").write_text('{"nativerank": {"training": 5}}')
     with pytest.raises(ValueError, match=r"cannot read what .* says of its training"):
         read_training(tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("method", ["x"]),
+        ("metrics", [1]),
+        ("metrics", {"a": "b"}),
+        ("metrics", {"a": True}),
+        ("tokens", "many"),
+        ("tokens", -1),
+        ("steps", 1.5),
+        ("data", "abc"),
+        ("data", [["a"]]),
+        ("data_sha256", 5),
+    ],
+)
+def test_values_of_another_type_are_named(tmp_path, key, value):
+    (tmp_path / "config.json").write_text(json.dumps({"nativerank": {"training": {key: value}}}))
+    with pytest.raises(ValueError, match=rf"cannot read what .*config\.json says of .* nativerank\.training\.{key} is"):
+        read_training(tmp_path)

@@ -159,7 +159,9 @@ def test_the_file_goes_with_llama_language_models_alone(tmp_path):
     assert (tmp_path / "llama/modeling_nativerank.py").read_text().startswith('"""LLaMA with matrices')
     config = json.loads((tmp_path / "llama/config.json").read_text())
     assert sorted(config["auto_map"]) == ["AutoConfig", "AutoModel", "AutoModelForCausalLM"]
-    nr.save(make({}), tmp_path / "dense")
+    dense = make({})
+    dense.config.auto_map = {"AutoModelForCausalLM": "theirs.Model"}  # of the folder that it was loaded from
+    nr.save(dense, tmp_path / "dense")
     for name, model in (("base", LlamaModel(LlamaConfig(**SIZES))), ("qwen", Qwen2ForCausalLM(Qwen2Config(**SIZES)))):
         nr.factorize(model, rank_ratio=0.25)
         nr.save(model, tmp_path / name)

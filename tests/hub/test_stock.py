@@ -99,13 +99,29 @@ def test_kernels_from_elsewhere_are_refused(folder, keys):
     (folder / "config.json").write_text(json.dumps(config | {"attn_implementation": "eager"}))
     assert nr.load(folder).config._attn_implementation == "eager"
     (folder / "config.json").write_text(json.dumps(config | keys))
-    with pytest.raises(ValueError, match="implementation(_internal)? is '.*', which is none of eager, sdpa, "):
+    with pytest.raises(ValueError, match=r"implementation(_internal)? is '.*', which is none of eager, sdpa, "):
         nr.load(folder)
     factored = {"model_type": "nativerank", "nativerank": {"architecture": "LlamaForCausalLM", "model_type": "llama"}}
     factored["nativerank"]["factors"] = {"lowrank": {NAME.removesuffix(".weight"): 4}}
     (folder / "config.json").write_text(json.dumps(config | keys | factored))
     with pytest.raises(ValueError, match="which is none of eager, sdpa, "):
         nr.load(folder)
+
+
+def test_adapters_beside_the_weights_are_not_taken_up_without_a_word(folder):
+    from transformers import AutoModelForCausalLM
+
+    peft = pytest.importorskip("peft")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.add_adapter(peft.LoraConfig(target_modules=["up_proj"], r=2))
+    for format in ("factored", "dense"):
+        with pytest.raises(ValueError, match=r"up_proj has an adapter; call merge_and_unload\(\)"):
+            nr.save(model, folder.with_name("new"), format)
+    model.save_pretrained(folder)  # the adapters alone
+    with pytest.raises(ValueError, match=r"m holds adapters \(adapter_config\.json\); load its base model, or merge"):
+        nr.load(folder)
+    (folder / "adapter_config.json").unlink()
+    assert not hasattr(nr.load(folder), "peft_config")
 
 
 def test_pickles_and_quantized_weights_are_refused(folder, tmp_path):

@@ -6,8 +6,9 @@ cells, never into the YAML block at the top. The licence is left to whoever publ
 """
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -102,17 +103,44 @@ def read_training(folder: Path) -> Training | None:
     """What a model folder says of its training, None if nothing.
 
     Raises:
-        ValueError: a config that cannot be read.
+        ValueError: a config that cannot be read, or a value of another type, naming file and key.
     """
+    said = f"cannot read what {folder / CONFIG} says of its training"
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        known = config.get(RECORD, {}).get(TRAINING)
-        if known is None:
-            return None
-        found = Training(**{f.name: known[f.name] for f in fields(Training) if f.name in known})
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"cannot read what {folder / CONFIG} says of its training: {error}") from None
-    return Training(**{**asdict(found), "data": tuple(found.data)})
+        known = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get(RECORD, {}).get(TRAINING)
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{said}: {error}") from None
+    if known is None:
+        return None
+    if not isinstance(known, dict):
+        raise ValueError(f"{said}: {RECORD}.{TRAINING} is {repr(known)[:80]}, expected keys and values")
+    found = {f.name: known[f.name] for f in fields(Training) if known.get(f.name) is not None}
+    for key, value in found.items():
+        wanted, fits = FORMS[key]
+        if not fits(value):
+            raise ValueError(f"{said}: {RECORD}.{TRAINING}.{key} is {repr(value)[:80]}, expected {wanted}")
+    return Training(**found | {"data": tuple(found.get("data", ()))})
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+FORMS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # of the fields of Training in JSON
+    "method": ("a name", _is_text),
+    "data": ("a list of names", lambda value: isinstance(value, list) and all(map(_is_text, value))),
+    "data_sha256": ("a hash", _is_text),
+    "tokens": ("a number of tokens", _is_count),
+    "steps": ("a number of steps", _is_count),
+    "metrics": (
+        "names and numbers",
+        lambda value: isinstance(value, dict) and all(type(number) in (int, float) for number in value.values()),
+    ),
+}
 
 
 def model_card(model: nn.Module, config: Mapping[str, Any], training: Training | None = None) -> str:
@@ -223,5 +251,6 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 
 
 def _cell(text: str | None) -> str:
-    """Text that stays within its table cell."""
-    return " ".join(str(text).split()).replace("|", "\\|").replace("<", "&lt;").replace("`", "'")
+    """Text that stays within its table cell and is no image, link or markup there."""
+    plain = " ".join(str(text).split()).replace("<", "&lt;").replace("`", "'")
+    return re.sub(r"([\\|\[\]!])", r"\\\1", plain)

@@ -21,6 +21,7 @@ from nativerank.layers import factorize_modules
 from nativerank.layers.pretrained import CONFIG, GUIDED, MODEL_TYPE, RECORD, factor_layers, kind_of, stock_keys
 from nativerank.models import allocate, find_architecture, make_hf_config, read_hf_config, skeleton
 
+ADAPTERS = "adapter_config.json"  # PEFT's: what it stands for is more than the weights beside it
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 Factors = dict[str, dict[str, int]]  # kind of layer -> module -> rank
 
@@ -190,17 +191,17 @@ def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a model folder.
 
     Raises:
-        ValueError: there is none, it is not readable, or not in this version's form.
+        ValueError: there is none, it is not readable, or not in this version's form; or adapters lie beside it.
     """
+    if (folder / ADAPTERS).exists():
+        raise ValueError(f"{folder} holds adapters ({ADAPTERS}); load its base model, or merge them with PEFT first")
     try:
         config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{folder} is not a model folder, its {CONFIG} cannot be read: {error}") from None
     if not isinstance(config, dict):
         raise ValueError(f"{folder} is not a model folder: {CONFIG} holds no keys")
     if is_factored(config):
-        if "base" in config and RECORD not in config:
-            raise ValueError(f"{folder} was written by an older nativerank; export it again with this version")
         record = config.get(RECORD)
         named = isinstance(record, dict) and all(isinstance(record.get(k), str) for k in ("model_type", "architecture"))
         if not named:

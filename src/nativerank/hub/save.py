@@ -27,7 +27,7 @@ from nativerank.hub.companions import write_generation_config, write_tokenizer
 from nativerank.hub.load import DTYPES
 from nativerank.hub.weights import named_tensors, write_folder
 from nativerank.layers import guided_layers, to_dense_modules
-from nativerank.layers.pretrained import CONFIG, RECORD, dtype_name, factor_layers, factored_config
+from nativerank.layers.pretrained import CONFIG, RECORD, check_no_adapters, dtype_name, factor_layers, factored_config
 
 MODELING = Path(__file__).with_name("modeling_nativerank.py")
 # By hand: transformers writes no entry for AutoModel of a language model, and serving engines ask for that one.
@@ -69,25 +69,28 @@ def save(
         check: called with the complete folder while it still has its temporary name; what it raises leaves no folder.
 
     Raises:
-        ValueError: an unknown format or precision, a guide that is still there, a folder that holds something, or a
-            disk that is full.
+        ValueError: an unknown format or precision, adapters that are not merged, a guide that is still there, a folder
+            that holds something, or a disk that is full.
     """
     if format not in ("factored", "dense"):
         raise ValueError(f"format must be factored or dense, got {format!r}")
     if dtype not in (None, *DTYPES):
         raise ValueError(f"dtype is one of {', '.join(map(str, DTYPES))}, got {dtype}")
+    check_no_adapters(model)
     guided = [name for name, layer in guided_layers(model).items() if layer.guide is not None]
     if guided:
         raise ValueError(f"{guided[0]} still has its guide, which a saved model cannot hold; train until it is freed")
     if format == "dense" and factor_layers(model):
         model = copy.deepcopy(model)
         to_dense_modules(model)
-    tensors, config = named_tensors(model) if tensors is None else tensors, _config(model, dtype)
+    tensors = named_tensors(model) if tensors is None else tensors
+    own_code = brings_code(model)
+    config = _config(model, dtype, own_code)
     if training is not None and RECORD in config:
         config[RECORD][TRAINING] = asdict(training)
     with new_folder(Path(folder), replace) as partial:
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        if "auto_map" in config:
+        if own_code:
             shutil.copyfile(MODELING, partial / MODELING.name)
         write_folder(tensors, partial, max_shard_size, _stored_dtypes(model, tensors, dtype))
         write_generation_config(model, partial)
@@ -113,15 +116,22 @@ def whole_tensors(model: nn.Module, grid: Grid) -> dict[str, Tensor]:
     return found
 
 
-def _config(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Any]:
+def brings_code(model: nn.Module) -> bool:
+    """Whether the folder of a model holds the code that reads it without nativerank: factored LLaMA causal LMs."""
+    llama = original_class(model).__name__ == "LlamaForCausalLM" and hasattr(model, "config")
+    return llama and bool(factor_layers(model))
+
+
+def _config(model: nn.Module, dtype: torch.dtype | None, own_code: bool) -> dict[str, Any]:
     hf: Any = model
     if factor_layers(model) or not hasattr(model, "config"):
         config = factored_config(model)
-        if config[RECORD]["architecture"] == "LlamaForCausalLM":
+        if own_code:
             config["auto_map"] = AUTO_MAP
     else:
         config = hf.config.to_dict()
-        config.pop("_name_or_path", None)  # where the model came from on this machine
+        for key in ("_name_or_path", "auto_map"):  # where the model came from: not true of this folder
+            config.pop(key, None)
         config |= {"architectures": [original_class(model).__name__], "dtype": dtype_name(model)}
     return config if dtype is None else config | {"dtype": str(dtype).removeprefix("torch.")}
 

@@ -137,9 +137,11 @@ def read_header(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
                 raise ValueError("it is cut short or no safetensors file")
             entries = json.loads(stream.read(length))
         words = entries.pop("__metadata__", {})
+        if not (isinstance(words, dict) and all(isinstance(word, str) for word in words.values())):
+            raise ValueError("its __metadata__ does not hold words")
         stored = {name: _stored(file, 8 + length, entry) for name, entry in entries.items()}
         _check_layout(stored.values(), 8 + length, size)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"cannot read {file}: {error}") from None
     return stored, words
 
@@ -177,7 +179,7 @@ def read_folder_header(folder: Path) -> dict[str, StoredTensor]:
         files = sorted(set(where.values()))
         if any(Path(name).name != name for name in files):
             raise ValueError("it names files outside the folder")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"cannot read {folder / INDEX}: {error}") from None
     if gone := [name for name in files if not (folder / name).is_file()]:
         raise ValueError(f"{folder} lacks {gone[0]}{_more(gone)}, which its index names; was it copied whole?")

@@ -133,7 +133,7 @@ def _parts_of(file: Path) -> dict[str, tuple[Sizes, StoredPart]]:
             if not len(start) == len(shape) == len(size) or min((*start, *shape), default=0) < 0:
                 raise ValueError(name)
             found[name] = (shape, StoredPart(file, start, size))
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         raise ValueError(f"{file} is damaged: its header does not say where its tensors belong") from None
     return found
 

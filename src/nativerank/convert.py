@@ -22,7 +22,8 @@ from nativerank.config import RankConfig
 from nativerank.data.tokenizer import load_tokenizer
 from nativerank.evaluate.loss import Loss
 from nativerank.evaluate.text import Reader, Windows, open_text, text_loss, window
-from nativerank.files import check_free
+from nativerank.files import check_free, check_writable
+from nativerank.hub.companions import beside, check_tokenizer
 from nativerank.hub.generate import end_of_text, start_of_text
 from nativerank.hub.load import TOKENIZER, layer_kind, load, model_folder, outline
 from nativerank.hub.save import save
@@ -31,21 +32,6 @@ from nativerank.models import count_parameters, predicts_next_token
 
 KINDS = ("lowrank", "spectral")
 EVAL_TOKENS = 32768
-# What belongs to a model besides config and weights: its tokenizer in every form, and how it is asked to generate.
-COMPANIONS = (
-    TOKENIZER,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-)
 Watch = Callable[[str, int, int], None]
 
 
@@ -115,6 +101,7 @@ def convert(
         raise ValueError(f"--data {data}: {folder} holds a {type(model).__name__}, which predicts no next token")
     counts = {"before": count_parameters(model)}
     tokenizer = load_tokenizer(folder / TOKENIZER) if (folder / TOKENIZER).is_file() else None
+    check_tokenizer(tokenizer, model, str(folder))
     reader, windows = reader_of(model, tokenizer, str(folder)), Windows(max_tokens=eval_tokens)
     with open_text(Path(data), reader) if data is not None else nullcontext() as text:
         watch("loss of the dense model", 0, 0)
@@ -124,7 +111,7 @@ def convert(
         watch("loss of the factors", 0, 0)
         after = text_loss(reader, text, windows) if text else None
     watch("writing", 0, 0)
-    save(model, out, companions=[folder / name for name in COMPANIONS if (folder / name).is_file()])
+    save(model, out, companions=beside(folder))
     context = window(model) if before else None
     return Conversion(str(source), str(out), kind, report, counts, before, after, context, predicts_next_token(model))
 
@@ -138,6 +125,8 @@ def check_request(folder: Path, out: Path, rank: RankConfig, kind: str, eval_tok
     if eval_tokens is not None and eval_tokens < 1:
         raise ValueError(f"--eval_tokens must be at least 1, got {eval_tokens}")
     check_free(out)
+    check_writable(out)
+    beside(folder)
     if (found := layer_kind(folder)) is not None:
         raise ValueError(f"{folder} is in low rank already ({found} layers); convert takes a dense model")
     factorize_modules(outline(folder), kind=kind, **choices(rank))

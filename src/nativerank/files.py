@@ -8,6 +8,7 @@ replaced is `.NAME.replaced` until the new one has its name; where a crash came 
 import errno
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from pathlib import Path
 
 PARTIAL = ".partial-"
 REPLACED = ".replaced"
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -29,12 +31,15 @@ def new_folder(out: Path, replace: bool = False, synced: bool = False) -> Iterat
         synced: whoever writes the files makes sure that they reach the disk.
 
     Raises:
-        ValueError: `out` exists and is not an empty folder (unless `replace`); or the disk is full.
+        ValueError: `out` exists and is not an empty folder (unless `replace`), or cannot be made; or the disk is full.
     """
     if not replace:
         check_free(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}{PARTIAL}", dir=out.parent))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}{PARTIAL}", dir=out.parent))
+    except OSError as error:
+        raise ValueError(f"cannot make {out}: {error.strerror}") from None
     try:
         yield temporary
         temporary.chmod(0o777 & ~umask())  # mkdtemp makes it private
@@ -58,8 +63,32 @@ def named_if_full(error: OSError, out: Path) -> Exception:
 
 def check_free(out: Path) -> None:
     """Raises a ValueError if `out` exists and is not an empty folder."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} exists and is a file; choose another name for the folder or remove it")
+    if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} exists and is not empty; choose another folder or remove it")
+
+
+def check_writable(out: Path) -> None:
+    """Raises a ValueError if no folder can be made beside `out`; what is missing above it is not made."""
+    above = next(parent for parent in out.absolute().parents if parent.exists())
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=f".{out.name}{PARTIAL}", dir=above))
+    except OSError as error:
+        raise ValueError(f"cannot make {out}: {error.strerror}") from None
+
+
+def size_in_bytes(name: str, size: str | int) -> int:
+    """Bytes of 1000000, "1000000" or "5GB" (10^9 each).
+
+    Raises:
+        ValueError: no such size, or none above 0.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?B)?\s*", str(size), re.IGNORECASE)
+    count = int(float(found[1]) * UNITS[(found[2] or "B").upper()]) if found else 0
+    if count < 1:
+        raise ValueError(f"{name} {size!r} is no number of bytes above 0, such as 1000000 or 5GB")
+    return count
 
 
 def replaced(out: Path) -> Path:

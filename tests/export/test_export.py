@@ -7,11 +7,13 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM
 
 from nativerank.export import export as module
 from nativerank.export.export import export
-from nativerank.export.parity import Batch, compare, logits_of, mean_kl
+from nativerank.export.parity import Batch, check, compare, logits_of, mean_kl
 from nativerank.hub.load import load
 from nativerank.hub.save import save
 from nativerank.layers import factorize_modules, linear_modules
@@ -122,7 +124,7 @@ def test_half_precision_is_held_to_its_divergence(run, tmp_path, format, dtype):
 
 
 def test_shards(run, tmp_path):
-    export(run, tmp_path / "dense", "dense", max_shard_size="20KB")
+    export(run, tmp_path / "dense", "dense", max_shard_size="20000")
     assert (tmp_path / "dense" / "model.safetensors.index.json").is_file()
     assert near(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "dense")), logits(open_trained(run).model))
 
@@ -174,10 +176,17 @@ def test_a_model_that_computes_something_else_leaves_no_folder(run, tmp_path, mo
 
 def test_a_number_that_is_none_is_no_parity(run, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "logits_of", lambda model, batch: logits_of(model, batch) * torch.nan)
-    for dtype in ("float32", "bfloat16"):
-        with pytest.raises(ValueError, match=r"does not compute what was trained: .* nan "):
-            export(run, tmp_path / "dense", "dense", dtype=dtype)
+    for format, dtype in (("dense", "float32"), ("dense", "bfloat16"), ("gguf", "float16")):
+        with pytest.raises(
+            ValueError, match=r"the logits of .* hold NaN, so there is nothing to hold an export against"
+        ):
+            export(run, tmp_path / "out", format, dtype=dtype)
     assert left(tmp_path) == []
+    batch = Batch(IDS, "ids")
+    for dtype in (torch.float32, torch.bfloat16):
+        apart = compare(torch.ones(1, 40, 3), torch.full((1, 40, 3), torch.nan), dtype, batch)
+        with pytest.raises(ValueError, match=r"the folder does not compute what was trained: .* nan "):
+            check(apart, "the folder")
 
 
 def test_a_full_disk_leaves_no_folder(run, tmp_path, monkeypatch):
@@ -200,7 +209,9 @@ def test_a_full_disk_leaves_no_folder(run, tmp_path, monkeypatch):
         ("gguf", {"merge": "auto"}, "--format gguf goes with --merge all, got auto"),
         ("dense", {"dtype": "int8"}, "--dtype of --format dense is one of float32, bfloat16, float16, got 'int8'"),
         ("gguf", {"dtype": "bfloat16"}, "--dtype of --format gguf is one of float32, float16, got 'bfloat16'"),
-        ("dense", {"max_shard_size": "big"}, "max_shard_size 'big'"),
+        ("dense", {"max_shard_size": "big"}, "max_shard_size 'big' is no number of bytes above 0"),
+        ("dense", {"max_shard_size": "0"}, "max_shard_size '0' is no number of bytes above 0"),
+        ("dense", {"max_shard_size": -5}, "max_shard_size -5 is no number of bytes above 0"),
         ("dense", {"step": 5}, "has no checkpoint of step 5; there are: 4, 8"),
     ],
 )
@@ -215,6 +226,9 @@ def test_bad_folders(run, tmp_path, run_config, listen):
     (tmp_path / "full" / "mine").write_text("precious")
     with pytest.raises(ValueError, match="full exists and is not empty"):
         export(run, tmp_path / "full", "dense")
+    for out, said in (("mine", "mine exists and is a file"), ("mine/out", "cannot make .*mine/out: Not a directory")):
+        with pytest.raises(ValueError, match=said):
+            export(run, tmp_path / "full" / out, "dense")
     assert left(tmp_path / "full") == ["mine"]
     with pytest.raises(ValueError, match="no such folder"):
         export(tmp_path / "nowhere", tmp_path / "out", "dense")
@@ -242,3 +256,26 @@ def test_the_figures_by_hand():
     by_hand = (p * (p / q).log()).sum().item() / 2  # the other position agrees
     assert abs(parity.mean_kl - by_hand) < 1e-12
     assert compare(wanted, found, torch.bfloat16, Batch(torch.zeros(1, 2), "nothing")).figure == parity.mean_kl
+
+
+def test_a_dense_model_has_no_factors_to_export(factored, tmp_path):
+    save(load(factored("gpt2")), tmp_path / "dense", "dense")
+    with pytest.raises(ValueError, match="dense has no factors; --format dense writes it"):
+        export(tmp_path / "dense", tmp_path / "out", "factored")
+    assert left(tmp_path) == ["dense"]
+
+
+def test_tokenizers_that_are_gone_or_do_not_fit(run, tmp_path):
+    source = shutil.copytree(run / "model", tmp_path / "model")
+    (source / "tokenizer_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"cannot read .*model/tokenizer_config.json: Expecting"):
+        export(source, tmp_path / "out", "dense")
+    large = Tokenizer(WordLevel({"a": 0, "b": 5000}, "a"))
+    (source / "tokenizer.json").write_text(large.to_str())
+    with pytest.raises(ValueError, match="with ids up to 5000, and the model knows only 300 tokens"):
+        export(source, tmp_path / "out", "dense")
+    (source / "tokenizer.json").unlink()
+    said = []
+    export(source, tmp_path / "out", "dense", complain=said.append)
+    assert said == [f"{source} has no tokenizer, so {tmp_path / 'out'} gets none"]
+    assert "generation_config.json" in left(tmp_path / "out") and "tokenizer_config.json" not in left(tmp_path / "out")

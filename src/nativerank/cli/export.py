@@ -6,13 +6,13 @@ nativerank export runs/a --format gguf --dtype float16 --out gguf
 """
 
 import argparse
-import sys
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+from nativerank.cli.flags import add_quiet, add_step
 from nativerank.cli.output import add_json, check_json, write_json
+from nativerank.export.request import check_request
 
 DESCRIPTION = """Write a trained model into a new folder, as thin factors, merged into the stock architecture, or as
 GGUF. The folder is read back as its reader would, and its logits are held against the model's, before it gets its name:
@@ -35,14 +35,16 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "export", description=DESCRIPTION, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", metavar="RUN", help="run, checkpoint or model folder")
+    parser.add_argument("model", metavar="RUN|DIR", help="run, checkpoint or model folder")
     parser.add_argument("--format", required=True, metavar="factored|dense|gguf")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to make")
     parser.add_argument("--merge", metavar="none|auto|all", help="which factors become dense (default: by format)")
-    parser.add_argument("--step", type=int, metavar="N", help="take this checkpoint of the run")
+    add_step(parser)
     parser.add_argument("--dtype", default="float32", metavar="float32|bfloat16|float16", help="default: float32")
-    parser.add_argument("--max_shard_size", default="5GB", metavar="SIZE", help="of one weights file (default: 5GB)")
-    parser.add_argument("--quiet", action="store_true", help="print nothing but warnings and errors")
+    parser.add_argument(
+        "--max_shard_size", default="5GB", metavar="SIZE", help="of one weights file, 5GB or bytes (default: 5GB)"
+    )
+    add_quiet(parser)
     add_json(parser)
     parser.set_defaults(run=run)
 
@@ -50,6 +52,8 @@ def add_parser(subparsers: Any) -> None:
 def run(flags: argparse.Namespace) -> int:
     """Exports, shows what became of each matrix and how far the logits are apart."""
     check_json(flags.json)
+    check_request(Path(flags.out), flags.format, flags.merge, flags.dtype, flags.max_shard_size)
+    from nativerank.cli.console import progress
     from nativerank.export.export import export
 
     with progress(flags.quiet) as watch:
@@ -94,15 +98,3 @@ def table(matrices: list[Any]) -> str:
         what = "dense" if merged else "factors"
         lines.append(f"{clipped(name, 32):<32}{count:>6}{shape:>15}{rank:>6}{break_even:>12.1f}  {what}")
     return "\n".join(lines)
-
-
-@contextmanager
-def progress(quiet: bool) -> Iterator[Any]:
-    """What is going on, on a terminal; nothing elsewhere."""
-    if quiet or not sys.stderr.isatty():
-        yield lambda what: None
-        return
-    from rich.console import Console
-
-    with Console(stderr=True).status("") as status:
-        yield lambda what: status.update(what)

@@ -16,23 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nativerank.convert import COMPANIONS
-from nativerank.export.gguf_file import FILE as GGUF_FILE
 from nativerank.export.gguf_file import check_gguf, read_model, write_gguf
-from nativerank.export.merge import MERGES, Merged, merge_factors
-from nativerank.export.parity import Batch, Parity, check, check_language_model, compare, fixed_batch, logits_of
-from nativerank.files import check_free, new_folder
-from nativerank.hub.companions import TOKENIZER_CONFIG
+from nativerank.export.merge import Merged, merge_factors
+from nativerank.export.parity import Batch, Parity, check, check_language_model, compare, finite, fixed_batch, logits_of
+from nativerank.export.request import GGUF_FILE, check_request
+from nativerank.files import new_folder
+from nativerank.hub.companions import TOKENIZER_CONFIG, WORDS, beside, check_tokenizer
 from nativerank.hub.load import load
 from nativerank.hub.save import save
 from nativerank.hub.stock import architecture_of, silence
 from nativerank.models import count_parameters, read_hf_config
 from nativerank.optim.roles import factor_modules
 from nativerank.train.trained import Complain, Trained, open_trained, to_stderr
-
-FORMATS = {"factored": ("none", "auto"), "dense": ("all", "auto"), "gguf": ("all",)}  # the merges, the default first
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-GGUF_DTYPES = ("float32", "float16")
 
 
 @dataclass(frozen=True)
@@ -90,14 +85,20 @@ def export(
         ValueError: whatever is wrong with the arguments or the model; logits that do not agree; a full disk.
     """
     out = Path(out)
-    merge = check_request(out, format, merge, dtype)
+    merge = check_request(out, format, merge, dtype, max_shard_size)
     watch("reading weights")
     trained = open_trained(path, step, complain)
     check_language_model(trained.model, trained.label)
+    if format == "factored" and not factor_modules(trained.model):
+        raise ValueError(f"{trained.label} has no factors; --format dense writes it")
+    check_tokenizer(trained.tokenizer, trained.model, trained.label)
+    companions = beside(trained.folder)
+    if trained.tokenizer is None and not any(file.name in WORDS for file in companions):
+        complain(f"{trained.label} has no tokenizer, so {out} gets none")
     if format == "gguf":
         check_gguf(trained)
     model, batch = trained.model, fixed_batch(trained)
-    before, wanted = count_parameters(model)["total"], logits_of(model, batch)
+    before, wanted = count_parameters(model)["total"], finite(logits_of(model, batch), trained.label)
     watch("merging")
     matrices = merge_factors(model, merge)
     form = format if format == "gguf" else form_of(model, matrices)
@@ -106,34 +107,17 @@ def export(
 
     def verify(written: Path) -> None:
         watch("reading it back")
-        found.append(verified(written, wanted, form, DTYPES[dtype], batch))
+        found.append(verified(written, wanted, form, getattr(torch, dtype), batch))
 
     if format == "gguf":
         with new_folder(out) as partial:
             write_gguf(trained, partial / GGUF_FILE, dtype)
             verify(partial)
     else:
-        write_folder(trained, out, DTYPES[dtype], max_shard_size, verify)
+        write_folder(trained, companions, out, getattr(torch, dtype), max_shard_size, verify)
     size = sum(file.stat().st_size for file in out.iterdir())
     parameters = {"before": before, "after": count_parameters(model)["total"]}
     return Exported(trained.label, str(out), form, dtype, parameters, matrices, found[0], size)
-
-
-def check_request(out: Path, format: str, merge: str | None, dtype: str) -> str:
-    """What is merged; raises a ValueError for what can be seen to be wrong before weights are read."""
-    if format not in FORMATS:
-        raise ValueError(f"--format is one of {', '.join(FORMATS)}, got {format!r}")
-    if merge is not None and merge not in MERGES:
-        raise ValueError(f"--merge is one of {', '.join(MERGES)}, got {merge!r}")
-    if merge is not None and merge not in FORMATS[format]:
-        raise ValueError(f"--format {format} goes with --merge {' or '.join(FORMATS[format])}, got {merge}")
-    known = GGUF_DTYPES if format == "gguf" else tuple(DTYPES)
-    if dtype not in known:
-        raise ValueError(f"--dtype of --format {format} is one of {', '.join(known)}, got {dtype!r}")
-    if out.suffix == ".gguf":
-        raise ValueError(f"--out {out} is to be a folder; the file in it is called {GGUF_FILE}")
-    check_free(out)
-    return merge or FORMATS[format][0]
 
 
 def form_of(model: nn.Module, matrices: list[Merged]) -> str:
@@ -144,18 +128,22 @@ def form_of(model: nn.Module, matrices: list[Merged]) -> str:
 
 
 def write_folder(
-    trained: Trained, out: Path, dtype: torch.dtype, max_shard_size: str | int, verify: Callable[[Path], None]
+    trained: Trained,
+    companions: list[Path],
+    out: Path,
+    dtype: torch.dtype,
+    max_shard_size: str | int,
+    verify: Callable[[Path], None],
 ) -> None:
     """A factored, mixed or dense folder, with the tokenizer in every form that the source has."""
-    beside = [trained.folder / name for name in COMPANIONS if (trained.folder / name).is_file()]
-    whole = any(file.name == TOKENIZER_CONFIG for file in beside)
+    whole = any(file.name == TOKENIZER_CONFIG for file in companions)
     save(
         trained.model,
         out,
         tokenizer=None if whole else trained.tokenizer,
         dtype=dtype,
         max_shard_size=max_shard_size,
-        companions=beside if whole else (),
+        companions=companions if whole or trained.tokenizer is None else (),
         training=trained.training,
         check=verify,
     )

@@ -24,7 +24,6 @@ from nativerank.export.gguf_tokens import token_metadata
 from nativerank.extras import require
 from nativerank.train.trained import Trained
 
-FILE = "model.gguf"
 ARCH = "llama"
 FILE_TYPES = {"float32": 0, "float16": 1}  # general.file_type: all F32; mostly F16
 ROTATED = ("q_proj", "k_proj")

@@ -14,8 +14,6 @@ from nativerank.layers import to_dense_modules
 from nativerank.layers.rank import break_even_rank
 from nativerank.optim.roles import factor_modules
 
-MERGES = ("none", "auto", "all")
-
 
 @dataclass(frozen=True)
 class Merged:

@@ -73,6 +73,14 @@ def logits_of(model: Any, batch: Batch) -> Tensor:
     return torch.cat([model(row[None], use_cache=False).logits.float() for row in batch.ids])
 
 
+def finite(logits: Tensor, label: str) -> Tensor:
+    """The logits, or a ValueError where they are not numbers."""
+    if not logits.isfinite().all():
+        what = "NaN" if logits.isnan().any() else "infinity"
+        raise ValueError(f"the logits of {label} hold {what}, so there is nothing to hold an export against")
+    return logits
+
+
 def compare(wanted: Tensor, found: Tensor, dtype: torch.dtype, batch: Batch) -> Parity:
     """How far logits are from the wanted ones, with the bound of the precision that is written."""
     largest = wanted.abs().max().item()

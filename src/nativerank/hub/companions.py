@@ -12,6 +12,44 @@ from nativerank.models import context_length
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 GENERATION_CONFIG = "generation_config.json"
+# What belongs to a model besides config and weights: its tokenizer in every form, and how it is asked to generate.
+WORDS = (TOKENIZER, "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")  # any of them makes a tokenizer
+ABOUT_WORDS = (
+    TOKENIZER_CONFIG,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+def beside(folder: Path) -> list[Path]:
+    """The files of a model folder that another one with this model needs too; nothing about a tokenizer that is gone.
+
+    Raises:
+        ValueError: one that is no JSON though its name says so.
+    """
+    present = [name for name in WORDS if (folder / name).is_file()]
+    names = [*present, *(ABOUT_WORDS if present else ()), GENERATION_CONFIG]
+    files = [folder / name for name in names if (folder / name).is_file()]
+    for file in files:
+        if file.suffix == ".json" and file.name != TOKENIZER:  # which was read
+            try:
+                json.loads(file.read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise ValueError(f"cannot read {file}: {error}") from None
+    return files
+
+
+def check_tokenizer(tokenizer: Any, model: Any, label: str) -> None:
+    """Raises a ValueError for a tokenizer with ids that the model has no rows for."""
+    rows, ids = model.get_input_embeddings(), tokenizer.get_vocab(with_added_tokens=True) if tokenizer else {}
+    if isinstance(rows, nn.Embedding) and ids and max(ids.values()) >= rows.num_embeddings:
+        raise ValueError(
+            f"{label} has a tokenizer with ids up to {max(ids.values())}, and the model knows only "
+            f"{rows.num_embeddings} tokens"
+        )
 
 
 def write_tokenizer(tokenizer: Any, model: nn.Module, folder: Path) -> None:

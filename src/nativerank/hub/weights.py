@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from nativerank.files import umask
+from nativerank.files import size_in_bytes, umask
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
@@ -109,10 +109,7 @@ def write_folder(
 
     # The plan counts bytes, so it wants the shapes in the precision that is written; the meta device has no storage.
     shapes = {name: torch.empty(t.shape, dtype=dtypes.get(name, t.dtype), device="meta") for name, t in tensors.items()}
-    try:
-        plan = split_torch_state_dict_into_shards(shapes, max_shard_size=max_shard_size)
-    except ValueError as error:
-        raise ValueError(f"max_shard_size {max_shard_size!r}: {error}") from None
+    plan = split_torch_state_dict_into_shards(shapes, max_shard_size=size_in_bytes("max_shard_size", max_shard_size))
     for name, members in plan.filename_to_tensors.items():
         write_tensors({m: tensors[m].to(shapes[m].dtype) for m in members}, folder / name, {"format": "pt"})
     if plan.is_sharded:

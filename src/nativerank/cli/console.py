@@ -1,7 +1,9 @@
-"""What a person sees while a run goes on: a rich progress bar on a terminal, plain lines in a pipe, or warnings."""
+"""What a person sees while a command works: a rich progress bar on a terminal, plain lines in a pipe, or warnings."""
 
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -12,6 +14,31 @@ from rich.table import Table
 
 PLAIN_EVERY_SECONDS = 15.0
 SHOWN_WARNINGS = 3
+
+Watch = Callable[..., None]  # what is going on, how much of it is done, of how much (0 where that is not known)
+
+
+@contextmanager
+def progress(quiet: bool, lines: bool = False) -> Iterator[Watch]:
+    """Shows, on standard error, what a command is doing: a bar on a terminal; elsewhere nothing, or if `lines` one line
+    for each thing that begins."""
+    if quiet or not (lines or sys.stderr.isatty()):
+        yield lambda what, done=0, total=0: None
+        return
+    if not sys.stderr.isatty():
+        said: list[str] = []
+
+        def say(what: str, done: int = 0, total: int = 0) -> None:
+            if said[-1:] != [what]:
+                said.append(what)
+                print(what, file=sys.stderr, flush=True)
+
+        yield say
+        return
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda what, done=0, total=0: bar.update(task, description=what, completed=done, total=total or None)
 
 
 class TrainConsole:

@@ -8,10 +8,9 @@ nativerank convert HF_DIR --rank.energy 0.95 --rank.include '["*.mlp.*"]' --out 
 import argparse
 import dataclasses
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
+from nativerank.cli.flags import add_quiet
 from nativerank.cli.output import add_json, check_json, write_json
 from nativerank.cli.train import typed_parser
 from nativerank.config import RankConfig, RunConfig, from_dict
@@ -52,7 +51,7 @@ def parse(argv: list[str]) -> tuple[dict[str, Any], Any]:
     parser.add_argument("--eval_tokens", type=int, metavar="N", help="how much of it, evenly spread (default: 32768)")
     skip = {f.name for f in dataclasses.fields(RankConfig)}.difference(RANK_KEYS)
     parser.add_class_arguments(RankConfig, "rank", skip=skip)
-    parser.add_argument("--quiet", action="store_true", help="print nothing but warnings and errors")
+    add_quiet(parser)
     add_json(parser)
     flags = parser.parse_args(argv)
     if flags.source is None:
@@ -75,6 +74,7 @@ def run(argv: list[str]) -> int:
     """Converts, shows what became of each matrix and of the loss."""
     arguments, flags = parse(argv)
     check_json(flags.json)
+    from nativerank.cli.console import progress
     from nativerank.convert import convert
 
     with progress(flags.quiet) as watch:
@@ -118,18 +118,3 @@ def gentle(kind: str) -> str:
     method = {"lowrank": "spectron", "spectral": "sct"}[kind]
     rates = {key: rate for key, rate in method_defaults(RunConfig(), method).items() if key.endswith("lr") and rate}
     return f"--method {method} " + " ".join(f"--{key} {rate / 4:g}" for key, rate in rates.items())
-
-
-@contextmanager
-def progress(quiet: bool) -> Iterator[Any]:
-    """A bar with the name of the matrix on a terminal, nothing elsewhere."""
-    if quiet or not sys.stderr.isatty():
-        yield lambda what, done, total: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total or None)

@@ -2,10 +2,9 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
+from nativerank.cli.flags import add_device, add_quantize, add_quiet, add_step, device_of
 from nativerank.cli.output import add_json, check_json, write_json
 
 EXAMPLE = """examples:
@@ -33,7 +32,7 @@ def add_parser(subparsers: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("models", nargs="+", metavar="RUN|DIR", help="run, checkpoint, or model folder")
-    parser.add_argument("--step", type=int, metavar="N", help="of runs: the checkpoint of this step")
+    add_step(parser)
     parser.add_argument(
         "--data", "--data.path", action="append", default=[], metavar="FILE|DIR",
         help="text file or prepared folder: perplexity, bits per byte; may be given several times",
@@ -53,9 +52,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--context", type=int, metavar="N", help="tokens of a window (default: as the run was trained)")
     parser.add_argument("--stride", type=int, metavar="N", help="by which a window begins later (default: the context)")
     parser.add_argument("--batch_size", type=int, metavar="N", help="windows or choices at once (default: by memory)")
-    parser.add_argument("--quantize", choices=["int8"], help="weights in 8 bits, with the extra `quantize`")
-    parser.add_argument("--device", choices=["cpu", "cuda", "mps"], help="default: cuda where there is one, else cpu")
-    parser.add_argument("--quiet", action="store_true", help="print nothing but warnings and errors")
+    add_quantize(parser)
+    add_device(parser)
+    add_quiet(parser)
     add_json(parser)
     parser.set_defaults(run=run)
 
@@ -66,7 +65,7 @@ def run(flags: argparse.Namespace) -> int:
     tasks = None if flags.tasks is None else [name.strip() for name in flags.tasks.split(",") if name.strip()]
     if tasks == []:
         raise ValueError(f"--tasks {flags.tasks!r} names no task")
-    from nativerank.cli.generate import device_of
+    from nativerank.cli.console import progress
     from nativerank.evaluate.text import Windows
     from nativerank.evaluation import Request, evaluate
 
@@ -77,32 +76,11 @@ def run(flags: argparse.Namespace) -> int:
         quantize=flags.quantize, quiet=flags.quiet or not sys.stderr.isatty(),
     )  # fmt: skip
     device = device_of(flags)
-    with progress(flags.quiet) as watch:
+    with progress(flags.quiet, lines=True) as watch:
         result = evaluate(request, device, watch)
     if not write_json(result, flags.json) and not flags.quiet:
         print("\n".join(table(result)))
     return 0
-
-
-@contextmanager
-def progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on a terminal; where the output is piped, one line for each thing that begins; on standard error."""
-    if quiet:
-        yield lambda what, done, total: None
-    elif not sys.stderr.isatty():
-        said: list[str] = []
-
-        def say(what: str, done: int, total: int) -> None:
-            if said[-1:] != [what]:
-                said.append(what)
-                print(what, file=sys.stderr, flush=True)
-
-        yield say
-    else:
-        from nativerank.cli.convert import progress as bar
-
-        with bar(quiet) as watch:
-            yield watch
 
 
 def table(result: dict[str, Any]) -> list[str]:
@@ -118,15 +96,17 @@ def table(result: dict[str, Any]) -> list[str]:
 
 def block(result: dict[str, Any], heads: dict[str, str], labels: list[str]) -> list[str]:
     """The lines of some models."""
+    from nativerank.layers.report import clipped
+
     scores = {label: result["models"][label]["scores"] for label in labels}
     lines = [" " * NAME + "".join(f"{heads[label]:>{CELL}}" for label in labels)]
     for name in dict.fromkeys(name for label in labels for name in scores[label]):
         found = [scores[label].get(name) for label in labels]
         first = next(score for score in found if score)
-        lines.append(shortened(name, WIDTH - 24) + heading(first))
+        lines.append(clipped(name, WIDTH - 24) + heading(first))
         for metric in dict.fromkeys(m for score in found if score for m in score["metrics"]):
             cells = [cell(score["metrics"].get(metric)) if score else "-" for score in found]
-            lines.append(f"  {shortened(metric, NAME - 3):<{NAME - 2}}" + "".join(f"{c:>{CELL}}" for c in cells))
+            lines.append(f"  {clipped(metric, NAME - 3):<{NAME - 2}}" + "".join(f"{c:>{CELL}}" for c in cells))
         for fact in ("n", "context", "stride"):
             if any(score and fact in score and score[fact] is not None for score in found):
                 cells = [f"{score[fact]:,}" if score and score.get(fact) else "-" for score in found]
@@ -151,8 +131,3 @@ def cell(metric: dict[str, Any] | None) -> str:
     value, error = metric["value"], metric["stderr"]
     text = f"{value:.3e}" if abs(value) >= LARGE else f"{value:.4f}"
     return text if error is None else f"{text} +- {error:.4f}"
-
-
-def shortened(text: str, width: int) -> str:
-    """The end of a long name, which tells more than its beginning."""
-    return text if len(text) <= width else "..." + text[3 - width :]

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
+from nativerank.cli.flags import add_device, add_quantize, add_step, device_of
 from nativerank.cli.output import add_json, check_json, write_json
 
-EXAMPLE = """The text goes to standard output, token by token where one is written at a time; the form and the speed go to
-standard error.
+EXAMPLE = """The text goes to standard output, token by token where one is written at a time; the form and the speed go
+to standard error.
 
 --form merged forms W = A B^T in memory first, --form factored keeps the factors. auto takes the form that is done
 first by the measurements of `nativerank bench generate` in the user cache, if there is one of this machine and
@@ -36,7 +37,7 @@ def add_parser(subparsers: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", help="run folder, checkpoint, or folder of a model (factored or stock) and tokenizer")
-    parser.add_argument("--step", type=int, metavar="N", help="of a run: the checkpoint of this step")
+    add_step(parser)
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="to continue; may be given several times")
     parser.add_argument(
         "--prompts", metavar="FILE", help='one prompt a line, or .jsonl with "prompt" keys; - for standard input'
@@ -51,8 +52,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch_size", type=int, default=8, metavar="N", help="texts at a time; 1 streams each")
     parser.add_argument("--form", default="auto", choices=["auto", "factored", "merged"], help="see below")
-    parser.add_argument("--quantize", choices=["int8"], help="weights in 8 bits, with the extra `quantize`")
-    parser.add_argument("--device", choices=["cpu", "cuda", "mps"], help="default: cuda where there is one, else cpu")
+    add_quantize(parser)
+    add_device(parser)
     parser.add_argument("--quiet", action="store_true", help="the text alone")
     add_json(parser)
     parser.set_defaults(run=run)
@@ -83,15 +84,6 @@ def aside(flags: argparse.Namespace, line: str) -> None:
     """A line beside the text."""
     if not flags.quiet:
         print(line, file=sys.stderr, flush=True)
-
-
-def device_of(flags: argparse.Namespace) -> Any:
-    """The one that was asked for, else what training takes."""
-    import torch
-
-    from nativerank.train.setup import pick_device
-
-    return pick_device(flags.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def prompts_of(flags: argparse.Namespace) -> list[str]:

@@ -31,7 +31,7 @@ from nativerank.data.demo import prepared_demo
 from nativerank.data.shards import SPLITS, Dataset
 from nativerank.data.tokenizer import FILE_NAME, vocab_size
 from nativerank.evaluate.cloze import METRICS, Question, cloze, read_questions
-from nativerank.evaluate.loss import Loss
+from nativerank.evaluate.loss import Loss, check_predictions
 from nativerank.evaluate.tasks import PACKAGE, Tasks, evaluate_tasks, open_tasks, package_version
 from nativerank.evaluate.text import (
     Reader,
@@ -47,8 +47,6 @@ from nativerank.evaluate.text import (
 from nativerank.hub.companions import TOKENIZER_CONFIG, write_tokenizer
 from nativerank.integrations.quantize import quantize
 from nativerank.models import PRESETS, count_parameters, one_line
-from nativerank.train.folder import CONFIG as RUN_CONFIG
-from nativerank.train.folder import read_config
 from nativerank.train.setup import versions
 from nativerank.train.trained import Trained, open_trained
 
@@ -118,7 +116,7 @@ def evaluate(
             "path": path,
             "folder": str(trained.folder),
             "parameters": count_parameters(trained.model)["total"],
-            "scores": scores(trained, path, label, request, material, watch),
+            "scores": scores(trained, label, request, material, watch),
         }
     used = versions() | ({PACKAGE: package_version()} if material.tasks else {})
     asked = {"limit": request.limit, "quantize": request.quantize}
@@ -154,12 +152,12 @@ def unique(label: str, taken: dict[str, Any]) -> str:
     return next(name for name in names if name not in taken)
 
 
-def scores(
-    trained: Trained, path: str, label: str, request: Request, material: Material, watch: Watch
-) -> dict[str, Score]:
+def scores(trained: Trained, label: str, request: Request, material: Material, watch: Watch) -> dict[str, Score]:
     """All scores of one model by name."""
+    check_predictions(trained.model, trained.label)
     reader = reader_of(trained.model, trained.tokenizer, trained.label)
-    windows = run_windows(path, request.windows)
+    asked = request.windows
+    windows = replace(asked, context=asked.context or trained.context, document_mask=trained.document_mask)
     out: dict[str, Score] = {}
     for data in texts_of(trained, request):
         with open_text(Path(data), reader, request.split) as text:
@@ -189,16 +187,6 @@ def texts_of(trained: Trained, request: Request) -> list[str]:
         if Dataset.open(demo).tokenizer().to_str() == trained.tokenizer.to_str():
             return [str(demo)]
     raise ValueError(f"what is {trained.label} to be evaluated on? give --data FILE|DIR, --cloze FILE or --tasks NAME")
-
-
-def run_windows(path: str, windows: Windows) -> Windows:
-    """As asked for; the context and the document mask of a run are those that it was trained with."""
-    for run in (Path(path), Path(path).resolve().parent.parent):
-        if (run / RUN_CONFIG).is_file():
-            config = read_config(run)
-            context = windows.context or config.train.context
-            return replace(windows, context=context, document_mask=config.data.document_mask)
-    return windows
 
 
 def text_score(reader: Reader, text: Text, windows: Windows, watch: Callable[[int, int], None]) -> Score:

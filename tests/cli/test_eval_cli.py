@@ -78,6 +78,15 @@ def test_a_model_folder_reads_prepared_data_in_its_own_windows(trained, prepared
     assert score["metrics"]["nats"]["value"] == pytest.approx(own.nats, rel=1e-9) and score["split"] == "train"
 
 
+def test_a_folder_reads_alike_wherever_it_lies(trained, files, cli, tmp_path):
+    places = [trained / "exported" / "copy", tmp_path / "copy"]
+    for place in places:
+        shutil.copytree(trained / "model", place)
+    result = json.loads(cli("eval", *places, trained / "model", "--data", files / "t.txt", "--json").out)
+    assert [next(iter(m["scores"].values()))["context"] for m in result["models"].values()] == [64] * 3
+    shutil.rmtree(trained / "exported")
+
+
 @pytest.mark.parametrize(
     "words, message",
     [

@@ -91,6 +91,7 @@ def test_the_last_checkpoint_is_the_model_that_the_run_wrote(trained, changes, c
     assert written.label == read.label == f"{run} at step 8"
     assert same(written.model, read.model) and not read.model.training
     assert written.data == read.data is not None
+    assert (written.context, written.document_mask) == (read.context, read.document_mask) == (16, False)
     assert read.training == replace(written.training, metrics={}) and read.training.steps == 8
     assert tokenizer_hash(written.tokenizer) == tokenizer_hash(read.tokenizer)
     assert read.model.config.eos_token_id == written.model.config.eos_token_id is not None
@@ -162,6 +163,12 @@ def test_a_preset_takes_its_vocabulary_from_the_checkpoint(tmp_path, run_config,
     assert same(open_trained(tmp_path / "run", 1, complain=lambda message: None).model, wanted)
 
 
+def test_a_run_knows_how_it_read_its_data(trained):
+    run = trained(data__document_mask=True)
+    for found in (open_trained(run), open_trained(run / "checkpoints/step-000003")):
+        assert (found.context, found.document_mask) == (16, True)
+
+
 def test_guides_that_are_still_there_are_said(trained):
     run = trained(method="self-guided")
     said = "step 3 still has the dense guides of self-guided training.* they are freed at step 4"
@@ -179,6 +186,7 @@ def test_model_folders(trained, tmp_path):
     model = open_trained(trained()).model
     save(model, tmp_path / "dense", format="dense")
     found = open_trained(tmp_path / "dense")
+    assert found.context is None is open_trained(trained() / "model").context
     assert found.label == str(tmp_path / "dense") and found.tokenizer is None
     assert same(found.model, load(tmp_path / "dense"))
     assert open_trained(trained() / "model").tokenizer is not None

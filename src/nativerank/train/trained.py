@@ -59,6 +59,8 @@ class Trained:
         label: for people, such as "runs/a at step 300".
         data: the prepared folder that it was trained on, None where that is not known or no longer the same.
         training: how it was trained, for its model card; None where nothing says so.
+        context: tokens of the windows that a run was trained with; None of a model folder, also where it lies in a run.
+        document_mask: whether attention restarted at each document in that run.
     """
 
     model: nn.Module
@@ -67,6 +69,8 @@ class Trained:
     label: str
     data: Path | None = None
     training: Training | None = None
+    context: int | None = None
+    document_mask: bool = False
 
 
 def to_stderr(message: str) -> None:
@@ -161,7 +165,12 @@ def from_finished(run: Path, end: dict[str, Any]) -> Trained:
     training = found.training  # which the config of a dense model does not keep
     if training is None and end:
         training = training_of(config, data, None, end["step"], end["tokens"])
-    return replace(found, data=data.path if data else None, training=training)
+    return replace(found, data=data.path if data else None, training=training, **reading_of(config))
+
+
+def reading_of(config: RunConfig) -> dict[str, Any]:
+    """How a run reads text: `context` and `document_mask` of `Trained`."""
+    return {"context": config.train.context, "document_mask": config.data.document_mask}
 
 
 def from_model_folder(folder: Path, label: str) -> Trained:
@@ -188,7 +197,8 @@ def from_checkpoint(path: Path, run: Path, complain: Complain) -> Trained:
     if extra := sorted(set(stored.shapes) - set(tensors)):
         raise ValueError(f"{path} holds {extra[0]}, which the model of {run / RUN_CONFIG} does not have")
     training = training_of(config, data, None, state["step"], state["tokens"])
-    return Trained(model.eval(), tokenizer, path, label, data.path if data else None, training)
+    folder = data.path if data else None
+    return Trained(model.eval(), tokenizer, path, label, folder, training, **reading_of(config))
 
 
 def refuse_guides(stored: Stored, config: RunConfig, label: str) -> None:

@@ -238,3 +238,16 @@ def test_unknown_presets_are_listed():
     with pytest.raises(ValueError, match=r"unknown preset 'pockt'; did you mean pocket\? \(presets: demo, pocket"):
         find_preset("pockt")
     assert find_preset("pocket-dense").method == "dense-adamw"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model_type": "spiral"}, "transformers .* knows no model_type 'spiral'$"),
+        ({"model_type": ["llama"]}, r"transformers .* knows no model_type \['llama'\]$"),
+        ({"num_attention_heads": 0}, "is no valid config: num_attention_heads cannot be 0$"),
+    ],
+)
+def test_a_config_that_makes_no_model_is_named(write_hf_config, changes, said):
+    with pytest.raises(ValueError, match=rf"\.json.*{said}"):
+        read_hf_config(write_hf_config(**changes))

@@ -187,14 +187,21 @@ def make_hf_config(values: Any, file: Path) -> Any:
             kernel that is not built in.
     """
     from transformers import AutoConfig
+    from transformers import __version__ as version
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     if not isinstance(values, dict) or "model_type" not in values:
         raise ValueError(f"{file} names no model_type, so it is not a Hugging Face config.json")
     if values["model_type"] == MODEL_TYPE:
         raise ValueError(f"{file} belongs to a model in low rank; train its weights on with --init {file.parent}")
     refuse_foreign_kernels(values, file)
+    if values["model_type"] not in list(CONFIG_MAPPING):
+        raise ValueError(f"{file}: transformers {version} knows no model_type {values['model_type']!r}")
     try:
         return AutoConfig.for_model(**values)
+    except ZeroDivisionError as error:
+        sizes = [key for key, value in values.items() if value == 0 and key.startswith(("num_", "n_", "hidden_"))]
+        raise ValueError(f"{file} is no valid config: {' and '.join(sizes) or 'a size'} cannot be 0") from error
     except Exception as error:  # transformers raises what it likes on values it does not accept
         raise ValueError(f"{file} is no valid config: {one_line(error)}") from error
 

@@ -102,6 +102,17 @@ def index_with(folder, change):
 FIRST, LAST = "model.embed_tokens.weight", "lm_head.weight"
 
 
+def test_an_index_without_files_is_named(copied):
+    for text, said in (
+        ('{"weight_map": 5}', "its weight_map does not name a file for every tensor"),
+        ('{"weight_map": {"a": 5}}', "its weight_map does not name a file for every tensor"),
+        ("{}", "it holds no 'weight_map'"),
+    ):
+        (copied / "model.safetensors.index.json").write_text(text)
+        with pytest.raises(ValueError, match=rf"cannot read .*index\.json: {said}$"):
+            nr.load(copied)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -135,7 +146,7 @@ def test_half_copied_folders(copied):
     with pytest.raises(ValueError, match=r"cannot read .*index\.json"):
         nr.load(copied)
     (copied / INDEX).unlink()
-    with pytest.raises(ValueError, match=r"cannot read .*model\.safetensors: .*No such file"):
+    with pytest.raises(ValueError, match=r"cannot read [^:]*model\.safetensors: No such file or directory$"):
         nr.load(copied)
 
 

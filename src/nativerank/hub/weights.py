@@ -139,8 +139,15 @@ def read_header(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
         stored = {name: _stored(file, 8 + length, entry) for name, entry in entries.items()}
         _check_layout(stored.values(), 8 + length, size)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise ValueError(f"cannot read {file}: {error}") from None
+        raise ValueError(f"cannot read {file}: {_cause(error)}") from None
     return stored, words
+
+
+def _cause(error: Exception) -> str:
+    """In words, without the path again."""
+    if isinstance(error, KeyError):
+        return f"it holds no {error}"
+    return str(getattr(error, "strerror", None) or error)
 
 
 def _stored(file: Path, origin: int, entry: dict[str, Any]) -> StoredTensor:
@@ -173,11 +180,13 @@ def read_folder_header(folder: Path) -> dict[str, StoredTensor]:
         return read_header(folder / WEIGHTS)[0]
     try:
         where = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        if not (isinstance(where, dict) and all(isinstance(name, str) for name in where.values())):
+            raise ValueError("its weight_map does not name a file for every tensor")
         files = sorted(set(where.values()))
         if any(Path(name).name != name for name in files):
             raise ValueError("it names files outside the folder")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"cannot read {folder / INDEX}: {error}") from None
+        raise ValueError(f"cannot read {folder / INDEX}: {_cause(error)}") from None
     if gone := [name for name in files if not (folder / name).is_file()]:
         raise ValueError(f"{folder} lacks {gone[0]}{_more(gone)}, which its index names; was it copied whole?")
     stored: dict[str, StoredTensor] = {}
@@ -255,7 +264,7 @@ def read_into(model: nn.Module, stored: Mapping[str, StoredTensor], where: Path)
 def _read_tensor(stream: BinaryIO, entry: StoredTensor, target: Tensor) -> None:
     """The numbers at the stream's position into a tensor: in place where they are what they shall be."""
     if target.device.type == "cpu" and target.dtype == entry.dtype and target.is_contiguous():
-        _read_exactly(stream, memoryview(target.reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
+        _read_exactly(stream, memoryview(target.reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]  # numpy arrays are buffers
         return
     flat = target.reshape(-1) if target.is_contiguous() else torch.empty(target.numel(), dtype=target.dtype)
     step = CHUNK_BYTES // entry.dtype.itemsize
@@ -271,7 +280,7 @@ def _read_tensor(stream: BinaryIO, entry: StoredTensor, target: Tensor) -> None:
 def _read_exactly(stream: BinaryIO, buffer: memoryview) -> None:
     done = 0
     while done < len(buffer):
-        count = stream.readinto(buffer[done:])  # type: ignore[attr-defined]
+        count = stream.readinto(buffer[done:])  # type: ignore[attr-defined]  # of a raw file
         if not count:
             raise OSError(errno.EIO, "the file became shorter while it was read", stream.name)
         done += count

@@ -13,161 +13,23 @@ form (`bench.generate_memory`); bytes of weights and cache are those of the tens
 The times go into the user cache, where `--form auto` finds them, unless there are too few of them.
 """
 
-import copy
-import dataclasses
-import json
 import os
-import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nativerank.accounting.memory import weights_bytes
+from nativerank.bench.generate_memory import add_memory, measure_memory
+from nativerank.bench.generate_sides import PHASES, Side, Source, make_sides, random_prompts, write_once
 from nativerank.bench.measure import check_sizes, ratio, rounds
 from nativerank.hub.forms import DENSE, FACTORED, MERGED, place, remember, size_of
-from nativerank.hub.generate import continue_ids
-from nativerank.hub.sampling import Chooser, Sampling
-from nativerank.layers import to_dense_modules
-from nativerank.methods import factorize
-from nativerank.models import DENSE as DENSE_PRESET
-from nativerank.models import (
-    Preset,
-    check_predicts_next_token,
-    context_length,
-    count_parameters,
-    find_preset,
-    hf_config,
-    materialize,
-    scaled,
-    skeleton,
-)
-from nativerank.optim.roles import factor_modules
+from nativerank.models import context_length, count_parameters
 from nativerank.train.setup import pick_device, versions
-from nativerank.train.trained import open_trained
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
-PHASES = ("prefill", "decode")
-MEMORY = "nativerank.bench.generate_memory"
 LEAST_REPEATS, LEAST_TOKENS = 3, 16  # of a measurement that `--form auto` may go by
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """Where the models of all forms come from.
-
-    Attributes:
-        folder: a run, a checkpoint or a model folder; None for a preset.
-        preset, d_model, layers: of freshly drawn models.
-    """
-
-    folder: str | None = None
-    preset: str = "demo"
-    d_model: int | None = None
-    layers: int | None = None
-
-    def shapes(self) -> Preset:
-        """The preset at the size that was asked for."""
-        return scaled(find_preset(self.preset.removesuffix(DENSE_PRESET)), self.d_model, self.layers)
-
-    def factored(self, rank_ratio: float | None) -> nn.Module:
-        """On the CPU in evaluation mode.
-
-        Raises:
-            ValueError: a folder without factors, or what `open_trained` refuses.
-        """
-        if self.folder:
-            model = open_trained(self.folder).model
-            check_predicts_next_token(model, self.folder)
-            if not factor_modules(model):
-                raise ValueError(f"{self.folder} holds no factors, so there are no forms to compare")
-            return model
-        preset = self.shapes()
-        rank = {"rank_ratio": preset.ratio, "rank": preset.value} if rank_ratio is None else {"rank_ratio": rank_ratio}
-        model = skeleton(hf_config(preset))
-        factorize(model, "spectron", **rank)
-        return materialize(model, seed=0, init_scale=1.0, init="sampled").eval()
-
-    def model(self, form: str, rank_ratio: float | None) -> nn.Module:
-        """Of any form."""
-        model = self.factored(rank_ratio)
-        if form == FACTORED:
-            return model
-        to_dense_modules(model)
-        return model if form == MERGED else dense_twin(model)
-
-
-def dense_twin(merged: nn.Module) -> nn.Module:
-    """The architecture of a model without factors, freshly drawn."""
-    hf: Any = merged
-    return materialize(skeleton(copy.deepcopy(hf.config)), seed=0, init_scale=1.0, init="sampled").eval()
-
-
-class Clock:
-    """A streamer that keeps when each token came, by one of CLOCKS; the first entry is the start."""
-
-    def __init__(self, kind: str = "wall") -> None:
-        self.read, self.times = CLOCKS[kind], list[float]()
-
-    def put(self, value: Tensor) -> None:
-        self.times.append(self.read())
-
-    def end(self) -> None:
-        """Nothing is held back."""
-
-    def seconds(self) -> dict[str, float]:
-        """Of the first token, and of the others."""
-        return {"prefill": self.times[1] - self.times[0], "decode": self.times[-1] - self.times[1]}
-
-
-def random_prompts(model: nn.Module, batch: int, tokens: int, device: torch.device) -> Tensor:
-    """Ids (batch, tokens)."""
-    hf: Any = model
-    vocab = hf.get_input_embeddings().num_embeddings
-    return torch.randint(vocab, (batch, tokens), generator=torch.Generator().manual_seed(batch)).to(device)
-
-
-def write_once(model: nn.Module, ids: Tensor, new_tokens: int, kind: str = "wall", **how: Any) -> dict[str, float]:
-    """Seconds of prefill and decode of one greedy generation without an end; `how` goes to transformers' generate."""
-    clock, chooser = Clock(kind), Chooser(Sampling(temperature=0), [], ids.device)
-    continue_ids(model, ids, torch.ones_like(ids), new_tokens, chooser, (), streamer=clock, **how)
-    assert len(clock.times) == new_tokens + 1
-    return clock.seconds()
-
-
-class Side:
-    """A model in one form and the seconds it took, by batch."""
-
-    def __init__(self, form: str, rank_ratio: float | None, model: nn.Module):
-        self.form, self.rank_ratio, self.model = form, rank_ratio, model
-        self.seconds: dict[int, dict[str, list[float]]] = {}
-
-    def record(self, batch: int, seconds: dict[str, float]) -> None:
-        """Adds one generation."""
-        kept = self.seconds.setdefault(batch, {phase: [] for phase in (*PHASES, "whole")})
-        for phase in PHASES:
-            kept[phase].append(seconds[phase])
-        kept["whole"].append(sum(seconds.values()))
-
-    def medians(self, batch: int) -> dict[str, float]:
-        """Of every phase."""
-        return {phase: statistics.median(values) for phase, values in self.seconds[batch].items()}
-
-    def row(self, batch: int, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
-        """Medians, and tokens per second of the whole batch."""
-        seconds = self.medians(batch)
-        return {
-            "batch": batch,
-            **{f"{phase}_seconds": value for phase, value in seconds.items()},
-            "prefill_tokens_per_second": batch * prompt_tokens / seconds["prefill"],
-            "decode_tokens_per_second": batch * (new_tokens - 1) / seconds["decode"],
-            "tokens_per_second": batch * new_tokens / seconds["whole"],
-        }
 
 
 def bench_generate(
@@ -203,14 +65,9 @@ def bench_generate(
     check_sizes(
         repeats=repeats, d_model=d_model, layers=layers, batches=min(batches, default=0), prompt_tokens=prompt_tokens
     )
-    if new_tokens < 2:
-        raise ValueError(f"--new_tokens must be at least 2, the first one is the prefill's; got {new_tokens}")
-    if folder and (ratios or d_model or layers):
-        raise ValueError(f"{folder} has its sizes and ranks; leave out --rank.ratio, --d_model and --layers")
-    batches, where = sorted(set(batches)), pick_device(device)
-    if clock == "cpu" and (device != "cpu" or torch.get_num_threads() > 1):
-        raise ValueError("--clock cpu adds up the time of all threads; use --device cpu and OMP_NUM_THREADS=1")
     source = Source(folder, preset_name, d_model, layers)
+    check_request(source, ratios, new_tokens, clock, device)
+    batches, where = sorted(set(batches)), pick_device(device)
     asked: list[float | None] = [*dict.fromkeys(ratios or [])] or [None]
     sides, merge_seconds = make_sides(source, asked, where, clock)
     check_context(sides[0].model, prompt_tokens + new_tokens)
@@ -234,29 +91,25 @@ def bench_generate(
         "merged_over_dense": speedups(side_of(sides, MERGED), sides, batches, DENSE),
         "environment": versions(),
     }
-    steady = repeats >= LEAST_REPEATS and new_tokens >= LEAST_TOKENS
-    result["remembered"] = str(remember(for_auto(result))) if steady else None
+    result["remembered"] = repeats >= LEAST_REPEATS and new_tokens >= LEAST_TOKENS
+    if result["remembered"]:
+        remember(for_auto(result))
     return result
+
+
+def check_request(source: Source, ratios: Sequence[float] | None, new_tokens: int, clock: str, device: str) -> None:
+    """Raises a ValueError for what cannot be measured, or not together."""
+    if new_tokens < 2:
+        raise ValueError(f"--new_tokens must be at least 2, the first one is the prefill's; got {new_tokens}")
+    if source.folder and (ratios or source.d_model or source.layers):
+        raise ValueError(f"{source.folder} has its sizes and ranks; leave out --rank.ratio, --d_model and --layers")
+    if clock == "cpu" and (device != "cpu" or torch.get_num_threads() > 1):
+        raise ValueError("--clock cpu adds up the time of all threads; use --device cpu and OMP_NUM_THREADS=1")
 
 
 def load_average() -> float | None:
     """Processes that wanted a processor in the last 15 minutes, this one included, where the system says."""
     return os.getloadavg()[2] if hasattr(os, "getloadavg") else None
-
-
-def make_sides(
-    source: Source, ratios: list[float | None], device: torch.device, clock: str
-) -> tuple[list[Side], float]:
-    """All forms on the device, and the seconds that merging took."""
-    sides = [Side(FACTORED, rank_ratio, source.factored(rank_ratio)) for rank_ratio in ratios]
-    merged = copy.deepcopy(sides[0].model)
-    began = CLOCKS[clock]()
-    to_dense_modules(merged)
-    seconds = CLOCKS[clock]() - began
-    sides += [Side(MERGED, None, merged), Side(DENSE, None, dense_twin(merged))]
-    for side in sides:
-        side.model.to(device)
-    return sides, seconds
 
 
 def check_context(model: nn.Module, tokens: int) -> None:
@@ -319,39 +172,6 @@ def in_words(batches: Sequence[int], faster: Sequence[bool]) -> str:
     if all(faster[n - count :]):
         return f"from batch {batches[n - count]} on"
     return "at batch " + ", ".join(str(batch) for batch, wins in zip(batches, faster, strict=True) if wins)
-
-
-def measure_memory(
-    source: Source, side: Side, batches: Sequence[int], prompt_tokens: int, new_tokens: int, device: str
-) -> dict[str, Any]:
-    """What `bench.generate_memory` finds for one form where nothing else has been done.
-
-    Raises:
-        ValueError: the process ended without a result, which mostly means that memory ran out.
-    """
-    job = {
-        "source": dataclasses.asdict(source),
-        "form": side.form,
-        "ratio": side.rank_ratio,
-        "batches": list(batches),
-        "prompt_tokens": prompt_tokens,
-        "new_tokens": new_tokens,
-        "device": device,
-    }
-    done = subprocess.run([sys.executable, "-m", MEMORY, json.dumps(job)], capture_output=True, text=True)
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["killed, so probably out of memory"])[-1]
-        raise ValueError(f"the process that measures {side.form} ended with {done.returncode}: {reason}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
-
-
-def add_memory(one: dict[str, Any], found: dict[str, Any]) -> None:
-    """Puts what a fresh process found beside the times."""
-    assert found["weights_bytes"] == one["weights_bytes"], "the same model"
-    one["base_bytes"] = found["base_bytes"]
-    for row, memory in zip(one["batches"], found["batches"], strict=True):
-        row |= memory
 
 
 def noise(result: dict[str, Any]) -> float:

@@ -57,11 +57,13 @@ def show_generate(result: dict[str, Any]) -> None:
         for phase, label in (("decode", "decode"), ("prefill", "prefill"), ("whole", "both")):
             print(f"  {label:<9}{one['faster'][phase]}")
     noise = max(abs(row["whole"] - 1) for row in result["merged_over_dense"]["batches"])
-    print(f"merged and dense have equal shapes; their times differ by up to {noise:.0%}: the noise")
-    if result["remembered"] is None:
-        print("not kept for `nativerank generate --form auto`: too few --repeats or --new_tokens")
+    print(f"merged and dense have equal shapes; their times differ by up to {noise:.0%}")
+    if result["remembered"]:
+        from nativerank.hub.forms import measurements_file
+
+        print(f"kept for `nativerank generate --form auto`: {measurements_file()}")
     else:
-        print(f"kept for `nativerank generate --form auto`: {result['remembered']}")
+        print("not kept for `nativerank generate --form auto`: too few repeats or new_tokens")
 
 
 def name_of(side: dict[str, Any]) -> str:

@@ -152,11 +152,16 @@ def processor() -> str:
 def measurements() -> list[dict[str, Any]]:
     """All of them; none where there is no file or not a readable one, which the next benchmark writes anew."""
     try:
-        stored = json.loads((cache_dir() / FILE).read_text(encoding="utf-8"))
+        stored = json.loads(measurements_file().read_text(encoding="utf-8"))
         found: list[dict[str, Any]] = stored["measurements"] if stored["version"] == VERSION else []
         return found
     except (OSError, ValueError, KeyError, TypeError):
         return []
+
+
+def measurements_file() -> Path:
+    """Where measurements are kept."""
+    return cache_dir() / FILE
 
 
 def remember(new: list[dict[str, Any]]) -> Path:
@@ -167,7 +172,7 @@ def remember(new: list[dict[str, Any]]) -> Path:
 
     fresh = {key(one) for one in new}
     kept = [one for one in measurements() if key(one) not in fresh]
-    file = cache_dir() / FILE
+    file = measurements_file()
     file.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"version": VERSION, "measurements": kept + new}, indent=1)
     with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as temporary:

@@ -80,8 +80,8 @@ def open_tasks(names: list[str], include: list[str], quiet: bool = True) -> Task
     with hushed(quiet):
         manager = harness.TaskManager(include_path=include or None)
         check_known(wanted, manager.all_tasks)
-        loaded = [load(manager, name) for name in wanted]
-    objects = [task for name, found in zip(wanted, loaded, strict=True) for task in top(name, found)]
+        loaded = [load_task(manager, name) for name in wanted]
+    objects = [task for name, found in zip(wanted, loaded, strict=True) for task in group_or_tasks(name, found)]
     return Tasks(tuple(wanted), objects, manager)
 
 
@@ -96,7 +96,7 @@ def check_known(names: list[str], known: list[str]) -> None:
             raise ValueError(f"unknown task {name!r}{near} (--include_path DIR adds YAML files of your own)")
 
 
-def load(manager: Any, name: str) -> Any:
+def load_task(manager: Any, name: str) -> Any:
     """One name with its data. What fails in there (network, YAML, templates) has dozens of types."""
     try:
         return manager.load([name])
@@ -108,7 +108,7 @@ def load(manager: Any, name: str) -> Any:
         ) from None
 
 
-def top(name: str, found: Any) -> list[Any]:
+def group_or_tasks(name: str, found: Any) -> list[Any]:
     """The group of that name, else the tasks that the name stands for."""
     return [found["groups"][name]] if name in found["groups"] else list(found["tasks"].values())
 

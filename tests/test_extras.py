@@ -22,3 +22,14 @@ def test_a_package_that_lacks_something_itself_says_so(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="no_such_package"):
         require("half_there", "gguf", "this")
+
+
+def test_under_ci_a_missing_package_is_an_error(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    monkeypatch.setitem(sys.modules, "torchtitan", None)
+    for ci, kind in (("", pytest.skip.Exception), ("true", ImportError)):
+        monkeypatch.setenv("CI", ci)
+        with pytest.raises(kind):
+            pytest.importorskip("gguf")
+        with pytest.raises(pytest.skip.Exception):
+            pytest.importorskip("torchtitan")

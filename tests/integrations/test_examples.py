@@ -1,10 +1,12 @@
 """Every example runs as it is written, at a small size, and a page of docs/ names it."""
 
+import json
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import nativerank as nr
 
@@ -37,10 +39,18 @@ def test_plain_pytorch(example):
 
 
 def test_hf_trainer(example):
-    assert "checkpoints in my-trainer" in example("hf_trainer.py", "--steps", 8)
-    assert Path("my-trainer/checkpoint-4").is_dir()
-    again = example("hf_trainer.py", "--steps", 8, "--resume")
-    assert "ranks " in again
+    assert "checkpoints in my-trainer" in example("hf_trainer.py", "--steps", 4)
+    assert steps_logged("my-trainer/checkpoint-4") == [1, 2, 3, 4]
+    assert "ranks " in example("hf_trainer.py", "--steps", 8, "--resume")
+    resumed = steps_logged("my-trainer/checkpoint-8")
+    assert resumed == list(range(1, 9)), "the first four are those of the checkpoint"
+    weights = [nr.load(f"my-trainer/checkpoint-{step}").lm_head.weight for step in (4, 6, 8)]
+    assert not torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])
+
+
+def steps_logged(checkpoint):
+    rows = json.loads(Path(checkpoint, "trainer_state.json").read_text())["log_history"]
+    return [row["step"] for row in rows if "loss" in row]
 
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated")

@@ -232,7 +232,8 @@ def test_what_cannot_teach_is_refused_in_one_line(tmp_path, cli, flags, teachers
         "has another tokenizer than the data": {"distill__teacher": tmp_path / "tokenizer"},
         "cut": {"distill__teacher": tmp_path / "cut"},
         "distill.weight has no meaning without --distill.teacher": {"distill__weight": 0.2},
-        "distill.temperature must not be 0": {"distill__teacher": teachers / "dense", "distill__temperature": 0.0},
+        "distill.temperature must be > 0, got 0": {"distill__teacher": teachers / "dense", "distill__temperature": 0.0},
+        "distill.temperature must be > 0, got -1": {"distill__teacher": teachers / "dense", "distill__temperature": -1},
         "distill.weight must be in [0, 1], got 1.5": {"distill__teacher": teachers / "dense", "distill__weight": 1.5},
         "which this run writes": {"distill__teacher": teachers / "dense", "out": teachers},
     }

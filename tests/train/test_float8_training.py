@@ -11,7 +11,7 @@ from nativerank.hub.load import load
 from nativerank.layers.base import factor_linears
 from nativerank.methods import build_optimizer, factorize
 from nativerank.models import read_hf_config, skeleton
-from nativerank.train.float8 import check_device, compute_in_float8
+from nativerank.train.float8 import EMULATED, check_device, compute_in_float8
 from nativerank.train.loop import train
 from nativerank.train.metrics import read_rows
 
@@ -105,7 +105,7 @@ def test_a_run_saves_the_same_folder_and_resumes_bit_for_bit(tmp_path, run_confi
 
 def test_what_cannot_be_is_one_line(cli, flags, monkeypatch):
     for changes, said in (
-        ({"train__float8": True}, "needs a CUDA GPU of compute capability 8.9 or above, found cpu"),
+        ({"train__float8": True}, "needs a CUDA GPU of compute capability 8.9 or above, found cpu; " + EMULATED),
         ({"train__float8_emulate": True}, "set --train.float8 true too"),
         ({"train__float8": True, "rank__adapt__threshold": 0.9}, "cannot go with rank.adapt.mode schedule"),
         ({"train__float8": True, "train__float8_emulate": True, "rank__value": 12}, "multiples of 16"),

@@ -15,6 +15,7 @@ from nativerank.extras import require
 from nativerank.layers.base import factor_linears
 
 CAPABILITY = (8, 9)  # Ada; Hopper and Blackwell have more
+EMULATED = "--train.float8 true --train.float8_emulate true rounds alike on any device, slowly"
 MULTIPLE = 16  # of both sizes of a matrix, for the hardware
 
 
@@ -44,8 +45,8 @@ def compute_in_float8(model: nn.Module, device: torch.device, emulate: bool = Fa
             f"train.float8 takes factors whose sizes are multiples of {MULTIPLE}, and none of the {len(halves)} here "
             "is; --rank.value sets their rank"
         )
-    config = float8.Float8LinearConfig(emulate=emulate)
-    float8.convert_to_float8_training(model, module_filter_fn=lambda _, name: name in set(chosen), config=config)
+    config, wanted = float8.Float8LinearConfig(emulate=emulate), frozenset(chosen)
+    float8.convert_to_float8_training(model, module_filter_fn=lambda _, name: name in wanted, config=config)
     return chosen
 
 
@@ -54,7 +55,7 @@ def check_device(device: torch.device) -> None:
     least = ".".join(map(str, CAPABILITY))
     wanted = f"train.float8 needs a CUDA GPU of compute capability {least} or above"
     if device.type != "cuda":
-        raise ValueError(f"{wanted}, found {device.type}; train.float8_emulate rounds alike on any device")
+        raise ValueError(f"{wanted}, found {device.type}; {EMULATED}")
     found = torch.cuda.get_device_capability(device)
     if found < CAPABILITY:
         raise ValueError(f"{wanted}, found {torch.cuda.get_device_name(device)} with {'.'.join(map(str, found))}")

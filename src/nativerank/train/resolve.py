@@ -40,7 +40,6 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "guard.loss_jump": (0, math.inf),
     "guide.share": (0, 1),
     "distill.weight": (0, 1),
-    "distill.temperature": (0, math.inf),
     **{f"parallel.{name}": (1, math.inf) for name in ("replicas", "shards", "timeout")},
     "parallel.diloco.every": (0, math.inf),
     "parallel.diloco.lr": (0, math.inf),

@@ -5,6 +5,7 @@ tokens as the model: an equal vocabulary, and where both are known the same toke
 """
 
 import hashlib
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from nativerank.hub.weights import named_tensors
 from nativerank.models import check_predicts_next_token, context_length
 from nativerank.train.distill import Teacher
 
-SAMPLE = 1024  # numbers of each tensor that a fingerprint looks at: training changes nearly all of them
+SAMPLE = 1024  # numbers of each tensor, at least, that a fingerprint looks at: training changes nearly all of them
 
 
 def check_distill(config: RunConfig) -> None:
@@ -31,8 +32,8 @@ def check_distill(config: RunConfig) -> None:
             key = differences(d, DistillConfig(), "distill.")[0]
             raise ValueError(f"{key} has no meaning without --distill.teacher")
         return
-    if d.temperature == 0:
-        raise ValueError("distill.temperature must not be 0")
+    if not 0 < d.temperature < math.inf:
+        raise ValueError(f"distill.temperature must be > 0, got {d.temperature:g}")
     try:
         folder = model_folder(Path(d.teacher)).resolve()
         check_predicts_next_token(outline(folder), d.teacher)

@@ -93,6 +93,24 @@ def test_experts_keep_the_names_of_their_modules(tmp_path):
     assert same(load(tmp_path / "m"), model)
 
 
+def test_a_save_that_is_cut_short_is_not_read_as_a_stock_folder(tmp_path, monkeypatch):
+    from transformers import modeling_utils
+
+    def cut(*args, **options):
+        raise OSError("the disk is full")
+
+    model = make()
+    before = model.config.to_dict()
+    with monkeypatch.context() as patch:
+        patch.setattr(modeling_utils, "safe_save_file", cut)
+        with pytest.raises(OSError, match="disk is full"):
+            model.save_pretrained(tmp_path / "m")
+    assert json.loads((tmp_path / "m/config.json").read_text())["model_type"] == "nativerank"
+    assert "save_pretrained" not in vars(model.config) and model.config.to_dict().keys() == before.keys()
+    model.save_pretrained(tmp_path / "m")
+    assert same(load(tmp_path / "m"), model)
+
+
 def test_guides_are_saved_for_whoever_goes_on_and_refused_by_load(tmp_path):
     model = make(kind="guided")
     model.save_pretrained(tmp_path / "m")

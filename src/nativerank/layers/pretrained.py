@@ -86,8 +86,9 @@ def stock_keys(config: dict[str, Any]) -> dict[str, Any]:
 
 
 class SavePretrained:
-    """Stands for `save_pretrained` of a factorized model: the stock one, then our config.json.
+    """Stands for `save_pretrained` of a factorized model: the stock one, with our config.json in the place of its own.
 
+    The config is written before the weights, so a save that is cut short leaves no folder that transformers misreads.
     It knows its model weakly, or large models would wait for the garbage collector; a copied or unpickled model gets
     one of its own.
     """
@@ -112,11 +113,20 @@ class SavePretrained:
             raise ValueError("save_pretrained(push_to_hub=True) of a factorized model: call model.push_to_hub(...)")
         # Names stay those of the modules: conversions to older names of the stock weights do not know factors.
         options["save_original_format"] = False
-        type(model).save_pretrained(model, save_directory, is_main_process=is_main_process, **options)
-        adapters_only = getattr(model, "_hf_peft_config_loaded", False)
-        if is_main_process and not adapters_only:
-            file = Path(save_directory) / CONFIG
-            file.write_text(json.dumps(factored_config(model), indent=2) + "\n", encoding="utf-8")
+        config = vars(model.config)
+
+        def write_ours(folder: str | Path, **_: Any) -> None:
+            config.pop(own, None)  # it is no key of the config
+            text = json.dumps(factored_config(model), indent=2) + "\n"
+            (Path(folder) / CONFIG).write_text(text, encoding="utf-8")
+
+        # Transformers calls it where there is a config to write: in the first process, and not for adapters alone.
+        own = "save_pretrained"
+        config[own] = write_ours
+        try:
+            type(model).save_pretrained(model, save_directory, is_main_process=is_main_process, **options)
+        finally:
+            config.pop(own, None)
 
 
 def mark_factored(model: nn.Module) -> None:

@@ -13,7 +13,7 @@ from nativerank.convert import convert, reader_of
 from nativerank.data.shards import Dataset
 from nativerank.evaluate.text import Text, text_loss
 from nativerank.layers import factorize as surgery
-from nativerank.layers.report import detailed, saving_warnings
+from nativerank.layers.report import clipped, detailed, saving_warnings
 from nativerank.models import make_hf_config
 from nativerank.optim.roles import factor_modules
 
@@ -190,11 +190,16 @@ def test_weights_that_are_not_finite_are_named(tmp_path):
 def test_the_table_fits_and_says_when_nothing_is_saved(dense, tmp_path):
     done = convert(dense, tmp_path / "m", RankConfig(ratio=0.25, overrides={"gate_proj": 32}))
     lines = detailed(done.report).splitlines()
-    assert len(lines) == 16 and max(map(len, lines)) <= 80
-    assert {line.split()[0] for line in lines if line.endswith("!")} == {
-        f"model.layers.{i}.mlp.gate_proj" for i in (0, 1)
-    }
+    assert len(lines) == 9 and max(map(len, lines)) <= 80, "two blocks share rows"
+    assert [line.split()[0] for line in lines if line.endswith("!")] == [clipped("model.layers.*.mlp.gate_proj", 20)]
     assert saving_warnings(done.report) == ["2 of 14 (marked !) are no smaller as factors than dense"]
+    by_energy = convert(dense, tmp_path / "energy", RankConfig(energy=0.7)).report
+    row = next(line for line in detailed(by_energy).splitlines() if "down_proj" in line).split()
+    entries = [e for e in by_energy.entries if e.name.endswith("down_proj")]
+    assert row[1:5] == ["2", "32", "x", "48"] and len(entries) == 2
+    ranks, kept = sorted(e.rank for e in entries), sorted(e.kept_energy for e in entries)
+    assert row[5] == (f"{ranks[0]}-{ranks[1]}" if ranks[0] < ranks[1] else f"{ranks[0]}")
+    assert row[6] == f"{kept[0]:.2%}".rstrip("%") + f"-{kept[1]:.2%}"
     full = convert(dense, tmp_path / "full", FULL)
     assert "nothing is saved: factors" in saving_warnings(full.report)[1]
 

@@ -40,8 +40,8 @@ def test_the_result_is_shown(go, prepared, tmp_path):
     done = go("--rank.energy", "0.7", "--data", prepared)
     assert done.code == 0 and done.err == ""
     lines = done.out.splitlines()
-    assert lines[0].split() == ["matrix", "d_in", "x", "d_out", "rank", "kept", "dense", "factors"]
-    assert "model.layers.0.mlp.gate_proj" in done.out and "14 matrices" in done.out
+    assert lines[0].split() == ["matrix", "count", "d_out", "x", "d_in", "rank", "kept", "dense", "factors"]
+    assert "..yers.*.mlp.up_proj" in done.out and "14 matrices" in done.out and len(lines[: lines.index("")]) == 9
     assert max(len(line) for line in lines if str(tmp_path.parent) not in line and str(prepared) not in line) <= 80
     assert [line.split()[1] for line in lines if line.startswith("loss")] == ["before", "after"]
     assert lines[-1].endswith(

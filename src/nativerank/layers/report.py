@@ -95,18 +95,24 @@ def any_block(name: str) -> str:
 
 
 def detailed(report: FactorizeReport) -> str:
-    """A table of at most 80 columns with a row for every matrix: what a truncation keeps differs between blocks."""
-    lines = [_detail("matrix", "d_in x d_out", "rank", "kept", "dense", "factors")]
+    """A table of at most 80 columns: matrices of repeated blocks share a row, with the ranges of what differs.
+
+    Rank and kept energy of a truncation are those of each weight; `FactorizeReport.entries` has them one by one.
+    """
+    groups: dict[tuple[str, int, int, bool], list[FactorizeEntry]] = {}
     for e in report.entries:
-        shape = f"{e.d_in} x {e.d_out}" if e.stack == 1 else f"{e.stack}x{e.d_in}x{e.d_out}"
-        kept = "" if e.kept_energy is None else f"{e.kept_energy:.2%}"
-        mark = "!" if e.larger else ""
-        lines.append(
-            _detail(e.name, shape, str(e.rank), kept, _short(e.params_before), _short(e.params_after), mark).rstrip()
-        )
+        groups.setdefault((any_block(e.name), e.d_out, e.d_in, e.larger), []).append(e)
+    lines = [_detail("matrix", "count", "d_out x d_in", "rank", "kept", "dense", "factors")]
+    for (name, d_out, d_in, larger), group in groups.items():
+        count, ranks = sum(e.stack for e in group), [e.rank for e in group]
+        kept = _range([f"{e.kept_energy:.2%}" for e in sorted(group, key=_kept) if e.kept_energy is not None])
+        before, after = (_short(sum(getattr(e, f"params_{when}") for e in group)) for when in ("before", "after"))
+        rank = _range([str(min(ranks)), str(max(ranks))])
+        mark = "!" if larger else ""
+        lines.append(_detail(name, str(count), f"{d_out} x {d_in}", rank, kept, before, after, mark).rstrip())
     before, after = (sum(getattr(e, f"params_{when}") for e in report.entries) for when in ("before", "after"))
     count = sum(e.stack for e in report.entries)
-    lines.append(_detail(f"{count} matrices", "", "", "", _short(before), _short(after)))
+    lines.append(_detail(f"{count} matrices", "", "", "", "", _short(before), _short(after)))
     fused = {e.name.rpartition(".")[2]: e.fused for e in report.entries if e.fused}
     lines += [_note("fused", name, f"{parts} count as one matrix") for name, parts in fused.items()]
     return "\n".join(lines)
@@ -140,8 +146,20 @@ def _line(row: Row) -> str:
     return f"{clipped(name, 32):32}" + "".join(f"{n:>{w}}" for n, w in zip(numbers, (6, 7, 8, 7, 10, 10), strict=True))
 
 
-def _detail(name: str, shape: str, rank: str, kept: str, before: str, after: str, mark: str = "") -> str:
-    return f"{clipped(name, 34):34}{shape:>13}{rank:>6}{kept:>8}{before:>9}{after:>9}{mark}"
+def _kept(entry: FactorizeEntry) -> float:
+    return entry.kept_energy or 0.0
+
+
+def _range(values: list[str]) -> str:
+    """First to last of sorted values, once where they are equal; "" without any."""
+    if not values or values[0] == values[-1]:
+        return values[0] if values else ""
+    return f"{values[0].removesuffix('%')}-{values[-1]}"
+
+
+def _detail(name: str, count: str, shape: str, rank: str, kept: str, before: str, after: str, mark: str = "") -> str:
+    cells = zip((count, shape, rank, kept, before, after), (6, 13, 10, 14, 8, 8), strict=True)
+    return f"{clipped(name, 20):20}" + "".join(f"{cell:>{width}}" for cell, width in cells) + mark
 
 
 def _note(what: str, name: str, text: str) -> str:

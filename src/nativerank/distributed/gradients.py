@@ -32,7 +32,7 @@ def loss_and_norms(
     loss: Tensor,
     parameters: Iterable[tuple[str, Tensor]],
     grid: Grid,
-    votes: Sequence[float] = (),
+    votes: Sequence[float | Tensor] = (),
     apart: bool = False,
 ) -> tuple[float, list[float], list[float]]:
     """(mean loss, gradient norm, or that of each replica, sums of the votes).
@@ -41,7 +41,7 @@ def loss_and_norms(
         loss: of this process, a scalar.
         parameters: by name, with their gradients, sharded along the grid's shards or whole.
         grid: of all processes.
-        votes: numbers to be summed on the way.
+        votes: numbers, or scalars on the device, to be summed on the way.
         apart: replicas keep gradients of their own.
 
     Raises:

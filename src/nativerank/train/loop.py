@@ -250,9 +250,16 @@ class Run(GuardedRun):
                 teacher=self.teacher,
             )
         else:
-            refuse = self.guard.config.action != "off"
-            how = refuse, measured, self.teacher
-            result = layerwise_step(self.model, optimizer, batches, accept_loss, accept, *how)
+            result = layerwise_step(
+                self.model,
+                optimizer,
+                batches,
+                accept_loss,
+                accept,
+                refuse=self.guard.config.action != "off",
+                time_phases=measured,
+                teacher=self.teacher,
+            )
         return result, verdict[0] if verdict else None
 
     def _batches(self) -> Iterator[Batch]:

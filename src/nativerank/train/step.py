@@ -100,7 +100,8 @@ def train_step(
     device = next(model.parameters()).device
     watch = Stopwatch(device, time_phases)
     optimizer.zero_grad(set_to_none=True)
-    total, distilled = torch.zeros((), device=device), torch.zeros((), device=device)
+    total = torch.zeros((), device=device)
+    distilled = [] if teacher is None else [torch.zeros((), device=device)]
     for index, batch in enumerate(batches):
         with gradient_sync(model, last=index == accumulation - 1):
             with autocast(device):
@@ -109,23 +110,23 @@ def train_step(
             (loss / accumulation).backward()
         total += cross_entropy / accumulation
         if divergence is not None:
-            distilled += divergence / accumulation
+            distilled[0] += divergence / accumulation
         watch.mark("backward")
     if grid.world == 1:
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip or float("inf"))
-        value, grad_norm = total.item(), norm.item()
+        value, grad_norm, apart_by = total.item(), norm.item(), [one.item() for one in distilled]
     else:
-        count, own = len(votes), [] if teacher is None else [distilled.item()]
-        value, norms, sums = loss_and_norms(total, model.named_parameters(), grid, [*votes, *own], apart)
-        votes, distilled = sums[:count], distilled.fill_(sum(sums[count:]) / grid.world)
+        count, named = len(votes), list(model.named_parameters())
+        value, norms, sums = loss_and_norms(total, named, grid, [*votes, *distilled], apart)
+        votes, apart_by = sums[:count], [one / grid.world for one in sums[count:]]
         grad_norm = math.fsum(norms) / len(norms)
-        clip_gradients(model.parameters(), norms[grid.replica if apart else 0], clip or float("inf"))
+        clip_gradients((p for _, p in named), norms[grid.replica if apart else 0], clip or float("inf"))
     watch.mark("clip")
     updated = accept(value, grad_norm)
     if updated:
         optimizer.step()
     watch.mark("optimizer")
-    distill_loss = None if teacher is None else distilled.item()
+    distill_loss = apart_by[0] if apart_by else None
     return StepResult(value, grad_norm, watch.seconds, updated, votes=votes, distill_loss=distill_loss)
 
 

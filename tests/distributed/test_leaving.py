@@ -5,6 +5,8 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -44,6 +46,16 @@ def test_threads_that_are_busy_change_no_exit_code(command, code, said):
     done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == code, done.stderr
     assert done.stdout == "at exit\n" and said in done.stderr
+
+
+def test_the_installed_script_leaves_as_the_module_does():
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    module, _, name = project["scripts"]["nativerank"].partition(":")
+    starting = f"import {module} as m; m.main = lambda argv: 2 * len(argv); m.{name}()"
+    code = BUSY[: BUSY.index("leave({command}")] + starting
+    environment = os.environ | {"WORLD_SIZE": "2", "RANK": "0", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code, "words"], capture_output=True, env=environment, timeout=120)
+    assert done.returncode == 2 and done.stdout == b"at exit\n", done.stderr
 
 
 class Slow:

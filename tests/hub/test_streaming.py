@@ -1,6 +1,7 @@
 """Streamed pieces add up to exactly the text, and no piece holds a part of a character."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -74,10 +75,18 @@ def test_the_space_between_prompt_and_text_is_kept(metaspace):
     assert "".join(streamed(metaspace, [4], [1, 2])) == continuation(metaspace, [4], [1, 2]) == "low rank"
 
 
-def test_a_decoder_that_changes_its_mind_gives_no_wrong_piece():
-    tokenizer = Tokenizer(models.WordPiece({"do": 0, "n": 1, "##'t": 2, "<s>": 3}, unk_token="<s>"))
-    tokenizer.decoder = decoders.WordPiece()
-    assert "".join(streamed(tokenizer, [3], [0, 1, 2])) in continuation(tokenizer, [3], [0, 1, 2])
+def test_of_a_decoder_that_changes_its_mind_the_end_is_not_lost():
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1, "c": 2, "<s>": 3}, unk_token="<s>"))
+    tokenizer.decoder = decoders.Sequence([decoders.Fuse(), decoders.Replace("ab", "X")])
+    assert continuation(tokenizer, [3], [2, 0, 1, 2]) == "cXc"
+    assert streamed(tokenizer, [3], [2, 0, 1, 2]) == ["c", "a", "Xc"]  # what it took back is written already
+
+
+def test_the_prompt_alone_is_decoded_once(bytes_only):
+    decoded = []
+    spy = SimpleNamespace(decode=lambda ids: decoded.append(ids) or bytes_only.decode(ids))
+    streamed(spy, [65, 66], [67, 68, 69])
+    assert decoded.count([65, 66]) == 1
 
 
 @pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 1.5, "top_k": 0, "seed": 2}])

@@ -1,9 +1,4 @@
-"""nativerank export: a trained model in the form that somebody else reads, checked before it is there.
-
-nativerank export runs/a --format dense --out exported            # a stock Hugging Face folder
-nativerank export runs/a --format factored --merge auto --out mixed --dtype bfloat16
-nativerank export runs/a --format gguf --dtype float16 --out gguf
-"""
+"""nativerank export: a trained model in the form that somebody else reads, checked before it is there."""
 
 import argparse
 from collections import Counter

@@ -96,6 +96,11 @@ def leave(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> NoRet
     os._exit(code)
 
 
+def console() -> NoReturn:
+    """The installed script and `python -m nativerank`."""
+    leave(main, sys.argv[1:])
+
+
 def run(argv: Sequence[str]) -> int:
     """Dispatches to the command's module."""
     if not argv or argv[0] in ("-h", "--help"):

@@ -140,7 +140,7 @@ def _take_changes(base: Any, config: Any, folder: Path) -> None:
 
 def _dtype(asked: Any, stored: Any) -> torch.dtype:
     """The precision asked for, by name or itself, else the stored one."""
-    chosen = stored or torch.float32 if asked in (None, "auto") else asked
+    chosen = (stored or torch.float32) if asked in (None, "auto") else asked
     found = getattr(torch, chosen, None) if isinstance(chosen, str) else chosen
     if found not in DTYPES:
         raise ValueError(f"dtype is one of {', '.join(map(str, DTYPES))}, got {chosen!r}")

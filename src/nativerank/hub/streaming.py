@@ -1,11 +1,13 @@
-"""Text while it is written: pieces that add up to exactly the text at the end.
+"""Text while it is written, in pieces that add up to the text at the end.
 
 A token may hold a part of a character (byte-level BPE cuts where it likes) or lose its space when it stands alone
 (SentencePiece), so tokens are never decoded one by one: everything so far is decoded each time, and what is new is
-passed on up to the first character that is not whole yet.
+passed on up to the first character that is not whole yet. Only where a decoder takes back what it said before
+(it replaces what two tokens make together) do the pieces differ from the text: what it took back has been written.
 """
 
 from collections.abc import Callable, Collection, Sequence
+from os.path import commonprefix
 
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -15,7 +17,12 @@ PARTIAL = "\ufffd"  # what an incomplete character decodes to
 
 def continuation(tokenizer: Tokenizer, prompt_ids: Sequence[int], new_ids: Sequence[int]) -> str:
     """The text that `new_ids` add to that of `prompt_ids`, special tokens left out."""
-    before, whole = tokenizer.decode(list(prompt_ids)), tokenizer.decode([*prompt_ids, *new_ids])
+    return continued(tokenizer, prompt_ids, tokenizer.decode(list(prompt_ids)), new_ids)
+
+
+def continued(tokenizer: Tokenizer, prompt_ids: Sequence[int], before: str, new_ids: Sequence[int]) -> str:
+    """`continuation` where the text of the prompt, `before`, is at hand."""
+    whole = tokenizer.decode([*prompt_ids, *new_ids])
     return whole.removeprefix(before) if whole.startswith(before) else tokenizer.decode(list(new_ids))
 
 
@@ -33,6 +40,7 @@ class TextStream:
         self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stops: Collection[int], write: Callable[[str], None]
     ):
         self.tokenizer, self.prompt_ids, self.stops, self.write = tokenizer, list(prompt_ids), stops, write
+        self.before = tokenizer.decode(self.prompt_ids)
         self.ids: list[int] = []
         self.written, self.begun = "", False
 
@@ -45,14 +53,17 @@ class TextStream:
         self._pass_on(self._text().rstrip(PARTIAL))
 
     def end(self) -> None:
-        """Passes on what was held back, whole characters or not."""
-        self._pass_on(self._text())
+        """Passes on what was held back, whole characters or not, from where it differs from what was written."""
+        text = self._text()
+        if rest := text[len(commonprefix([text, self.written])) :]:  # noqa: RUF071  # characters are meant
+            self.write(rest)
+            self.written = text
 
     def _text(self) -> str:
-        return continuation(self.tokenizer, self.prompt_ids, self.ids)
+        return continued(self.tokenizer, self.prompt_ids, self.before, self.ids)
 
     def _pass_on(self, text: str) -> None:
-        # A decoder that changes what it said before (WordPiece's tidying) waits until it agrees again.
+        # A decoder that changes what it said before waits until it agrees again.
         if len(text) > len(self.written) and text.startswith(self.written):
             self.write(text[len(self.written) :])
             self.written = text

@@ -28,6 +28,7 @@ from nativerank.optim.precision import RANGE, noise
 
 BLOCK = 256
 TOP_MEAN, TOP_SQUARE = 127, 255
+SMALLEST_MEAN = 1.25 * 2**-16  # of code 1
 CUT_BITS, ONE = 20, 1016  # lower bits of a float32 that are cut off; the upper ones of 1.0
 SCALES = ("exp_avg_scale", "exp_avg_sq_scale")
 KEPT = ("exp_avg", SCALES[0], "exp_avg_sq", SCALES[1])
@@ -54,9 +55,8 @@ def spread(scale: Tensor, c: int) -> Tensor:
 def encode_mean(x: Tensor, below: Tensor) -> tuple[Tensor, Tensor]:
     """Codes (n, c) and scales of x (n, c) float32; `below` (n, c) is 16-bit noise that rounds."""
     shares, scale = shares_of(x.abs())
-    smallest = from_magnitudes(torch.ones((), dtype=torch.int32), TOP_MEAN).item()
-    up = shares * (RANGE / smallest) > below  # what is smaller still becomes that or 0
-    codes = torch.where(shares < smallest, up.int(), to_magnitudes(shares, below, TOP_MEAN))
+    up = shares * (RANGE / SMALLEST_MEAN) > below  # what is smaller still becomes that or 0
+    codes = torch.where(shares < SMALLEST_MEAN, up.int(), to_magnitudes(shares, below, TOP_MEAN))
     return codes.add_((x < 0).int(), alpha=TOP_MEAN + 1).to(torch.uint8), scale
 
 

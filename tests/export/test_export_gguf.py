@@ -18,6 +18,7 @@ from nativerank.export import gguf_file
 from nativerank.export.export import export
 from nativerank.export.gguf_file import check_written, deinterleave, interleave, read_model
 from nativerank.export.gguf_tokens import token_metadata
+from nativerank.hub.generate import end_of_text, start_of_text
 from nativerank.hub.save import save
 from nativerank.layers import factorize_modules
 from nativerank.models import materialize, read_hf_config, skeleton
@@ -183,6 +184,20 @@ def test_the_tokens_of_the_file_are_the_tokenizers(run, tmp_path):
     rebuilt.decoder = decoders.ByteLevel()
     text = "The matrix learns: 3.14 caf\u00e9s, thin\n\n factors!"
     assert rebuilt.encode(text).ids == tokenizer.encode(text).ids and rebuilt.decode(rebuilt.encode(text).ids) == text
+
+
+@pytest.mark.parametrize(("bos", "eos", "found"), [(300, [9999, 0], (300, 0)), (5, 0, (0, 0)), (None, None, (0, 0))])
+def test_a_text_begins_and_ends_as_in_generation(llama, tmp_path, prepared, bos, eos, found):
+    tokenizer = load_tokenizer(prepared)
+    tokenizer.add_special_tokens(["<start>"])  # 300; 5 is an ordinary token
+    folder = llama(tokenizer, vocab_size=301, bos_token_id=bos, eos_token_id=eos)
+    export(folder, tmp_path / "gguf", "gguf")
+    keys, trained = opened(tmp_path / "gguf")[0], open_trained(folder)
+    assert (keys["tokenizer.ggml.bos_token_id"], keys["tokenizer.ggml.eos_token_id"]) == found
+    end = end_of_text(trained.model, trained.tokenizer)
+    assert (start_of_text(trained.model, trained.tokenizer, end), end) == found
+    named = json.loads((folder / "tokenizer_config.json").read_text())
+    assert tuple(map(tokenizer.token_to_id, (named["bos_token"], named["eos_token"]))) == found
 
 
 def test_rows_without_a_token_are_unused(llama, tmp_path):

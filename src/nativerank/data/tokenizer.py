@@ -88,6 +88,32 @@ def vocab_size(tokenizer: Tokenizer) -> int:
     return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
 
+def text_ends(tokenizer: Tokenizer, named: int | list[int] | None) -> int:
+    """The id that separates documents: the first one named that the tokenizer has, else `end_of_text_id`.
+
+    Args:
+        named: a config's `eos_token_id`; a stock folder may name several, or one of another vocabulary.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for token_id in named if isinstance(named, list) else [named]:
+        if token_id is not None and tokenizer.id_to_token(token_id) is not None:
+            return int(token_id)
+    return end_of_text_id(tokenizer)
+
+
+def text_begins(tokenizer: Tokenizer, named: int | None, eot_id: int) -> int:
+    """The id that stands before a text: the one named, if the tokenizer has it as a special token, else end of text.
+
+    Args:
+        named: a config's `bos_token_id`.
+        eot_id: of `text_ends`.
+    """
+    added = tokenizer.get_added_tokens_decoder()
+    return named if isinstance(named, int) and named in added and added[named].special else eot_id
+
+
 def end_of_text_id(tokenizer: Tokenizer, name: str | None = None) -> int:
     """The id that separates documents: of the token `name`, else of the first usual name that the vocabulary has."""
     for candidate in [name] if name is not None else END_OF_TEXT_NAMES:

@@ -12,7 +12,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from nativerank.data.tokenizer import end_of_text_id
+from nativerank.data.tokenizer import text_begins, text_ends
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # gguf.TokenType
 KEY = "tokenizer.ggml"
@@ -21,7 +21,7 @@ KEY = "tokenizer.ggml"
 def token_metadata(tokenizer: Tokenizer, config: Any) -> dict[str, Any]:
     """The keys tokenizer.ggml.* of a tokenizer and the config of its model.
 
-    The end-of-text token also stands at the beginning of every text, as it does in training.
+    Where the config names no beginning of its own, the end-of-text token stands before every text too, as in training.
 
     Raises:
         ValueError: another kind of tokenizer, or one with more tokens than the model has rows.
@@ -30,15 +30,14 @@ def token_metadata(tokenizer: Tokenizer, config: Any) -> dict[str, Any]:
     check_form(parts)
     tokens, types = token_table(tokenizer, config.vocab_size)
     merges = parts["model"]["merges"]
-    named = config.eos_token_id
-    eot = named if isinstance(named, int) and tokenizer.id_to_token(named) is not None else end_of_text_id(tokenizer)
+    eot = text_ends(tokenizer, config.eos_token_id)
     return {
         f"{KEY}.model": "gpt2",
         f"{KEY}.pre": "gpt-2",
         f"{KEY}.tokens": tokens,
         f"{KEY}.token_type": types,
         f"{KEY}.merges": [merge if isinstance(merge, str) else " ".join(merge) for merge in merges],
-        f"{KEY}.bos_token_id": eot,
+        f"{KEY}.bos_token_id": text_begins(tokenizer, config.bos_token_id, eot),
         f"{KEY}.eos_token_id": eot,
         f"{KEY}.add_bos_token": True,
     }

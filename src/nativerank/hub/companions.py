@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from nativerank.data.tokenizer import end_of_text_id
+from nativerank.data.tokenizer import text_begins, text_ends
 from nativerank.models import context_length
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
@@ -56,8 +56,8 @@ def write_tokenizer(tokenizer: Any, model: nn.Module, folder: Path) -> None:
     """The files that `AutoTokenizer` reads.
 
     Args:
-        tokenizer: a `tokenizers.Tokenizer`, whose token between documents becomes the beginning and the end of a
-            text, or a tokenizer of transformers, which writes its own files.
+        tokenizer: a `tokenizers.Tokenizer`, whose token between documents becomes the end of a text, and its beginning
+            if the config names no other, or a tokenizer of transformers, which writes its own files.
         model: that was trained with it.
         folder: exists.
     """
@@ -69,8 +69,7 @@ def write_tokenizer(tokenizer: Any, model: nn.Module, folder: Path) -> None:
     options: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     if text is not None and (context := context_length(text)):
         options["model_max_length"] = context
-    if (eot := _end_of_text(text, tokenizer)) is not None:
-        options |= {"bos_token": eot, "eos_token": eot}  # as padding it would be masked from the labels in training
+    options |= _around_a_text(text, tokenizer)
     (folder / TOKENIZER_CONFIG).write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
 
 
@@ -112,13 +111,14 @@ def _text_config(model: nn.Module) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else None
 
 
-def _end_of_text(text: Any, tokenizer: Any) -> str | None:
-    """The token that the config names as the end of a text, else the tokenizer's with a usual name, or None."""
-    named = getattr(text, "eos_token_id", None)
-    for token_id in named if isinstance(named, list) else [named]:
-        if token_id is not None and (token := tokenizer.id_to_token(token_id)) is not None:
-            return str(token)
+def _around_a_text(text: Any, tokenizer: Any) -> dict[str, str]:
+    """Names of the tokens before and after a text; nothing where no token ends one.
+
+    The end is not the padding too, where it would be masked from the labels in training.
+    """
     try:
-        return str(tokenizer.id_to_token(end_of_text_id(tokenizer)))
+        end = text_ends(tokenizer, getattr(text, "eos_token_id", None))
     except ValueError:
-        return None
+        return {}
+    begin = text_begins(tokenizer, getattr(text, "bos_token_id", None), end)
+    return {"bos_token": tokenizer.id_to_token(begin), "eos_token": tokenizer.id_to_token(end)}

@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from nativerank.data.tokenizer import end_of_text_id
+from nativerank.data.tokenizer import text_begins, text_ends
 from nativerank.distributed.wrap import evaluating
 from nativerank.hub.sampling import Chooser, Sampling
 from nativerank.hub.streaming import TextStream, continuation
@@ -32,19 +32,13 @@ def end_of_text(model: nn.Module, tokenizer: Tokenizer) -> int:
         ValueError: neither has one.
     """
     hf: Any = model
-    named = getattr(hf.config.get_text_config(), "eos_token_id", None)  # a stock folder may name several, or one of another vocabulary
-    for token_id in named if isinstance(named, list) else [named]:
-        if token_id is not None and tokenizer.id_to_token(token_id) is not None:
-            return int(token_id)
-    return end_of_text_id(tokenizer)
+    return text_ends(tokenizer, getattr(hf.config.get_text_config(), "eos_token_id", None))
 
 
 def start_of_text(model: nn.Module, tokenizer: Tokenizer, eot_id: int) -> int:
     """The id that stands before a text: the config's, if the tokenizer has it as a special token, else end of text."""
     hf: Any = model
-    named = getattr(hf.config.get_text_config(), "bos_token_id", None)
-    added = tokenizer.get_added_tokens_decoder()
-    return int(named) if named in added and added[named].special else eot_id
+    return text_begins(tokenizer, getattr(hf.config.get_text_config(), "bos_token_id", None), eot_id)
 
 
 @dataclass(frozen=True)

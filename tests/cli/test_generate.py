@@ -186,6 +186,15 @@ def test_bad_flags(cli, run, words, said):
     assert result.code == 2 and result.err.count("\n") == 1 and said in result.err
 
 
+def test_numbers_are_checked_before_weights(cli):
+    assert "num must be >= 1, got 0" in cli("generate", "nowhere", "--num", "0").err
+
+
+def test_a_context_that_ends_first_is_said(cli, run):
+    found = cli("generate", run, "--prompt", "the", "--max_new_tokens", "1000", "--temperature", "0")
+    assert re.search(r"^the context leaves room for \d\d of 1000 new tokens$", found.err, re.MULTILINE), found.err
+
+
 def test_bad_folders(cli, run, tmp_path):
     def error(path):
         result = cli("generate", path)

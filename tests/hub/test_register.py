@@ -122,11 +122,13 @@ def test_options_are_honoured_or_refused(saved):
     assert config.model_type == "nativerank" and config.hidden_size == 32
     config.attention_dropout = 0.5
     assert AutoModelForCausalLM.from_pretrained(saved, config=config).config.attention_dropout == 0.5
+    changed = AutoModelForCausalLM.from_pretrained(saved.parent, subfolder=saved.name, use_cache=False)
+    assert changed.config.use_cache is False and torch.equal(logits(changed), logits(nr.load(saved)))
     for options, said in [
         ({"device_map": {"model": 0, "lm_head": 1}}, "device_map is a device or 'auto'"),
         ({"device_map": "sideways"}, "device_map is a device or 'auto' .* got 'sideways'"),
         ({"dtype": torch.int8}, r"dtype is one of .* got torch\.int8"),
-        ({"tp_plan": "auto"}, "tp_plan has no meaning for a factored folder"),
+        ({"tp_plan": "auto"}, "tp_plan is no option for a factored folder, and no key of its config"),
     ]:
         with pytest.raises(ValueError, match=said):
             AutoModelForCausalLM.from_pretrained(saved, **options)

@@ -36,7 +36,7 @@ def add_parser(subparsers: Any) -> None:
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", help="run folder, checkpoint, or folder of a model (factored or stock) and tokenizer")
+    parser.add_argument("model", metavar="RUN|DIR", help="run, checkpoint, or folder of a model and its tokenizer")
     add_step(parser)
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="to continue; may be given several times")
     parser.add_argument(
@@ -68,6 +68,7 @@ def run(flags: argparse.Namespace) -> int:
     sampling = Sampling(**{name: getattr(flags, name) for name in names})
     if flags.batch_size < 1:
         raise ValueError(f"batch_size must be >= 1, got {flags.batch_size}")
+    sampling.check_num(flags.num)
     device, prompts = device_of(flags), prompts_of(flags)
     writer, requests, facts = prepare(flags, sampling, prompts, device)
     began = time.perf_counter()
@@ -104,7 +105,9 @@ def prepare(flags: argparse.Namespace, sampling: Any, prompts: list[str], device
         raise ValueError(f"{trained.label} has no tokenizer, so there is no way to read the prompt")
     writer = Writer(trained.model, trained.tokenizer, end_of_text(trained.model, trained.tokenizer), sampling)
     requests = writer.requests(prompts, flags.num)
-    batch = min(flags.batch_size, len(requests))
+    batch, least = min(flags.batch_size, len(requests)), min(r.room for r in requests)
+    if least < flags.max_new_tokens:
+        aside(flags, f"the context leaves room for {least} of {flags.max_new_tokens} new tokens")
     work = Work(batch, max(len(r.ids) for r in requests), max(r.room for r in requests))
     choice = take_form(trained.model, flags.form, work, device)
     trained.model.to(device)

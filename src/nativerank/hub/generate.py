@@ -124,10 +124,7 @@ class Writer:
         Raises:
             ValueError: several greedy ones, which would be equal; or what `request` refuses, with the prompt's number.
         """
-        if num < 1:
-            raise ValueError(f"num must be >= 1, got {num}")
-        if num > 1 and not self.sampling.temperature:
-            raise ValueError(f"temperature 0 gives one text per prompt, so num must be 1, got {num}")
+        self.sampling.check_num(num)
         found = []
         for number, prompt in enumerate(prompts, 1):
             try:

@@ -58,6 +58,7 @@ class FactoredModel:
         device_map: Any = None,
         attn_implementation: str | None = None,
         output_loading_info: bool = False,
+        subfolder: str | None = None,
         **others: Any,
     ) -> Any:
         """The folder's model, or its base model where the Auto class asks for that; in evaluation mode.
@@ -69,18 +70,22 @@ class FactoredModel:
             device_map: a device for the whole model, or "auto": a GPU if there is one.
             attn_implementation: as in transformers.
             output_loading_info: return a pair with the report, which is empty: what does not fit raises.
-            others: where to download from; what is refused has no meaning here.
+            subfolder: of the path, where the model lies.
+            others: keys of the config and their values; where to download from.
 
         Raises:
             ValueError: an argument that cannot be honoured, an architecture that is not of the Auto class's kind, or
                 whatever `nativerank.load` raises.
         """
-        if refused := sorted(k for k, v in others.items() if v is not None and k not in (*IGNORED, *DOWNLOAD)):
-            raise ValueError(f"{refused[0]} has no meaning for a factored folder; take it with nativerank.load")
-        folder = _local(path, {k: v for k, v in others.items() if k in DOWNLOAD})
+        folder = _local(path, {k: v for k, v in others.items() if k in DOWNLOAD}) / (subfolder or "")
         base = base_config(folder)
+        given = {k: v for k, v in others.items() if v is not None and k not in (*IGNORED, *DOWNLOAD)}
+        if refused := sorted(given.keys() - base.to_dict().keys()):
+            raise ValueError(f"{refused[0]} is no option for a factored folder, and no key of its config")
         if config is not None:
             _take_changes(base, config, folder)
+        for key, value in given.items():
+            setattr(base, key, value)
         if attn_implementation is not None:
             base._attn_implementation = attn_implementation
         base.name_or_path = str(path)

@@ -49,6 +49,13 @@ class Sampling:
         if not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"seed must fit 64 bits, got {self.seed}")
 
+    def check_num(self, num: int) -> None:
+        """Raises a ValueError unless so many texts of a prompt can be made, and differ."""
+        if num < 1:
+            raise ValueError(f"num must be >= 1, got {num}")
+        if num > 1 and not self.temperature:
+            raise ValueError(f"temperature 0 gives one text per prompt, so num must be 1, got {num}")
+
     def filters(self) -> list[Any]:
         """Transformers' processors for temperature, top-k and top-p, as many as are needed."""
         from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper

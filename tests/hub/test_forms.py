@@ -160,6 +160,16 @@ def test_a_new_measurement_takes_the_place_of_the_old_one(cache):
     assert measurements() == [measured(size=Size(5.0, 0.1)), newer] and len(list(cache.iterdir())) == 1
 
 
+def test_a_measurement_that_cannot_be_kept_leaves_nothing_behind(cache, monkeypatch):
+    def full(*paths):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(forms.os, "replace", full)
+    with pytest.raises(OSError, match="no space left"):
+        remember([measured()])
+    assert list(cache.iterdir()) == []
+
+
 @pytest.mark.parametrize("text", ["", "[]", '{"version": 0, "measurements": [1]}', '{"version": 1}'])
 def test_a_file_that_cannot_be_read_counts_as_none(cache, text):
     cache.mkdir()

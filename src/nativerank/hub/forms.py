@@ -175,7 +175,12 @@ def remember(new: list[dict[str, Any]]) -> Path:
     file = measurements_file()
     file.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"version": VERSION, "measurements": kept + new}, indent=1)
-    with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as temporary:
-        temporary.write(text)
-    os.replace(temporary.name, file)
+    temporary = tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8")
+    try:
+        with temporary:
+            temporary.write(text)
+        os.replace(temporary.name, file)
+    except OSError:  # a full disk
+        Path(temporary.name).unlink(missing_ok=True)
+        raise
     return file

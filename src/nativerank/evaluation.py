@@ -37,18 +37,19 @@ from nativerank.evaluate.text import (
     Reader,
     Text,
     Windows,
-    check_vocabulary,
     check_windows,
     metrics,
     open_text,
+    own_tokenizer,
+    prepared_text,
     reading,
     text_loss,
 )
 from nativerank.hub.companions import TOKENIZER_CONFIG, write_tokenizer
 from nativerank.integrations.quantize import quantize
-from nativerank.models import PRESETS, count_parameters, one_line
+from nativerank.models import PRESETS, check_predicts_next_token, count_parameters, one_line
 from nativerank.train.setup import versions
-from nativerank.train.trained import Trained, open_trained
+from nativerank.train.trained import Trained, open_trained, to_stderr
 
 Watch = Callable[[str, int, int], None]
 Score = dict[str, Any]
@@ -60,7 +61,7 @@ class Request:
 
     Attributes:
         models: runs, checkpoints or model folders. step: of runs, the checkpoint to take.
-        data: text files and prepared folders. split: of the folders.
+        data: text files and prepared folders. split: of the folders, None for val.
         cloze: files of questions. tasks, include: as of `open_tasks`.
         limit: questions of each file and task. windows: how texts are read.
         quantize: a format of `integrations.quantize` to bring the weights into first.
@@ -70,7 +71,7 @@ class Request:
     models: list[str]
     step: int | None = None
     data: list[str] = field(default_factory=list)
-    split: str = "val"
+    split: str | None = None
     cloze: list[str] = field(default_factory=list)
     tasks: list[str] = field(default_factory=list)
     include: list[str] = field(default_factory=list)
@@ -89,7 +90,10 @@ class Material:
 
 
 def evaluate(
-    request: Request, device: torch.device | None = None, watch: Watch = lambda what, done, total: None
+    request: Request,
+    device: torch.device | None = None,
+    watch: Watch = lambda what, done, total: None,
+    keep: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> dict[str, Any]:
     """All models on all that is asked for; see above for what comes out.
 
@@ -97,14 +101,18 @@ def evaluate(
         request: what to do.
         device: None for the CPU.
         watch: told what is going on: in words, how much is done, of how much (0 where that is not known).
+        keep: given the result so far after each model, so that a later one that fails does not take it along.
 
     Raises:
-        ValueError: whatever is wrong with request, models or material. Where no model is needed to see it, before the
-            first one is read.
+        ValueError: whatever is wrong with request, models or material. Where no weights are needed to see it, before
+            the first ones are read.
     """
     device = device or torch.device("cpu")
     material = gathered(request, watch)
     models: dict[str, Any] = {}
+    used = versions() | ({PACKAGE: package_version()} if material.tasks else {})
+    asked = {"limit": request.limit, "quantize": request.quantize}
+    result = {"models": models, "versions": used, "device": str(device), **asked}
     for path in request.models:
         watch(f"reading {path}", 0, 0)
         trained = open_trained(path, request.step)
@@ -118,17 +126,29 @@ def evaluate(
             "parameters": count_parameters(trained.model)["total"],
             "scores": scores(trained, label, request, material, watch),
         }
-    used = versions() | ({PACKAGE: package_version()} if material.tasks else {})
-    asked = {"limit": request.limit, "quantize": request.quantize}
-    return {"models": models, "versions": used, "device": str(device), **asked}
+        keep(result)
+    return result
 
 
 def gathered(request: Request, watch: Watch) -> Material:
-    """Checks what can be checked without a model, reads the questions and loads the tasks."""
+    """Checks what can be checked without weights, reads the questions and loads the tasks."""
+    check_request(request)
+    questions = {file: read_questions(Path(file), request.limit) for file in request.cloze}
+    for path in request.models:
+        check_model(open_trained(path, request.step, complain=lambda message: None, weights=False), request)
+    tasks = None
+    if request.tasks:
+        watch("loading tasks", 0, 0)
+        tasks = open_tasks(request.tasks, request.include, request.quiet)
+    return Material(questions, tasks)
+
+
+def check_request(request: Request) -> None:
+    """Raises a ValueError for what is wrong with any model, or would be ignored."""
     check_windows(request.windows)
     if request.limit is not None and request.limit < 1:
         raise ValueError(f"--limit must be at least 1, got {request.limit}")
-    if request.split not in SPLITS:
+    if request.split not in (None, *SPLITS):
         raise ValueError(f"--split is {' or '.join(SPLITS)}, got {request.split!r}")
     if request.include and not request.tasks:
         raise ValueError("--include_path says where tasks are; --tasks says which of them")
@@ -138,12 +158,48 @@ def gathered(request: Request, watch: Watch) -> Material:
     for data in request.data:
         if not Path(data).exists():
             raise ValueError(f"--data {data}: no such file or folder")
-    questions = {file: read_questions(Path(file), request.limit) for file in request.cloze}
-    tasks = None
+    check_used(request)
+
+
+def check_used(request: Request) -> None:
+    """Raises a ValueError for a number that nothing of what was asked for looks at."""
+    windows, asked = request.windows, bool(request.data or request.cloze or request.tasks)
+    text = bool(request.data) or not asked  # of a run its own
+    folders = not asked or any(Path(data).is_dir() for data in request.data)
+    for flag, value, used, what in (
+        ("limit", request.limit, bool(request.cloze or request.tasks), "questions: --cloze or --tasks; "
+         "--eval_tokens takes a part of a text"),
+        ("eval_tokens", windows.max_tokens, text, "texts: --data; --limit takes a part of the questions"),
+        ("stride", windows.stride, text, "texts: --data"),
+        ("context", windows.context, text or bool(request.tasks), "texts and tasks: --data or --tasks"),
+        ("split", request.split, folders, "prepared folders: --data DIR"),
+    ):  # fmt: skip
+        if value is not None and not used:
+            raise ValueError(f"--{flag} {value} has no meaning here, it is for {what}")
+
+
+def check_model(trained: Trained, request: Request) -> None:
+    """Raises a ValueError for what a model cannot do of a request; its weights are not looked at."""
+    check_predicts_next_token(trained.model, trained.label)
+    reader, windows = reader_of(trained.model, trained.tokenizer, trained.label), windows_of(trained, request)
+    texts = texts_of(trained, request)
+    if texts or request.tasks:
+        reading(reader, windows)
+    for data in texts:
+        if Path(data).is_dir():
+            prepared_text(Path(data), reader, request.split or "val")
+        else:
+            own_tokenizer(reader, data)
+    for what in [*request.cloze, *request.tasks]:
+        own_tokenizer(reader, what)
     if request.tasks:
-        watch("loading tasks", 0, 0)
-        tasks = open_tasks(request.tasks, request.include, request.quiet)
-    return Material(questions, tasks)
+        hf_tokenizer(trained)
+
+
+def windows_of(trained: Trained, request: Request) -> Windows:
+    """As asked for; the context and the document mask of a run are those that it was trained with."""
+    asked = request.windows
+    return replace(asked, context=asked.context or trained.context, document_mask=trained.document_mask)
 
 
 def unique(label: str, taken: dict[str, Any]) -> str:
@@ -156,13 +212,12 @@ def scores(trained: Trained, label: str, request: Request, material: Material, w
     """All scores of one model by name."""
     check_predictions(trained.model, trained.label)
     reader = reader_of(trained.model, trained.tokenizer, trained.label)
-    asked = request.windows
-    windows = replace(asked, context=asked.context or trained.context, document_mask=trained.document_mask)
+    windows, split = windows_of(trained, request), request.split or "val"
     out: dict[str, Score] = {}
     for data in texts_of(trained, request):
-        with open_text(Path(data), reader, request.split) as text:
+        with open_text(Path(data), reader, split) as text:
             out[data] = text_score(reader, text, windows, partial(watch, f"{label}: {data}"))
-            out[data]["split"] = request.split if Path(data).is_dir() else None
+            out[data]["split"] = split if Path(data).is_dir() else None
     for file, questions in material.questions.items():
         out[file] = cloze_score(reader, questions, windows.batch_size, partial(watch, f"{label}: {file}"))
     if material.tasks:
@@ -186,6 +241,8 @@ def texts_of(trained: Trained, request: Request) -> list[str]:
         demo = prepared_demo(vocab_size(trained.tokenizer), quiet=True)
         if Dataset.open(demo).tokenizer().to_str() == trained.tokenizer.to_str():
             return [str(demo)]
+    if trained.tokenizer is None:
+        raise ValueError(f"{trained.label} holds no {FILE_NAME}, so it reads nothing but prepared folders: --data DIR")
     raise ValueError(f"what is {trained.label} to be evaluated on? give --data FILE|DIR, --cloze FILE or --tasks NAME")
 
 
@@ -223,9 +280,7 @@ def cloze_score(
 
 def task_scores(trained: Trained, reader: Reader, request: Request, tasks: Tasks) -> dict[str, Score]:
     """The numbers of the harness's tasks."""
-    if trained.tokenizer is None:
-        raise ValueError(f"{trained.label} holds no {FILE_NAME} to read tasks with")
-    check_vocabulary(vocab_size(trained.tokenizer), reader)
+    own_tokenizer(reader, "tasks")
     windows = request.windows
     found = evaluate_tasks(
         trained.model,
@@ -235,6 +290,7 @@ def task_scores(trained: Trained, reader: Reader, request: Request, tasks: Tasks
         batch_size=windows.batch_size,
         context=windows.context,
         quiet=request.quiet,
+        complain=lambda message: to_stderr(f"{trained.label}: {message}"),
     )
     return {
         name: {

@@ -18,9 +18,9 @@ from typing import Any, Literal, TypeVar
 T = TypeVar("T")
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """The hint of an error message: '; did you mean X?' for the closest known word, or nothing when none is close."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+def nearest(word: str, known: Iterable[str], alike: float = 0.5) -> str:
+    """The hint of an error message: '; did you mean X?' for the closest known word, or nothing when none is alike."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=alike)
     return f"; did you mean {close[0]}?" if close else ""
 
 

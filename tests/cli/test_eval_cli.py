@@ -9,6 +9,7 @@ from nativerank.cli.eval import table
 from nativerank.evaluate.loss import validation_loss
 from nativerank.evaluation import hf_tokenizer
 from nativerank.hub.load import load
+from nativerank.hub.save import save
 from nativerank.train.loop import train
 from nativerank.train.metrics import read_rows
 from nativerank.train.trained import open_trained
@@ -100,14 +101,40 @@ def test_a_folder_reads_alike_wherever_it_lies(trained, files, cli, tmp_path):
         (["--tasks", " , "], "names no task"),
         (["--tasks", "piqa", "--include_path", "nowhere"], "--include_path nowhere: no such folder"),
         (["--json", "nowhere/s.json"], "there is no folder nowhere"),
+        (["--data", "@t.txt", "--limit", "2"], "--limit 2 has no meaning here, it is for questions"),
+        (["--cloze", "@q.jsonl", "--eval_tokens", "9"], "--eval_tokens 9 has no meaning here, it is for texts"),
+        (["--cloze", "@q.jsonl", "--context", "9"], "--context 9 has no meaning here, it is for texts and tasks"),
+        (["--data", "@t.txt", "--split", "val"], "--split val has no meaning here, it is for prepared folders"),
+        (["--tasks", "piqa", "--context", "65"], "--context 65 is more than the 64 positions of"),
         (["--step", "5"], "has no checkpoint of step 5; there are: 4, 8"),
         (["--datta", "x"], "--datta"),
     ],
 )
-def test_mistakes_are_one_line(trained, cli, words, message):
-    result = cli("eval", trained, *words)
+def test_mistakes_are_one_line(trained, files, cli, words, message):
+    result = cli("eval", trained, *(str(files / word[1:]) if word.startswith("@") else word for word in words))
     assert result.code == 2 and message in result.err.splitlines()[-1], result.err
     assert result.out == ""
+
+
+def test_all_models_are_looked_at_first_and_what_was_done_is_kept(trained, files, cli, tmp_path):
+    words = ["--data", files / "t.txt", "--json", tmp_path / "s.json"]
+    short = shutil.copytree(trained / "model", tmp_path / "short")
+    (short / "model.safetensors").write_bytes((short / "model.safetensors").read_bytes()[:-4])
+    result = cli("eval", trained, short, *words)
+    assert (result.code, result.err.count("\n"), (tmp_path / "s.json").exists()) == (2, 1, False), result.err
+    broken = load(trained / "model")
+    broken.lm_head.weight.data.fill_(float("nan"))
+    save(broken, tmp_path / "nan")
+    shutil.copy(trained / "model/tokenizer.json", tmp_path / "nan")
+    result = cli("eval", trained, tmp_path / "nan", *words)
+    assert result.code == 2 and "the logits of" in result.err and result.err.count("\n") == 1
+    assert len(json.loads((tmp_path / "s.json").read_text())["models"]) == 1
+
+
+def test_a_damaged_last_row_is_named(trained, cli, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    (run / "metrics.jsonl").write_text('{"event": "end"}\n')
+    assert "metrics.jsonl is damaged: the row of the end has no step" in cli("eval", run).err
 
 
 def test_code_of_a_tokenizer_folder_never_runs(trained, tmp_path, monkeypatch):
@@ -131,8 +158,8 @@ def test_models_that_cannot_be_evaluated_are_one_line(trained, files, cli, tmp_p
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (bare / name).unlink()
     refused("holds no tokenizer.json to read", bare, "--data", files / "t.txt")
-    refused("holds no tokenizer.json to read the questions", bare, "--cloze", files / "q.jsonl")
-    refused("to be evaluated on? give --data", bare)
+    refused("holds no tokenizer.json to read", bare, "--cloze", files / "q.jsonl")
+    refused("holds no tokenizer.json, so it reads nothing but prepared folders", bare)
     refused("no such folder", trained, tmp_path / "nowhere")
     refused("validation split", bare, "--data", without_validation)
     refused("was made with another tokenizer", trained, "--data", without_validation)

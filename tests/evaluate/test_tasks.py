@@ -1,7 +1,6 @@
 """lm-evaluation-harness: our numbers are its numbers, and factors score as their merged dense export driven by it."""
 
 import json
-import math
 import random
 import sys
 
@@ -11,7 +10,16 @@ import torch
 import nativerank as nr
 from nativerank.data.tokenizer import load_tokenizer
 from nativerank.evaluate.cloze import cloze, read_questions
-from nativerank.evaluate.tasks import GROUPS, check_finite, check_known, evaluate_tasks, expanded, open_tasks
+from nativerank.evaluate.tasks import (
+    GROUPS,
+    away,
+    check_known,
+    evaluate_tasks,
+    expanded,
+    named,
+    open_tasks,
+    unreadable,
+)
 from nativerank.evaluate.text import Reader, Windows, metrics, open_text, text_loss
 from nativerank.models import make_hf_config, materialize, skeleton
 
@@ -116,7 +124,11 @@ def test_ours_and_the_harness_on_factors_and_on_the_dense_export_agree(local, mo
     assert found["word_perplexity"] == pytest.approx(theirs["word_perplexity"], rel=1e-5)
 
     # A part of the questions; data that cannot be had.
-    assert {score.n for score in evaluate_tasks(model, hf, tasks, limit=7).values()} == {7, 1}
+    said = []
+    assert {score.n for score in evaluate_tasks(model, hf, tasks, limit=7, complain=said.append).values()} == {7, 1}
+    assert said == ["ours_cloze: prompts longer than the 64 tokens of the model lost their beginning"]
+    with pytest.raises(ValueError, match="cannot evaluate task ours_cloze with the model's 2 tokens: AssertionError"):
+        evaluate_tasks(model, hf, tasks, limit=7, context=2)
     with pytest.raises(ValueError, match=r"cannot load task hellaswag: .*huggingface\.co"):
         open_tasks(["spectron"], [])
 
@@ -130,6 +142,10 @@ def test_a_name_that_is_no_task_is_refused(tmp_path):
     check_known(["piqa"], ["piqa"])
     with pytest.raises(ValueError, match="unknown task 'spectrn'; did you mean spectron"):
         check_known(["spectrn"], ["piqa"])
+    with pytest.raises(ValueError, match="unknown task 'my_tsk'; did you mean my_task"):
+        check_known(["my_tsk"], ["piqa", "my_tsks"], own=["my_task"])
+    with pytest.raises(ValueError, match=r"unknown task 'nope' \("):
+        check_known(["nope"], ["nopea_x", "copa", "piqa"])
     with pytest.raises(ValueError, match=r"unknown task 'ours_clze'; did you mean ours_cloze\?.*--include_path DIR"):
         check_known(["ours_clze"], ["piqa", "ours_cloze"])
     with pytest.raises(ValueError, match=r"--tasks .*mine\.yaml: no such file"):
@@ -145,9 +161,30 @@ def test_without_the_extra_one_line_says_what_to_install(monkeypatch):
         open_tasks(["piqa"], [])
 
 
-def test_a_model_that_answers_nan_is_no_score(model):
-    check_finite(model, torch.device("cpu"))
-    with torch.no_grad():
-        model.lm_head.weight[3] = math.nan
-    with pytest.raises(ValueError, match="logits are not finite"):
-        check_finite(model, torch.device("cpu"))
+@pytest.mark.parametrize("kind", [AssertionError(""), IndexError("list index out of range")])
+def test_what_the_harness_raises_on_a_task_is_one_line_that_names_it(kind):
+    with (
+        pytest.raises(ValueError, match=r"^cannot evaluate task mine with the model's 64 tokens: [AI]"),
+        named("mine", 64),
+    ):
+        raise kind
+    with pytest.raises(MemoryError), named("mine", 64):
+        raise MemoryError
+
+
+def test_only_data_that_are_elsewhere_are_said_to_be():
+    assert away(ConnectionError("no network")) and not away(FileNotFoundError("q.jsonl"))
+    try:
+        raise ValueError("no data") from ConnectionError("no network")
+    except ValueError as error:
+        assert away(error)
+
+
+def test_a_file_that_is_no_yaml_is_named(tmp_path):
+    (tmp_path / "ok.yaml").write_text("task: a\nf: !function x.y\n")
+    assert unreadable([str(tmp_path)]) is None
+    (tmp_path / "bad.yaml").write_text("task: [\n")
+    with pytest.raises(ValueError, match=r"unknown task 'mine' \(.*bad\.yaml cannot be read: "):
+        check_known(["mine"], ["piqa"], include=[str(tmp_path)])
+    with pytest.raises(ValueError, match=r"--include_path .*bad\.yaml is a file; give its folder, or --tasks "):
+        open_tasks(["mine"], [str(tmp_path / "bad.yaml")])

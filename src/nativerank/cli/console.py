@@ -19,21 +19,10 @@ Watch = Callable[..., None]  # what is going on, how much of it is done, of how 
 
 
 @contextmanager
-def progress(quiet: bool, lines: bool = False) -> Iterator[Watch]:
-    """Shows, on standard error, what a command is doing: a bar on a terminal; elsewhere nothing, or if `lines` one line
-    for each thing that begins."""
-    if quiet or not (lines or sys.stderr.isatty()):
+def progress(quiet: bool) -> Iterator[Watch]:
+    """Shows, on standard error, what a command is doing: a bar on a terminal, nothing elsewhere."""
+    if quiet or not sys.stderr.isatty():
         yield lambda what, done=0, total=0: None
-        return
-    if not sys.stderr.isatty():
-        said: list[str] = []
-
-        def say(what: str, done: int = 0, total: int = 0) -> None:
-            if said[-1:] != [what]:
-                said.append(what)
-                print(what, file=sys.stderr, flush=True)
-
-        yield say
         return
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:

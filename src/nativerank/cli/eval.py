@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from pathlib import Path
 from typing import Any
 
 from nativerank.cli.flags import add_device, add_quantize, add_quiet, add_step, device_of
@@ -37,7 +38,7 @@ def add_parser(subparsers: Any) -> None:
         "--data", "--data.path", action="append", default=[], metavar="FILE|DIR",
         help="text file or prepared folder: perplexity, bits per byte; may be given several times",
     )  # fmt: skip
-    parser.add_argument("--split", default="val", metavar="val|train", help="of a prepared folder (default: val)")
+    parser.add_argument("--split", metavar="val|train", help="of a prepared folder (default: val)")
     parser.add_argument(
         "--cloze", action="append", default=[], metavar="FILE", help="questions with choices, .json or .jsonl: accuracy"
     )
@@ -47,8 +48,9 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--limit", type=int, metavar="N", help="questions of each file and task (default: all)")
     parser.add_argument(
-        "--eval_tokens", type=int, metavar="N", help="tokens of each text, evenly spread (default: all)"
-    )
+        "--eval_tokens", type=int, metavar="N",
+        help="tokens of each text, in windows spread evenly: at least one of each (default: all)",
+    )  # fmt: skip
     parser.add_argument("--context", type=int, metavar="N", help="tokens of a window (default: as the run was trained)")
     parser.add_argument("--stride", type=int, metavar="N", help="by which a window begins later (default: the context)")
     parser.add_argument("--batch_size", type=int, metavar="N", help="windows or choices at once (default: by memory)")
@@ -76,10 +78,13 @@ def run(flags: argparse.Namespace) -> int:
         quantize=flags.quantize, quiet=flags.quiet or not sys.stderr.isatty(),
     )  # fmt: skip
     device = device_of(flags)
-    with progress(flags.quiet, lines=True) as watch:
-        result = evaluate(request, device, watch)
-    if not write_json(result, flags.json) and not flags.quiet:
-        print("\n".join(table(result)))
+    done: dict[str, Any] = {}
+    try:
+        with progress(flags.quiet) as watch:
+            evaluate(request, device, watch, keep=done.update)
+    finally:  # also what was done before a model failed
+        if done and not write_json(done, flags.json) and not flags.quiet:
+            print("\n".join(table(done)))
     return 0
 
 
@@ -96,6 +101,7 @@ def table(result: dict[str, Any]) -> list[str]:
 
 def block(result: dict[str, Any], heads: dict[str, str], labels: list[str]) -> list[str]:
     """The lines of some models."""
+    from nativerank.data.demo import is_prepared_demo
     from nativerank.layers.report import clipped
 
     scores = {label: result["models"][label]["scores"] for label in labels}
@@ -103,7 +109,8 @@ def block(result: dict[str, Any], heads: dict[str, str], labels: list[str]) -> l
     for name in dict.fromkeys(name for label in labels for name in scores[label]):
         found = [scores[label].get(name) for label in labels]
         first = next(score for score in found if score)
-        lines.append(clipped(name, WIDTH - 24) + heading(first))
+        shown = "built-in corpus" if is_prepared_demo(Path(name)) else clipped(name, WIDTH - 24)
+        lines.append(shown + heading(first))
         for metric in dict.fromkeys(m for score in found if score for m in score["metrics"]):
             cells = [cell(score["metrics"].get(metric)) if score else "-" for score in found]
             lines.append(f"  {clipped(metric, NAME - 3):<{NAME - 2}}" + "".join(f"{c:>{CELL}}" for c in cells))

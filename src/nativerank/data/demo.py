@@ -44,6 +44,11 @@ def prepared_demo(vocab_size: int = 4096, quiet: bool = False) -> Path:
     return out
 
 
+def is_prepared_demo(folder: Path) -> bool:
+    """Whether a folder is one of `prepared_demo`, by its place."""
+    return folder.parent == cache_dir() and folder.name.startswith(f"demo-{PACKAGE}-")
+
+
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
     """One process at a time; the system frees the lock of a process that dies."""

@@ -25,10 +25,10 @@ import numpy as np
 import torch
 
 from nativerank.data.readers import decode, open_stream
-from nativerank.data.tokenizer import FILE_NAME, end_of_text_id
+from nativerank.data.tokenizer import end_of_text_id
 from nativerank.distributed.wrap import evaluating
 from nativerank.evaluate.loss import autocast, token_losses
-from nativerank.evaluate.text import Reader, batch_of, check_vocabulary
+from nativerank.evaluate.text import Reader, batch_of, own_tokenizer
 from nativerank.models import context_length
 
 CONTEXTS = ("context", "query")
@@ -148,9 +148,7 @@ def encode_questions(reader: Reader, questions: list[Question]) -> list[Pair]:
     Raises:
         ValueError: no tokenizer, or one of another vocabulary; a choice without a token, or longer than the positions.
     """
-    tokenizer, limit = reader.tokenizer, context_length(reader.model.config)
-    if tokenizer is None:
-        raise ValueError(f"{reader.label} holds no {FILE_NAME} to read the questions with")
+    tokenizer, limit = own_tokenizer(reader, "the questions"), context_length(reader.model.config)
     start_id = end_of_text_id(tokenizer) if reader.start_id is None else reader.start_id
     pairs = []
     for q in questions:
@@ -161,7 +159,6 @@ def encode_questions(reader: Reader, questions: list[Question]) -> list[Pair]:
             if limit is not None:
                 pair = cut(pair, limit, q.place)
             pairs.append(pair)
-    check_vocabulary(1 + max(max(pair.context + pair.continuation) for pair in pairs), reader)
     return pairs
 
 

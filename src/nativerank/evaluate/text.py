@@ -1,6 +1,7 @@
 """A text as a model reads it, and how well it is predicted.
 
-    a text file         encoded with the model's tokenizer as one document, its start-of-text token first
+    a text file         encoded with the model's tokenizer, its start-of-text token first; as one document, or as
+                        several where it is longer than DOCUMENT_BYTES
     a prepared folder   a split as it lies there, documents with end-of-text tokens between them
 
 Every token but the first is predicted exactly once. In windows of `context` tokens, each beginning `stride` tokens
@@ -31,7 +32,7 @@ from torch import nn
 from nativerank.data.prepare import prepare
 from nativerank.data.shards import Dataset, Split
 from nativerank.data.sources import open_source
-from nativerank.data.tokenizer import FILE_NAME, tokenizer_hash
+from nativerank.data.tokenizer import FILE_NAME, tokenizer_hash, vocab_size
 from nativerank.evaluate.loss import Loss, check_document_mask, validation_loss
 from nativerank.models import context_length
 
@@ -126,17 +127,27 @@ def prepared_text(data: Path, reader: Reader, split: str = "val") -> Text:
 
 def encoded_text(file: Path, reader: Reader, where: Path) -> Text:
     """A text file as the model's own tokenizer reads it, written below `where`."""
-    if reader.tokenizer is None:
-        raise ValueError(f"{reader.label} holds no {FILE_NAME} to read {file} with; give a prepared data folder")
+    tokenizer = own_tokenizer(reader, str(file))
     words = sum(len(re.split(r"\s+", document)) for document in open_source(str(file), chunk_bytes=DOCUMENT_BYTES))
     where.mkdir(parents=True)
-    (where / FILE_NAME).write_text(reader.tokenizer.to_str(), encoding="utf-8")
-    start = None if reader.start_id is None else reader.tokenizer.id_to_token(reader.start_id)
+    (where / FILE_NAME).write_text(tokenizer.to_str(), encoding="utf-8")
+    start = None if reader.start_id is None else tokenizer.id_to_token(reader.start_id)
     options: dict[str, Any] = {"workers": 1, "chunk_bytes": DOCUMENT_BYTES, "quiet": True}
     prepare([str(file)], where / "data", str(where), val_fraction=0.0, eot=start, **options)
     dataset = Dataset.open(where / "data")
-    check_vocabulary(dataset.vocab_size, reader)
     return Text(dataset.split("train"), dataset.eot_id, words, full_last=True)
+
+
+def own_tokenizer(reader: Reader, what: str) -> Tokenizer:
+    """The tokenizer to read something with.
+
+    Raises:
+        ValueError: there is none, or one with tokens that the model has no row for.
+    """
+    if reader.tokenizer is None:
+        raise ValueError(f"{reader.label} holds no {FILE_NAME} to read {what} with; prepared data folders need none")
+    check_vocabulary(vocab_size(reader.tokenizer), reader)
+    return reader.tokenizer
 
 
 def check_vocabulary(needed: int, reader: Reader) -> None:

@@ -52,6 +52,21 @@ def load(folder: str | Path, *, into: nn.Module | None = None, dtype: torch.dtyp
     return fill(outline(folder, dtype), folder)
 
 
+def look(folder: Path) -> nn.Module:
+    """What `load` would return, as shapes alone, after a look at everything but the contents of the weights.
+
+    The names of a stock folder's weights are looked at when they are read: transformers alone knows them.
+
+    Raises:
+        ValueError: as `load`.
+    """
+    folder = model_folder(folder)
+    model, stored = outline(folder), read_folder_header(folder)
+    if is_factored(read_config(folder)):
+        check_fits(model, stored, folder)
+    return model.eval()
+
+
 def fill(model: nn.Module, folder: Path) -> nn.Module:
     """Gives an outline its memory and the weights of its folder, in place.
 

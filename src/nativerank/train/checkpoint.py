@@ -161,14 +161,17 @@ def list_checkpoints(folder: Path) -> list[Checkpoint]:
     return sorted(found.values(), key=lambda c: c.step)
 
 
-def check(path: Path, grid: Grid = SINGLE) -> None:
+def check(path: Path, grid: Grid = SINGLE, contents: bool = True) -> None:
     """Compares a checkpoint with its manifest; every process reads a share of the files.
+
+    Args:
+        contents: False compares no more than names and sizes.
 
     Raises:
         ValueError: a missing, truncated, altered or foreign file, named.
     """
     expected = from_first(grid, lambda: _claims(path))
-    mine = list(expected.items())[grid.rank :: grid.world]
+    mine = list(expected.items())[grid.rank :: grid.world] if contents else []
     with together(grid):
         for name, sha256 in mine:
             if sha256_file(path / name) != sha256:
@@ -267,8 +270,10 @@ def _read_random(stored: Stored, model: nn.Module, grid: Grid) -> None:
     set_random_state(model, {name: piece.tensor for name, piece in found.items()})
 
 
-def newest_usable(folder: Path, complain: Callable[[str], None], grid: Grid = SINGLE) -> Checkpoint | None:
-    """The newest checkpoint that passes its check, None if there is none at all.
+def newest_usable(
+    folder: Path, complain: Callable[[str], None], grid: Grid = SINGLE, contents: bool = True
+) -> Checkpoint | None:
+    """The newest checkpoint that passes its check (with or without its contents), None if there is none at all.
 
     Each damaged newer one is named through `complain(message)`.
 
@@ -278,7 +283,7 @@ def newest_usable(folder: Path, complain: Callable[[str], None], grid: Grid = SI
     problems: list[str] = []
     for checkpoint in reversed(from_first(grid, lambda: list_checkpoints(folder))):
         try:
-            check(checkpoint.path, grid)
+            check(checkpoint.path, grid, contents)
         except ValueError as error:
             problems.append(str(error))
         else:

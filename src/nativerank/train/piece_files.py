@@ -81,20 +81,24 @@ class Stored:
             if not _tile(parts, self.shapes[name]):
                 raise ValueError(f"{self.where} is damaged: the pieces of {name} leave a gap or overlap")
 
-    @torch.no_grad()
-    def fill(self, pieces: Iterable[Piece]) -> None:
-        """Copies what is stored into the pieces' tensors.
-
-        Raises:
-            ValueError: a name that is not here or has another shape, or a damaged file.
-        """
-        pieces = list(pieces)
+    def check(self, pieces: Sequence[Piece]) -> None:
+        """Raises a ValueError for a piece that is not here or has another shape."""
         if missing := [p.name for p in pieces if p.name not in self.shapes]:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise ValueError(f"{self.where} lacks {min(missing)}{more}")
         for p in pieces:
             if self.shapes[p.name] != tuple(p.shape):
                 raise ValueError(f"{self.where}: {p.name} has shape {self.shapes[p.name]}, expected {tuple(p.shape)}")
+
+    @torch.no_grad()
+    def fill(self, pieces: Iterable[Piece]) -> None:
+        """Copies what is stored into the pieces' tensors.
+
+        Raises:
+            ValueError: as `check`, or a damaged file.
+        """
+        pieces = list(pieces)
+        self.check(pieces)
         wanted: dict[Path, list[tuple[Piece, StoredPart]]] = {}
         for p in pieces:
             for part in self._parts[p.name]:

@@ -28,7 +28,7 @@ from nativerank.data.tokenizer import load_tokenizer, tokenizer_hash
 from nativerank.distributed.pieces import Piece
 from nativerank.hub.card import Training, read_training
 from nativerank.hub.load import CONFIG as MODEL_CONFIG
-from nativerank.hub.load import TOKENIZER, load, outline
+from nativerank.hub.load import TOKENIZER, load, look, outline
 from nativerank.hub.weights import named_tensors
 from nativerank.layers.guided import guided_layers
 from nativerank.layers.pretrained import MODEL_TYPE, RECORD
@@ -77,13 +77,16 @@ def to_stderr(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr)
 
 
-def open_trained(path: str | Path, step: int | None = None, complain: Complain = to_stderr) -> Trained:
+def open_trained(
+    path: str | Path, step: int | None = None, complain: Complain = to_stderr, *, weights: bool = True
+) -> Trained:
     """The model in a run, a checkpoint or a model folder.
 
     Args:
         path: of any of them.
         step: of a run: that of the checkpoint to take.
         complain: told of damaged checkpoints that were passed by, and of data that have changed.
+        weights: False looks at all but their contents, and the model is shapes on the meta device.
 
     Raises:
         ValueError: no such folder, or none of these; a run without a complete checkpoint, or none at that step; the
@@ -98,15 +101,15 @@ def open_trained(path: str | Path, step: int | None = None, complain: Complain =
             raise ValueError(f"{path} is a checkpoint already; a step is for its run, {run}")
         if not (run / RUN_CONFIG).is_file():
             raise ValueError(f"{path} lies in no run folder, so nothing says which model it is of: no {RUN_CONFIG}")
-        return from_checkpoint(path, run, complain)
+        return from_checkpoint(path, run, complain, weights)
     if (path / RUN_CONFIG).is_file():
         if step is None and (end := finished(path)) is not None:
-            return from_finished(path, end)
-        return from_checkpoint(chosen(path, step, complain), path, complain)
+            return from_finished(path, end, weights)
+        return from_checkpoint(chosen(path, step, complain, weights), path, complain, weights)
     if (path / MODEL_CONFIG).is_file() or (path / "model").is_dir():
         if step is not None:
             raise ValueError(f"{path} is not a run folder, so it has no checkpoint of step {step}")
-        return from_model_folder(path if (path / MODEL_CONFIG).is_file() else path / "model", str(path))
+        return from_model_folder(path if (path / MODEL_CONFIG).is_file() else path / "model", str(path), weights)
     raise ValueError(f"{path} is not a run, a checkpoint or a model folder")
 
 
@@ -128,17 +131,20 @@ def finished(run: Path) -> dict[str, Any] | None:
     ends = [row for row in read_rows(run) if row.get("event") == "end"]
     if not ends:  # going on drops the row of the end
         return None if newest else {}
+    for key in ("step", "tokens"):
+        if type(ends[-1].get(key)) is not int:
+            raise ValueError(f"{run / METRICS} is damaged: the row of the end has no {key}")
     return ends[-1] if ends[-1]["step"] >= newest else None
 
 
-def chosen(run: Path, step: int | None, complain: Complain) -> Path:
-    """The checkpoint of a step, or the newest one that is not damaged.
+def chosen(run: Path, step: int | None, complain: Complain, contents: bool = True) -> Path:
+    """The checkpoint of a step, or the newest one that is not damaged (by its contents, or by sizes alone).
 
     Raises:
         ValueError: there is none, naming those there are; or the one asked for is damaged.
     """
     if step is None:
-        newest = checkpoint.newest_usable(run, complain)
+        newest = checkpoint.newest_usable(run, complain, contents=contents)
         if newest is None:
             raise ValueError(f"the run in {run} has no complete checkpoint yet; continue it with --resume auto")
         return newest.path
@@ -157,9 +163,9 @@ def of_old_form(config: Path) -> bool:
         return False  # whoever reads the folder says what is wrong with it
 
 
-def from_finished(run: Path, end: dict[str, Any]) -> Trained:
+def from_finished(run: Path, end: dict[str, Any], weights: bool) -> Trained:
     """What a finished run left in model/; `end` is the last row of its records."""
-    found = from_model_folder(run / "model", f"{run} at step {end['step']}" if end else str(run))
+    found = from_model_folder(run / "model", f"{run} at step {end['step']}" if end else str(run), weights)
     config = read_config(run)
     data = data_of(config, found.tokenizer)
     training = found.training  # which the config of a dense model does not keep
@@ -173,27 +179,28 @@ def reading_of(config: RunConfig) -> dict[str, Any]:
     return {"context": config.train.context, "document_mask": config.data.document_mask}
 
 
-def from_model_folder(folder: Path, label: str) -> Trained:
+def from_model_folder(folder: Path, label: str, weights: bool) -> Trained:
     """What a factored or stock folder holds."""
     tokenizer = load_tokenizer(folder / TOKENIZER) if (folder / TOKENIZER).is_file() else None
-    return Trained(load(folder), tokenizer, folder, label, training=read_training(folder))
+    return Trained(load(folder) if weights else look(folder), tokenizer, folder, label, training=read_training(folder))
 
 
-def from_checkpoint(path: Path, run: Path, complain: Complain) -> Trained:
+def from_checkpoint(path: Path, run: Path, complain: Complain, weights: bool) -> Trained:
     """The model of a checkpoint, of however many processes.
 
     Raises:
         ValueError: it is damaged, is not of this run's configuration, or still has guides.
     """
-    checkpoint.check(path)
+    checkpoint.check(path, contents=weights)
     config, state = read_config(run), checkpoint.read_state(path)
     label = f"{run} at step {state['step']}"
     stored = Stored([path / name for name in checkpoint.tensor_files("model", checkpoint.processes_of(path))])
     refuse_guides(stored, config, label)
     data, tokenizer = tokenizer_of(config, state["data"], label, complain)
-    model = allocate(built(config, stored, data))
+    model = built(config, stored, data)
+    model = allocate(model) if weights else model
     tensors = named_tensors(model)
-    stored.fill(Piece(name, tensor, tuple(tensor.shape)) for name, tensor in tensors.items())
+    (stored.fill if weights else stored.check)([Piece(name, t, tuple(t.shape)) for name, t in tensors.items()])
     if extra := sorted(set(stored.shapes) - set(tensors)):
         raise ValueError(f"{path} holds {extra[0]}, which the model of {run / RUN_CONFIG} does not have")
     training = training_of(config, data, None, state["step"], state["tokens"])

@@ -152,18 +152,15 @@ def test_a_folder_in_the_cache_of_the_hub(saved, tmp_path):
     shutil.copytree(saved, place / "snapshots/abc")
     (place / "refs").mkdir()
     (place / "refs/main").write_text("abc")
-    found = AutoModelForCausalLM.from_pretrained("me/small", cache_dir=tmp_path, local_files_only=True)
+    here = {"local_files_only": True}  # transformers forgets it in its search for an adapter, if peft is installed
+    found = AutoModelForCausalLM.from_pretrained("me/small", cache_dir=tmp_path, **here, adapter_kwargs=here)
     assert torch.equal(logits(found), logits(nr.load(saved)))
 
 
-def test_import_is_light_and_register_is_asked_for():
+def test_the_functions_alone_read_no_model_of_transformers():
     code = """
-import sys, time
-began = time.process_time()
+import sys
 import nativerank
-seconds = time.process_time() - began
-heavy = sorted(m for m in sys.modules if m.split(".")[0] in ("transformers", "torch"))
-assert not heavy and seconds < 2, (heavy[:3], seconds)
 nativerank.load, nativerank.save, nativerank.factorize, nativerank.build_optimizer
 models = sorted(m for m in sys.modules if m.startswith("transformers.models."))
 assert not models, models[:3]

@@ -63,6 +63,9 @@ def look(folder: Path) -> nn.Module:
     folder = model_folder(folder)
     model, stored = outline(folder), read_folder_header(folder)
     if is_factored(read_config(folder)):
+        from nativerank.hub.register import register
+
+        register()
         check_fits(model, stored, folder)
     return model.eval()
 

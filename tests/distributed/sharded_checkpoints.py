@@ -18,7 +18,7 @@ from nativerank.train import checkpoint
 from nativerank.train.piece_files import Stored
 from nativerank.train.saver import Saver
 
-STATE = {"step": 1, "loader": {}, "guard": {}, "best": {}, "data": ""}
+STATE = dict.fromkeys(checkpoint.STATE_KEYS, 0) | {"step": 1}
 
 
 def model_of(method, seed=0):

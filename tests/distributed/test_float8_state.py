@@ -12,7 +12,7 @@ from nativerank.methods import build_optimizer, factorize
 from nativerank.train import checkpoint
 
 TOKENS, WIDTH = 151, 264  # rows that do not divide, and a row is a block and a bit
-STATE = {"step": 1, "loader": {}, "guard": {}, "best": {}, "data": ""}
+STATE = dict.fromkeys(checkpoint.STATE_KEYS, 0) | {"step": 1}
 
 
 class Net(nn.Module):

@@ -93,7 +93,7 @@ def test_training_goes_on_with_the_same_bits(forked, tmp_path, method, grid, alg
 # -- who reads and writes what ------------------------------------------------------------------------------------
 
 
-def test_one_process_writes_plain_files_that_version_0_1_would_read(tmp_path, saved):
+def test_one_process_writes_plain_files(tmp_path, saved):
     path = saved(1, 1)
     assert sorted(p.name for p in path.iterdir()) == [
         "manifest.json", "model.safetensors", "optimizer.safetensors", "state.json"
@@ -101,9 +101,6 @@ def test_one_process_writes_plain_files_that_version_0_1_would_read(tmp_path, sa
     for kind in checkpoint.KINDS:
         with safe_open(path / f"{kind}.safetensors", "pt") as file:
             assert file.metadata() is None
-    manifest = json.loads((path / "manifest.json").read_text())
-    del manifest["processes"]  # version 0.1 had none
-    (path / "manifest.json").write_text(json.dumps(manifest))
     checkpoint.check(path)
     model, optimizer = built("spectron", SINGLE)
     assert checkpoint.load(path, model, checkpoint.contents(model, optimizer)) == STATE

@@ -180,7 +180,7 @@ def piece(value):
     return Piece("w", torch.full((3,), value), (3,))
 
 
-STATE = {"step": 1, "loader": {}, "guard": {}, "best": {}, "data": ""}
+STATE = dict.fromkeys(checkpoint.STATE_KEYS, 0) | {"step": 1}
 
 
 @pytest.mark.parametrize(("renames", "value"), [(1, 1.0), (2, 2.0)])
@@ -353,9 +353,6 @@ def small():
 def load(saved):
     model, optimizer = small()
     return checkpoint.load(saved.path, model, checkpoint.contents(model, optimizer))
-
-
-STATE = {"step": 1, "loader": {}, "guard": {}, "best": {}, "data": ""}
 
 
 def test_the_cuda_generator_is_kept(tmp_path, on_cuda):

@@ -120,18 +120,6 @@ def test_a_run_that_went_on_is_not_what_it_was_when_it_ended(trained, tmp_path, 
     assert open_trained(run).label.endswith("step 9")
 
 
-def test_of_a_run_of_version_0_1_its_last_checkpoint_is_read(trained, tmp_path):
-    run = shutil.copytree(trained(), tmp_path / "old")
-    config = json.loads((run / "model" / "config.json").read_text())
-    old = {"model_type": "nativerank", "nativerank_version": "0.1.0", "kind": "lowrank", "ranks": {}, "base": config}
-    (run / "model" / "config.json").write_text(json.dumps(old))
-    found = open_trained(run)
-    assert found.folder.name == "step-000008" and same(found.model, open_trained(trained()).model)
-    shutil.rmtree(run / "checkpoints")
-    with pytest.raises(ValueError, match="was written by an older nativerank"):
-        open_trained(run)
-
-
 def test_a_damaged_checkpoint_is_named_and_passed_by(unfinished):
     flip_a_bit(unfinished / "checkpoints" / "step-000006" / "model.safetensors")
     said = []
@@ -178,8 +166,17 @@ def test_guides_that_are_still_there_are_said(trained):
 
 
 def test_a_run_that_began_with_a_model(trained, tmp_path, run_config, listen):
-    train(run_config(out=tmp_path / "run", init=trained() / "model", **SAVES), listen())
+    began = shutil.copytree(trained() / "model", tmp_path / "began")
+    train(run_config(out=tmp_path / "run", init=began, **SAVES), listen())
     assert same(open_trained(tmp_path / "run", step=8).model, open_trained(tmp_path / "run").model)
+    config = json.loads((began / "config.json").read_text())
+    (began / "config.json").write_text(json.dumps(config | {"intermediate_size": 64}))
+    with pytest.raises(ValueError, match=rf"{began} is another model now .*: model\.layers\.0\.mlp.* has shape .* 48"):
+        open_trained(tmp_path / "run", step=8)
+    shutil.rmtree(began)
+    with pytest.raises(ValueError, match=rf"no such folder: {began}; the run began with --init {began}, whose config"):
+        open_trained(tmp_path / "run", step=8)
+    assert open_trained(tmp_path / "run").model is not None  # its model/ holds all that it needs
 
 
 def test_model_folders(trained, tmp_path):

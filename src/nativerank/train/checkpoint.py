@@ -39,6 +39,7 @@ from nativerank.train.piece_files import Stored, write_pieces
 
 KINDS = ("model", "optimizer")
 STATE = "state.json"
+STATE_KEYS = ("step", "tokens", "loader", "guard", "ranks", "train_flops", "best", "data", "teacher", "optimizers")
 MANIFEST = "manifest.json"
 PREFIX = "step-"
 MAX_PROCESSES = 99_999
@@ -199,12 +200,12 @@ def _claims(path: Path) -> dict[str, str]:
 
 
 def processes_of(path: Path) -> int:
-    """How many processes wrote a checkpoint; version 0.1 does not say, and had one.
+    """How many processes wrote a checkpoint.
 
     Raises:
         ValueError: no number of processes.
     """
-    processes = json.loads((path / MANIFEST).read_text(encoding="utf-8")).get("processes", 1)
+    processes = json.loads((path / MANIFEST).read_text(encoding="utf-8")).get("processes")
     if type(processes) is not int or not 1 <= processes <= MAX_PROCESSES:
         raise ValueError(f"{path / MANIFEST} was written by {processes!r} processes")
     return processes
@@ -218,7 +219,7 @@ def read_state(path: Path) -> dict[str, Any]:
     """
     try:
         state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
-        if missing := sorted({"step", "loader", "guard", "best", "data"} - set(state)):
+        if missing := sorted(set(STATE_KEYS) - set(state)):
             raise ValueError(f"it lacks {missing[0]}")
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"cannot read {path / STATE}: {error}") from None

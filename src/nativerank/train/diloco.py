@@ -82,7 +82,7 @@ def replicas_apart(outer: Outer | None) -> int:
 
 def check_taken_up(stored: dict[str, Any], outer: Outer | None, where: str) -> None:
     """Raises a ValueError for a checkpoint that another number of optimizers wrote."""
-    there, here = stored.get("optimizers", 1), replicas_apart(outer)
+    there, here = stored["optimizers"], replicas_apart(outer)
     if there != here:
         raise ValueError(
             f"{where} holds {there} optimizers of replicas on their own, this run has {here}; it takes as many, and "

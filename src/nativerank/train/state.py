@@ -188,15 +188,14 @@ class RunState:
         check_taken_up(stored, self.outer, str(path))
         if self.optimizer.guides is not None:
             self.optimizer.guides.set(stored["step"])
-        if "ranks" in stored:  # a checkpoint of version 0.1 has none, and no changed ones
-            self.ranks.restore(stored["ranks"], str(path))
+        self.ranks.restore(stored["ranks"], str(path))
         if self.outer:
             self.outer.begin(forget=True)
         state = checkpoint.load(path, self.model, self._tensors(), self.grid, self.config.train.seed)
         self.optimizer.loaded()
         if self.outer:
             self.outer.begin()
-        self.train_flops = state.get("train_flops", 0.0)
+        self.train_flops = state["train_flops"]
         self.count_flops()
         if state["data"] != self.fingerprint:
             raise ValueError(f"{path} was trained on other data than {self.dataset.path} holds")
@@ -210,7 +209,7 @@ class RunState:
         """Takes up a checkpoint from which this run folder, whose newest is given, can go on."""
         if path.resolve().is_relative_to(self.out.resolve()):  # a branch may learn from whom it likes
             stored = from_first(self.grid, lambda: checkpoint.read_state(path))
-            check_same_teacher(stored.get("teacher"), self.teacher, str(path))
+            check_same_teacher(stored["teacher"], self.teacher, str(path))
         self.load(path)
         if self.step > self.steps:
             raise ValueError(f"{path} is at step {self.step}, beyond --train.steps {self.steps}")

@@ -11,7 +11,6 @@ Nothing of the optimizer is read. The data folder is asked for the tokenizer onl
 data can still be used, then without a tokenizer.
 """
 
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -31,7 +30,6 @@ from nativerank.hub.load import CONFIG as MODEL_CONFIG
 from nativerank.hub.load import TOKENIZER, load, look, outline
 from nativerank.hub.weights import named_tensors
 from nativerank.layers.guided import guided_layers
-from nativerank.layers.pretrained import MODEL_TYPE, RECORD
 from nativerank.models import allocate, find_preset
 from nativerank.optim.roles import factor_modules
 from nativerank.rank.follow import stored_rank
@@ -123,12 +121,10 @@ def finished(run: Path) -> dict[str, Any] | None:
     """The last row of a run that has its model/, empty if that is gone; None if it has none, or has gone on since."""
     if not (run / "model" / MODEL_CONFIG).is_file():
         return None
-    newest = max((c.step for c in checkpoint.list_checkpoints(run)), default=0)
-    if newest and of_old_form(run / "model" / MODEL_CONFIG):
-        return None
     if not (run / METRICS).is_file():
         return {}
     ends = [row for row in read_rows(run) if row.get("event") == "end"]
+    newest = max((c.step for c in checkpoint.list_checkpoints(run)), default=0)
     if not ends:  # going on drops the row of the end
         return None if newest else {}
     for key in ("step", "tokens"):
@@ -152,15 +148,6 @@ def chosen(run: Path, step: int | None, complain: Complain, contents: bool = Tru
     if step not in found:
         raise ValueError(f"{run} has no checkpoint of step {step}; there are: {', '.join(map(str, found)) or 'none'}")
     return found[step]
-
-
-def of_old_form(config: Path) -> bool:
-    """Whether a model folder is one of version 0.1; the checkpoint of the same step is read instead."""
-    try:
-        values = json.loads(config.read_text(encoding="utf-8"))
-        return values["model_type"] == MODEL_TYPE and RECORD not in values
-    except (ValueError, KeyError, TypeError):
-        return False  # whoever reads the folder says what is wrong with it
 
 
 def from_finished(run: Path, end: dict[str, Any], weights: bool) -> Trained:
@@ -221,7 +208,7 @@ def refuse_guides(stored: Stored, config: RunConfig, label: str) -> None:
 def built(config: RunConfig, stored: Stored, data: Dataset | None) -> nn.Module:
     """The architecture of a run on the meta device, in the ranks that are stored."""
     if config.init:
-        model: Any = outline(Path(config.init))
+        model: Any = beginning(config.init)
         if data is not None:
             name_end_of_text(model.config, data.eot_id)
     else:
@@ -231,7 +218,28 @@ def built(config: RunConfig, stored: Stored, data: Dataset | None) -> nn.Module:
     for name, layer in factor_modules(model):
         if (rank := stored_rank(stored.shapes, name)) is not None:
             layer.reshape(rank)
+    if config.init:
+        check_beginning(model, stored, config.init)
     return model
+
+
+def beginning(init: str) -> nn.Module:
+    """The architecture of the folder that a run began with; a checkpoint does not say what it is."""
+    try:
+        return outline(Path(init))
+    except ValueError as error:
+        raise ValueError(f"{error}; the run began with --init {init}, whose config its checkpoints need") from None
+
+
+def check_beginning(model: nn.Module, stored: Stored, init: str) -> None:
+    """Raises a ValueError unless a checkpoint holds the tensors of the folder that its run began with."""
+    wanted, have = {name: tuple(t.shape) for name, t in named_tensors(model).items()}, stored.shapes
+    if different := sorted(name for name in {**wanted, **have} if wanted.get(name) != have.get(name)):
+        name = different[0]
+        raise ValueError(
+            f"--init {init} is another model now than when the run began with it: {name} has shape "
+            f"{wanted.get(name)} there and {have.get(name)} in the checkpoint"
+        )
 
 
 def vocabulary(config: RunConfig, stored: Stored) -> int:

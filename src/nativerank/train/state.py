@@ -178,13 +178,14 @@ class RunState:
             "optimizers": replicas_apart(self.outer),
         }
 
-    def load(self, path: Path) -> None:
-        """Takes up a checkpoint.
+    def load(self, path: Path, stored: dict[str, Any] | None = None) -> None:
+        """Takes up a checkpoint, whose state.json may be at hand.
 
         Raises:
             ValueError: one of another model or of other data.
         """
-        stored = from_first(self.grid, lambda: checkpoint.read_state(path))
+        if stored is None:
+            stored = from_first(self.grid, lambda: checkpoint.read_state(path))
         check_taken_up(stored, self.outer, str(path))
         if self.optimizer.guides is not None:
             self.optimizer.guides.set(stored["step"])
@@ -207,10 +208,10 @@ class RunState:
 
     def resume(self, path: Path, newest: checkpoint.Checkpoint | None) -> None:
         """Takes up a checkpoint from which this run folder, whose newest is given, can go on."""
+        stored = from_first(self.grid, lambda: checkpoint.read_state(path))
         if path.resolve().is_relative_to(self.out.resolve()):  # a branch may learn from whom it likes
-            stored = from_first(self.grid, lambda: checkpoint.read_state(path))
             check_same_teacher(stored["teacher"], self.teacher, str(path))
-        self.load(path)
+        self.load(path, stored)
         if self.step > self.steps:
             raise ValueError(f"{path} is at step {self.step}, beyond --train.steps {self.steps}")
         if newest and newest.step > self.step:

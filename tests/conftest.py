@@ -36,6 +36,21 @@ def session_cache(tmp_path_factory):
         yield
 
 
+LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture(autouse=True)
+def nobody_launched_this():
+    """Trainers of others leave a launcher's variables behind, and then a run takes itself for one process of many."""
+    before = {name: os.environ.get(name) for name in LAUNCHED}
+    yield
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
 def some_text(seed, paragraphs=120):
     source = random.Random(seed)
     return "\n\n".join(" ".join(source.choices(WORDS, k=source.randint(40, 90))) for _ in range(paragraphs))

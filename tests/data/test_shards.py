@@ -195,7 +195,7 @@ def test_a_folder_with_content_is_left_alone(folder, tmp_path):
     with pytest.raises(ValueError, match="out exists and is not empty"):
         write_folder(folder, np.arange(3))
     (tmp_path / "note").write_text("mine")
-    with pytest.raises(ValueError, match="note exists and is not empty"):
+    with pytest.raises(ValueError, match="note exists and is a file"):
         write_folder(tmp_path / "note", np.arange(3))
     assert sorted(p.name for p in folder.iterdir()) == before
     (tmp_path / "empty").mkdir()

@@ -154,7 +154,7 @@ def test_eval_scores_int8_beside_the_weights_as_they_are(cli, run, tmp_path):
     for words in ([], ["--quantize", "int8"]):
         file = tmp_path / f"scores{len(words)}.json"
         done = cli("eval", run, "--json", file, *words)
-        assert done.code == 0 and ("28 matrices in int8" in done.err) == bool(words), done.err
+        assert (done.code, done.err) == (0, "")
         scores = json.loads(file.read_text())
         (model,) = scores["models"].values()
         (score,) = model["scores"].values()

@@ -136,11 +136,11 @@ def test_a_run_says_what_a_bad_gradient_left_behind(tmp_path, run_config, listen
 
     real = loop.layerwise_step
 
-    def poisoned(model, *rest):
+    def poisoned(model, *rest, **options):
         weight = model.model.layers[0].self_attn.q_proj.up.weight
         handle = weight.register_hook(lambda grad: grad * float("nan")) if listener.rows[-1].get("step") == 3 else None
         try:
-            return real(model, *rest)
+            return real(model, *rest, **options)
         finally:
             if handle:
                 handle.remove()

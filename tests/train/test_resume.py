@@ -280,9 +280,11 @@ def test_a_second_signal_acts_at_once_and_nothing_is_lost(tmp_path, cli, flags, 
             signal.raise_signal(signal.SIGINT)
 
     common = dict(out=tmp_path / "a", train__checkpoint_every=3)
+    ignored = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it for what runs in background
     with monkeypatch.context() as patch:
         patch.setattr(JsonLines, "row", row_then_signals)
         stopped = cli("train", *flags(**common))
+    signal.signal(signal.SIGINT, ignored)
     assert (stopped.code, stopped.err) == (130, "nativerank: interrupted\n")
     assert [p.name for p in (tmp_path / "a/checkpoints").iterdir()] == ["step-000003"]
     assert cli("train", *flags(**common, resume="auto")).code == 0

@@ -9,9 +9,9 @@ from torch.testing import assert_close
 
 import nativerank as nr
 from nativerank.config import RankConfig
-from nativerank.convert import convert, reader_of
+from nativerank.convert import convert
 from nativerank.data.shards import Dataset
-from nativerank.evaluate.text import Text, text_loss
+from nativerank.evaluate.text import Text, reader_of, text_loss
 from nativerank.layers import factorize as surgery
 from nativerank.layers.report import clipped, detailed, saving_warnings
 from nativerank.models import make_hf_config

@@ -53,7 +53,9 @@ class FactorLinear(nr.layers.LowRankLinear, Module):
             self.up.bias.zero_()
 
     def parallelize(self, parallel_dims: Any) -> None:
-        raise NotImplementedError("FactorLinear: data parallel only, with parallelism.spmd_backend partial_dtensor")
+        raise ValueError(
+            "FactorLinear is cut by data parallelism alone: set parallelism.spmd_backend to partial_dtensor"
+        )
 
 
 def copy_whole(parameter: Tensor, whole: Tensor) -> None:

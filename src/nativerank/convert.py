@@ -10,21 +10,17 @@ complete. Weights are read, truncated and written in float32 (the truncation its
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-from torch import nn
-
 from nativerank.config import RankConfig
 from nativerank.data.tokenizer import load_tokenizer
 from nativerank.evaluate.loss import Loss
-from nativerank.evaluate.text import Reader, Windows, open_text, text_loss, window
+from nativerank.evaluate.text import Windows, open_text, reader_of, text_loss, window
 from nativerank.files import check_free, check_writable
 from nativerank.hub.companions import beside, check_tokenizer
-from nativerank.hub.generate import end_of_text, start_of_text
 from nativerank.hub.load import TOKENIZER, layer_kind, load, model_folder, outline
 from nativerank.hub.save import save
 from nativerank.layers import FactorizeReport, factorize_modules
@@ -136,15 +132,6 @@ def choices(rank: RankConfig) -> dict[str, Any]:
     """The arguments of `factorize_modules` that say how thin."""
     same = ("ratio", "value", "energy", "rule", "include", "exclude", "overrides")
     return {name: getattr(rank, name) for name in same}
-
-
-def reader_of(model: nn.Module, tokenizer: Tokenizer | None, label: str) -> Reader:
-    """The model as one that reads text, if it has a tokenizer and that a token to begin with."""
-    start = None
-    if tokenizer is not None:
-        with suppress(ValueError):  # prepared data need none
-            start = start_of_text(model, tokenizer, end_of_text(model, tokenizer))
-    return Reader(model, tokenizer, start, label)
 
 
 def _plain(loss: Loss) -> dict[str, float]:

@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from torch import nn
 
 from nativerank.config import nearest
+from nativerank.data.tokenizer import text_begins, text_ends
 from nativerank.distributed.wrap import original_class
 from nativerank.layers import init_factor_layer, init_seed, linear_modules
 from nativerank.layers.pretrained import MODEL_TYPE
@@ -274,6 +276,22 @@ def check_predicts_next_token(model: nn.Module, label: str) -> None:
     """Raises a ValueError unless `predicts_next_token`; of an outline too."""
     if not predicts_next_token(model):
         raise ValueError(f"{label} holds a {original_class(model).__name__}, which predicts no next token")
+
+
+def end_of_text(model: nn.Module, tokenizer: Tokenizer) -> int:
+    """The id that separates documents: the config's, else that of the tokenizer's token with a usual name.
+
+    Raises:
+        ValueError: neither has one.
+    """
+    hf: Any = model
+    return text_ends(tokenizer, getattr(hf.config.get_text_config(), "eos_token_id", None))
+
+
+def start_of_text(model: nn.Module, tokenizer: Tokenizer, eot_id: int) -> int:
+    """The id that stands before a text: the config's, if the tokenizer has it as a special token, else end of text."""
+    hf: Any = model
+    return text_begins(tokenizer, getattr(hf.config.get_text_config(), "bos_token_id", None), eot_id)
 
 
 def context_length(config: Any) -> int | None:

@@ -7,9 +7,9 @@ import pytest
 
 from nativerank.cli.eval import table
 from nativerank.evaluate.loss import validation_loss
-from nativerank.evaluation import hf_tokenizer
 from nativerank.hub.load import load
 from nativerank.hub.save import save
+from nativerank.scores import hf_tokenizer
 from nativerank.train.loop import train
 from nativerank.train.metrics import read_rows
 from nativerank.train.trained import open_trained

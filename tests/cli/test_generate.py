@@ -239,8 +239,7 @@ def test_an_end_of_text_token_with_a_name_of_its_own(cli, flags, prepared, tmp_p
 
 def test_the_end_of_text_is_the_configs_where_the_tokenizer_has_it(prepared, tiny_config):
     from nativerank.data.shards import Dataset
-    from nativerank.hub.generate import end_of_text
-    from nativerank.models import read_hf_config, skeleton
+    from nativerank.models import end_of_text, read_hf_config, skeleton
 
     data, model = Dataset.open(prepared), skeleton(read_hf_config(tiny_config))
     for named, expected in ((7, 7), ([9, 7], 9), (50256, data.eot_id), ([50256, 5], 5), (None, data.eot_id)):

@@ -18,10 +18,9 @@ from nativerank.export import gguf_file
 from nativerank.export.export import export
 from nativerank.export.gguf_file import check_written, deinterleave, interleave, read_model
 from nativerank.export.gguf_tokens import token_metadata
-from nativerank.hub.generate import end_of_text, start_of_text
 from nativerank.hub.save import save
 from nativerank.layers import factorize_modules
-from nativerank.models import materialize, read_hf_config, skeleton
+from nativerank.models import end_of_text, materialize, read_hf_config, skeleton, start_of_text
 from nativerank.train.trained import open_trained
 
 gguf = pytest.importorskip("gguf")

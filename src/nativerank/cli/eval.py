@@ -69,7 +69,7 @@ def run(flags: argparse.Namespace) -> int:
         raise ValueError(f"--tasks {flags.tasks!r} names no task")
     from nativerank.cli.console import progress
     from nativerank.evaluate.text import Windows
-    from nativerank.evaluation import Request, evaluate
+    from nativerank.scores import Request, evaluate
 
     windows = Windows(flags.context, flags.stride, flags.batch_size, flags.eval_tokens)
     request = Request(

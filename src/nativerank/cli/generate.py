@@ -97,7 +97,8 @@ def prompts_of(flags: argparse.Namespace) -> list[str]:
 def prepare(flags: argparse.Namespace, sampling: Any, prompts: list[str], device: Any) -> tuple[Any, Any, Any]:
     """The model in its form on its device, what it is to write, and facts for the record."""
     from nativerank.hub.forms import Work, take_form
-    from nativerank.hub.generate import Writer, end_of_text
+    from nativerank.hub.generate import Writer
+    from nativerank.models import end_of_text
     from nativerank.train.trained import open_trained
 
     trained = open_trained(flags.model, flags.step)

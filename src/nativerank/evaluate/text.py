@@ -21,7 +21,7 @@ import math
 import re
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from nativerank.data.shards import Dataset, Split
 from nativerank.data.sources import open_source
 from nativerank.data.tokenizer import FILE_NAME, tokenizer_hash, vocab_size
 from nativerank.evaluate.loss import Loss, check_document_mask, validation_loss
-from nativerank.models import context_length
+from nativerank.models import context_length, end_of_text, start_of_text
 
 LONGEST_CONTEXT = 1024  # of a window, where nothing else is asked; a model with a shorter one decides
 LOGITS = 1 << 26  # at most so many numbers in the logits of one batch
@@ -61,6 +61,15 @@ class Reader:
         """Rows of the token embedding."""
         hf: Any = self.model
         return int(hf.get_input_embeddings().num_embeddings)
+
+
+def reader_of(model: nn.Module, tokenizer: Tokenizer | None, label: str) -> Reader:
+    """The model as one that reads text, if it has a tokenizer and that a token to begin with."""
+    start = None
+    if tokenizer is not None:
+        with suppress(ValueError):  # prepared data need none
+            start = start_of_text(model, tokenizer, end_of_text(model, tokenizer))
+    return Reader(model, tokenizer, start, label)
 
 
 @dataclass(frozen=True)

@@ -16,29 +16,12 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from nativerank.data.tokenizer import text_begins, text_ends
 from nativerank.distributed.wrap import evaluating
 from nativerank.hub.sampling import Chooser, Sampling
 from nativerank.hub.streaming import TextStream, continuation
-from nativerank.models import context_length, predicts_next_token
+from nativerank.models import context_length, predicts_next_token, start_of_text
 
 Write = Callable[[str], None]
-
-
-def end_of_text(model: nn.Module, tokenizer: Tokenizer) -> int:
-    """The id that separates documents: the config's, else that of the tokenizer's token with a usual name.
-
-    Raises:
-        ValueError: neither has one.
-    """
-    hf: Any = model
-    return text_ends(tokenizer, getattr(hf.config.get_text_config(), "eos_token_id", None))
-
-
-def start_of_text(model: nn.Module, tokenizer: Tokenizer, eot_id: int) -> int:
-    """The id that stands before a text: the config's, if the tokenizer has it as a special token, else end of text."""
-    hf: Any = model
-    return text_begins(tokenizer, getattr(hf.config.get_text_config(), "bos_token_id", None), eot_id)
 
 
 @dataclass(frozen=True)

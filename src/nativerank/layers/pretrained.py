@@ -28,7 +28,7 @@ GUIDED = "guided"  # a layer whose guide is still there; see `kind_of`
 
 
 def factor_layers(model: nn.Module) -> dict[str, Any]:
-    """The factor layers of a model, each once, under its first name."""
+    """The factor layers of a model, each once, by first name; `optim`, on one level with this, asks by the protocol."""
     return {name: module for name, module in model.named_modules() if isinstance(module, FactorLayer)}
 
 

@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 
-from nativerank.convert import reader_of
 from nativerank.data.demo import prepared_demo
 from nativerank.data.shards import SPLITS, Dataset
 from nativerank.data.tokenizer import FILE_NAME, vocab_size
@@ -42,6 +41,7 @@ from nativerank.evaluate.text import (
     open_text,
     own_tokenizer,
     prepared_text,
+    reader_of,
     reading,
     text_loss,
 )

@@ -219,6 +219,26 @@ def flags(settings):
     return make
 
 
+@pytest.fixture(scope="module")
+def known_runs():
+    return {}
+
+
+@pytest.fixture
+def trained_once(cli, flags, tmp_path_factory, known_runs):
+    """trained_once(**changes): the folder of a tiny run, made by the first test of a file that asks for it."""
+
+    def make(**changes):
+        key = json.dumps(changes, sort_keys=True)
+        if key not in known_runs:
+            folder = tmp_path_factory.mktemp("runs") / "run"
+            assert cli("train", *flags(out=folder, **changes)).code == 0
+            known_runs[key] = folder
+        return known_runs[key]
+
+    return make
+
+
 def sha256(file):
     return hashlib.sha256(file.read_bytes()).hexdigest()
 

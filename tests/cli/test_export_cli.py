@@ -6,18 +6,9 @@ import shutil
 import pytest
 
 
-@pytest.fixture(scope="module")
-def known():
-    return {}
-
-
 @pytest.fixture
-def run(cli, flags, tmp_path_factory, known):
-    if not known:
-        known["run"] = tmp_path_factory.mktemp("runs") / "run"
-        words = flags(out=known["run"], train__checkpoint_every=4, train__eval_every=0, rank__value=11)
-        assert cli("train", *words).code == 0
-    return known["run"]
+def run(trained_once):
+    return trained_once(train__checkpoint_every=4, train__eval_every=0, rank__value=11)
 
 
 def test_a_table_the_parity_and_where_it_is(cli, run, tmp_path):

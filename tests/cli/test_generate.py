@@ -11,17 +11,9 @@ import pytest
 import nativerank as nr
 
 
-@pytest.fixture(scope="module")
-def known():
-    return {}
-
-
 @pytest.fixture
-def run(cli, flags, tmp_path_factory, known):
-    if not known:
-        known["run"] = tmp_path_factory.mktemp("runs") / "run"
-        assert cli("train", *flags(out=known["run"])).code == 0
-    return known["run"]
+def run(trained_once):
+    return trained_once()
 
 
 WORDS = ["--prompt", "the low rank", "--max_new_tokens", "12"]

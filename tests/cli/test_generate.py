@@ -83,7 +83,9 @@ def test_speed_is_said_beside_the_text(cli, run):
     assert len(found.err.splitlines()) == 2
     tokens, seconds, rate = re.fullmatch(r"(\d+) tokens in (\S+) s: (\S+) tokens/s", found.err.splitlines()[1]).groups()
     assert 1 <= int(tokens) <= 12
-    assert float(rate.replace(",", "")) == pytest.approx(int(tokens) / float(seconds), rel=0.2)
+    rounding = 0.006  # seconds are printed to 0.01, and a short text takes only a few of those
+    slowest, fastest = (int(tokens) / max(float(seconds) + error, 1e-9) for error in (rounding, -rounding))
+    assert slowest <= float(rate.replace(",", "")) <= fastest
 
 
 def test_json(cli, run, tmp_path):

@@ -238,8 +238,10 @@ class TrainConfig:
             preset's sequences per step at another batch_size (a larger batch than a preset without accumulation has
             is one pass).
         context: tokens of one sequence.
-        recompute: keep only the inputs of the transformer blocks and run each block again in the backward pass: the
-            same bits, less memory, about a third more time.
+        recompute: activations that are not kept but made again in the backward pass: less memory, the same bits.
+            "blocks": all but the inputs of the transformer blocks, a second forward pass. "up": what a factor pair's
+            second product and everything elementwise make; kept are the inputs of blocks, the rank-wide outputs of
+            first products and attention's output. "none": nothing.
         float8: multiply the factors in float8, with `torchao`, on a GPU that can (compute capability 8.9); weights,
             optimizer and what is saved stay as they are. Ranks must be multiples of 16 to take part, and stay.
         float8_emulate: with float8: round alike and multiply as ever, slowly, on any device.
@@ -258,7 +260,7 @@ class TrainConfig:
     batch_size: int | None = None
     accumulation: int | None = None
     context: int | None = None
-    recompute: bool = False
+    recompute: Literal["none", "up", "blocks"] = "none"
     float8: bool = False
     float8_emulate: bool = False
     eval_every: int = 100

@@ -36,7 +36,7 @@ VARIANTS = {
 }
 OPTIONS = {
     "compiled": {"method": "spectron", "compile": "true"},
-    "masked, recomputed": {"method": "sct", "data.document_mask": "true", "train.recompute": "true"},
+    "masked, recomputed": {"method": "sct", "data.document_mask": "true", "train.recompute": "up"},
     "kept": {"method": "spectron", "parallel.reshard_after_forward": "false", "train.checkpoint_async": "true"},
 }
 GRIDS = [(2, "ddp"), (4, "ddp"), (2, "fsdp"), (4, "fsdp"), (4, "hsdp")]

@@ -79,8 +79,8 @@ def test_twenty_steps_in_both_algebras(train_on, method, algebra):
 @pytest.mark.parametrize(
     ("where", "recompute"),
     [
-        (FSDP, False),
-        *(pytest.param(where, where is FSDP, marks=pytest.mark.slow) for where in (FSDP, DDP)),
+        (FSDP, "none"),
+        *(pytest.param(where, "up" if where is FSDP else "none", marks=pytest.mark.slow) for where in (FSDP, DDP)),
     ],
     ids=["fsdp", "fsdp-recompute", "ddp"],
 )

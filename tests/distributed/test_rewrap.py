@@ -22,6 +22,7 @@ from nativerank.distributed.rewrap import group_of, let_go, loosen, tighten
 from nativerank.distributed.wrap import reshard, wrap
 from nativerank.layers.factorize import factorize_modules
 from nativerank.optim.roles import assign_roles, long_sides
+from nativerank.train.recompute import recompute_blocks
 
 CPU = torch.device("cpu")
 RESIZED = "model.layers.0.mlp.down_proj"
@@ -36,7 +37,7 @@ def llama(recompute=False):
     model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes, **heads, tie_word_embeddings=True, use_cache=False))
     factorize_modules(model, kind="lowrank", ratio=0.25, init="svd")
     if recompute:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        recompute_blocks(model, "up")
     return model.train()
 
 

@@ -13,6 +13,7 @@ from nativerank.distributed.pieces import cut_along, full, local
 from nativerank.distributed.wrap import deal, gradient_sync, original_class, reshard, wrap
 from nativerank.methods import factorize
 from nativerank.optim.roles import assign_roles, long_sides
+from nativerank.train.recompute import recompute_blocks
 
 GRIDS = {"ddp": (2, 1), "fsdp": (1, 2), "hsdp": (2, 2)}
 UNEVEN = [f"model.layers.{i}.mlp.down_proj.down.weight" for i in range(2)]
@@ -52,7 +53,7 @@ def gradients(rank, shape, tied, recompute):
     ids = torch.randint(0, 60, (8, 6), generator=torch.Generator().manual_seed(1))
     backward(reference, reference, [(ids, True)])
     if recompute:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        recompute_blocks(model, "up")
     drawn = {name: p.detach().clone() for name, p in model.named_parameters()} if rank == 0 else {}
     if rank:
         for p in model.parameters():

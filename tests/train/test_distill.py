@@ -140,7 +140,7 @@ def test_the_teacher_itself_is_at_distance_zero(tmp_path, taught, teachers, list
 @pytest.mark.parametrize("method", ["spectron", "sct"])
 def test_resumed_and_layer_by_layer_it_is_the_same_run(tmp_path, taught, teachers, listen, crash, fingerprint, method):
     common = {"method": method, "optim__clip": 0, "train__checkpoint_every": 2, "train__eval_every": 3}
-    both = {"optim__layerwise": True, "train__recompute": True}
+    both = {"optim__layerwise": True, "train__recompute": "up"}
     plain, layerwise = tmp_path / "plain", tmp_path / "layerwise"
     train(taught(**common, out=plain), listen())
     with pytest.raises(crash):

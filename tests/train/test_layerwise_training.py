@@ -7,14 +7,13 @@ import torch
 
 from nativerank.config import GuardConfig
 from nativerank.methods import build_optimizer
-from nativerank.models import make_hf_config, materialize, read_hf_config, skeleton
+from nativerank.models import materialize, read_hf_config, skeleton
 from nativerank.train.guard import Guard
 from nativerank.train.loop import train
 from nativerank.train.metrics import read_rows
-from nativerank.train.setup import recompute_blocks
 from nativerank.train.step import layerwise_step
 
-BOTH = {"optim__layerwise": True, "train__recompute": True}
+BOTH = {"optim__layerwise": True, "train__recompute": "up"}
 
 
 def losses_of(run):
@@ -58,38 +57,6 @@ def test_what_needs_all_gradients_is_refused(tmp_path, cli, flags, changes, name
     result = cli("train", *flags(**changes, optim__layerwise=True, out=tmp_path / "run"))
     assert result.code == 2 and result.err.count("\n") == 1
     assert "optim.layerwise" in result.err and named in result.err
-
-
-def test_an_architecture_that_cannot_recompute_says_so():
-    model = skeleton(make_hf_config({"model_type": "llama", "num_hidden_layers": 1}, "test"))
-    model.supports_gradient_checkpointing = False
-    with pytest.raises(ValueError, match=r"train\.recompute: llama models cannot"):
-        recompute_blocks(model)
-
-
-def peak_bytes(model, ids):
-    """The most memory that a forward and backward pass holds beyond what was there before, as PyTorch allocates it."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-    held = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
-
-
-def test_recomputation_keeps_one_block_instead_of_all(write_hf_config):
-    """Of eight blocks' activations, seven become one input each: the peak falls below half."""
-    config = read_hf_config(write_hf_config(num_hidden_layers=8))
-    ids, peaks = torch.randint(0, 300, (2, 64), generator=torch.Generator().manual_seed(0)), []
-    for recompute in (False, True):
-        model = materialize(skeleton(config), seed=0, init_scale=1.0).train()
-        if recompute:
-            recompute_blocks(model)
-        peak_bytes(model, ids)  # which also makes the gradients, so that only activations are new the second time
-        peaks.append(peak_bytes(model, ids))
-    assert peaks[1] < 0.5 * peaks[0]
 
 
 def test_a_loss_is_judged_alike_with_and_without_its_gradients():

@@ -136,7 +136,7 @@ class RealStack(nn.Module):
         self.model.embed_tokens.requires_grad_(False)
         self.model.norm.requires_grad_(False)
         if v.layerwise:
-            from nativerank.train.setup import recompute_blocks
+            from nativerank.train.recompute import recompute_blocks
 
             recompute_blocks(model)
         self.train()

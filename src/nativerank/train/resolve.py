@@ -79,6 +79,7 @@ def resolve(config: RunConfig) -> RunConfig:
     if optim.layerwise:
         check_layerwise(optim, train)
     check_distill(replace(config, train=train))
+    check_recompute(train, method_name)
     rank = resolve_rank(config, preset, method_name)
     check_float8(train, rank)
     return replace(
@@ -258,6 +259,15 @@ def check_float8(train: TrainConfig, rank: RankConfig) -> None:
         raise ValueError("train.float8_emulate says how train.float8 is done; set --train.float8 true too")
     if train.float8 and rank.adapt.mode not in (None, "off"):
         raise ValueError(f"train.float8 needs ranks that stay, so it cannot go with rank.adapt.mode {rank.adapt.mode}")
+
+
+def check_recompute(train: TrainConfig, method: str) -> None:
+    """Raises a ValueError for a choice between the products of factors that a dense method does not have."""
+    if train.recompute == "up" and find_method(method).layer is None:
+        raise ValueError(
+            f"train.recompute up makes the second products of factors again, and {method} has no factors; "
+            "take --train.recompute blocks"
+        )
 
 
 def check_guide(config: RunConfig, method: str) -> None:

@@ -30,6 +30,7 @@ from nativerank.optim.roles import assign_roles, long_sides
 from nativerank.train.checkpoint import fingerprint
 from nativerank.train.distill import Teacher
 from nativerank.train.float8 import compute_in_float8
+from nativerank.train.recompute import recompute_blocks
 from nativerank.train.teacher import open_teacher
 from nativerank.version import __version__
 
@@ -153,8 +154,8 @@ def whole_model(
     model.train()
     if config.train.float8:
         compute_in_float8(model, device, config.train.float8_emulate)
-    if config.train.recompute:
-        recompute_blocks(model)
+    if config.train.recompute != "none":
+        recompute_blocks(model, config.train.recompute)
     return model, report
 
 
@@ -284,20 +285,6 @@ def initial_model(config: RunConfig, dataset: Dataset, weights: bool = True) -> 
         )
     name_end_of_text(model.config, dataset.eot_id)
     return model, None
-
-
-def recompute_blocks(model: nn.Module) -> None:
-    """Activation checkpointing: of each transformer block only the input stays, and the backward pass runs it again.
-
-    Raises:
-        ValueError: an architecture that cannot.
-    """
-    hf: Any = model
-    if not hf.supports_gradient_checkpointing:
-        raise ValueError(f"train.recompute: {hf.config.model_type} models cannot run their blocks again")
-    # transformers 5 renamed it on the way.
-    enable = getattr(hf, "activation_checkpointing_enable", None) or hf.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
 
 
 def compile_blocks(model: nn.Module) -> None:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nativerank.layers.base import Gemm, merge
+from nativerank.layers.grouped import grouped_product, row_counts
 from nativerank.layers.initialize import sampled_factors
 from nativerank.layers.rank import check_rank
 from nativerank.linalg.resize import Resized, Side, cropped, exchange, resized_pair
@@ -143,10 +144,11 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
         x, weight = (t.to(torch.get_autocast_dtype("cuda")) for t in (x, weight))
     if x.is_cuda and kernel_fits(x, weight):
         return F.grouped_mm(x, weight.mT, offs=offsets)  # one kernel, no wait for the offsets
-    ends = offsets.tolist()
-    rows = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+    if torch.compiler.is_compiling():
+        compiled: Tensor = grouped_product(x, weight.mT, offsets)
+        return compiled
     # unbind and not weight[e]: its backward writes the stacked gradient once instead of E times.
-    parts = zip(x.split(rows), weight.unbind(), strict=True)
+    parts = zip(x.split(row_counts(offsets)), weight.unbind(), strict=True)
     return torch.cat([F.linear(part, w) for part, w in parts])
 
 

@@ -36,6 +36,7 @@ from nativerank.optim.schedule import multiplier
 from nativerank.train import checkpoint
 from nativerank.train.answers import GuardedRun
 from nativerank.train.closing import export, sample_text, training_of
+from nativerank.train.compiled import compile_blocks
 from nativerank.train.diloco import check_diloco
 from nativerank.train.facts import start_facts, step_row, summary_row
 from nativerank.train.folder import claim, write_config
@@ -44,7 +45,7 @@ from nativerank.train.listen import Listener, Silence
 from nativerank.train.metrics import JsonLines, TensorBoard, require_tensorboard
 from nativerank.train.profile import Profiler
 from nativerank.train.resolve import check_parallel, resolve
-from nativerank.train.setup import Built, build, check_same_data, compile_blocks, open_data, versions
+from nativerank.train.setup import Built, build, check_same_data, open_data, versions
 from nativerank.train.signals import Interrupted, Stopping, catch_signals
 from nativerank.train.step import Batch, StepResult, layerwise_step, train_step
 
@@ -135,9 +136,9 @@ class Run(GuardedRun):
         for message in damaged:
             self._complain(message)
         if config.compile:
-            compile_blocks(self.model)
+            compile_blocks(self.model, self.listener.warn)
             if self.teacher:
-                compile_blocks(self.teacher.model)
+                compile_blocks(self.teacher.model, self.listener.warn)
         self.profiler = Profiler(out, self.device) if config.profile and self.grid.rank == 0 else None
         if self.grid.rank == 0:
             facts = start_facts(self, self.device, origin)

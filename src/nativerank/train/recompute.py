@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext, create_selective_checkpoint_contexts
 
 # Their second argument is the matrix; addmm's third.
-PRODUCTS = {"mm": 1, "addmm": 2, "_scaled_mm": 1, "_grouped_mm": 1}
+PRODUCTS = {"mm": 1, "addmm": 2, "_scaled_mm": 1, "_grouped_mm": 1, "grouped_product": 1}
 ATTENTION = {
     "_scaled_dot_product_flash_attention_for_cpu",
     "_scaled_dot_product_flash_attention",

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
 from nativerank.config import RunConfig
 from nativerank.data.demo import prepared_demo
@@ -285,21 +284,6 @@ def initial_model(config: RunConfig, dataset: Dataset, weights: bool = True) -> 
         )
     name_end_of_text(model.config, dataset.eot_id)
     return model, None
-
-
-def compile_blocks(model: nn.Module) -> None:
-    """torch.compile of each repeated block: the members of the first ModuleList, which share one compilation.
-
-    Of a sharded block only what lies between the gathering of its weights and letting go of them.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList):
-            for block in module:
-                if isinstance(block, FSDPModule):
-                    block.forward = torch.compile(block.forward)
-                else:
-                    block.compile()
-            return
 
 
 def git_commit(folder: Path) -> str:

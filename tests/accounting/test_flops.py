@@ -47,6 +47,7 @@ MIXTURE = {
     "num_local_experts": 4,
     "num_experts_per_tok": 2,
 }
+QWEN_MIXTURE = {"model_type": "qwen3_moe", "num_experts": 4, "moe_intermediate_size": 24, "head_dim": 8}
 
 
 @pytest.mark.parametrize("method", ["spectron", "self-guided", None])
@@ -68,16 +69,25 @@ def test_the_sum_is_what_the_counter_sees(config, method):
     assert (flops.forward, flops.training) == counted(materialize(model, seed=0, init_scale=0.5))
 
 
-def test_experts_count_as_often_as_they_are_visited():
-    model = skeleton(make_hf_config(MIXTURE, None))
-    dense = flops_per_token(model, CONTEXT)
-    factorize(model, rank=5)
+@pytest.mark.parametrize("method", ["spectron", None])
+@pytest.mark.parametrize("changes", [{}, QWEN_MIXTURE], ids=["mixtral", "qwen"])
+def test_experts_count_as_often_as_they_are_visited(changes, method):
+    model = skeleton(make_hf_config(MIXTURE | changes, None))
+    if method:
+        factorize(model, method, rank=5)
+    else:
+        model.set_experts_implementation("eager")  # the counter does not know grouped products
     flops = flops_per_token(model, CONTEXT)
-    forward, _ = counted(materialize(model, seed=0, init_scale=0.5))
+    forward, training = counted(materialize(model, seed=0, init_scale=0.5))
     # The router, d_model times the number of experts, is no hidden matrix and the only thing left out.
-    assert flops.forward + 2 * 2 * 32 * 4 == forward
+    router = 2 * 2 * 32 * 4
+    assert (flops.forward + router, flops.training + 3 * router) == (forward, training)
+
+
+def test_of_four_experts_two_are_visited():
+    flops = flops_per_token(skeleton(make_hf_config(MIXTURE, None)), CONTEXT)
     attention_matrices, experts = 2 * (32 * 32 + 32 * 16), 3 * 32 * 48
-    assert dense.matrices == 2 * 2 * (attention_matrices + 2 * experts)
+    assert flops.matrices == 2 * 2 * (attention_matrices + 2 * experts)
 
 
 @pytest.mark.parametrize("stochastic", [True, False])

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from nativerank.linalg.host import anywhere, asks_for_free
+
 Reduce = Callable[[Tensor], Tensor]
 PANEL = 64
 
@@ -95,5 +97,5 @@ def split_finite(G: Tensor) -> tuple[Tensor, Tensor]:
     """
     # The diagonal tells: |G_ij| <= sqrt(G_ii G_jj) in a Gram matrix, and what follows from a bad one is NaN all over.
     finite = G.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)
-    clean = G.device.type == "cpu" and bool(finite.all())  # asking a GPU would make the host wait
+    clean = asks_for_free(G) and not anywhere(~finite)
     return (G if clean else G.masked_fill(~finite[..., None, None], 0.0)), finite

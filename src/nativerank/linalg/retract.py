@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from nativerank.linalg.gram import PANEL, Reduce, at_least_float32, full_precision, gram, to_float64
+from nativerank.linalg.host import anywhere, asks_for_free
 from nativerank.linalg.roots import LIMIT, Pair, gram_root_and_inverse, identity
 
 TRIANGULAR = ("qr", "cholesky")  # ways whose R is upper triangular
@@ -120,7 +121,7 @@ def _nan_unless(finite: Tensor, X: Tensor) -> Tensor:
 
 
 def _unless(finite: Tensor, X: Tensor, value: float) -> Tensor:
-    clean = X.device.type == "cpu" and bool(finite.all())  # asking a GPU would make the host wait
+    clean = asks_for_free(X) and not anywhere(~finite)
     return X if clean else X.masked_fill(~finite[..., None, None], value)
 
 
@@ -133,7 +134,7 @@ def _by_gram(X: Tensor, way: str, reduce: Reduce | None, limit: float) -> Pair:
     R, inverse = R.to(X.device), inverse.to(X.device)
     with full_precision(X.device):
         Q = _triangular_product(X, inverse) if way == "cholesky" else X @ inverse
-    if poor.any():
+    if anywhere(poor):
         Q[poor], R[poor] = _careful(X[poor], way, reduce, limit)
     return Q, R
 
@@ -145,7 +146,7 @@ def _careful(X: Tensor, way: str, reduce: Reduce | None, limit: float) -> Pair:
         return Q.to(X), R.to(X)
     if reduce is None:
         return _householder(X) if way == "cholesky" else _singular(X)
-    if gram(X, reduce).diagonal(dim1=-2, dim2=-1).isfinite().all():
+    if not anywhere(~gram(X, reduce).diagonal(dim1=-2, dim2=-1).isfinite()):
         raise ValueError(f"sharded rows of a matrix that has lost its rank cannot be made a frame: {tuple(X.shape)}")
     return X * torch.nan, gram(X, reduce) * torch.nan
 
@@ -181,6 +182,6 @@ def _cayley(U: Tensor, X: Tensor, reduce: Reduce | None) -> Tensor:
         inverse = torch.linalg.solve_triangular(T, P.mT, upper=True).to(H.device)
         Q = (2 * U - N) @ inverse - U
     lost = ~inverse.isfinite().all(-1).all(-1)
-    if U.dtype == torch.float32 and lost.any():
+    if U.dtype == torch.float32 and anywhere(lost):
         Q[lost] = _cayley(to_float64(U[lost]), to_float64(X[lost]), reduce).to(Q)
     return frame_factor(Q, "polar", reduce)[0]

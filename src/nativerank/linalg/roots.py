@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nativerank.linalg.gram import PANEL, full_precision, split_finite, symmetric_product
+from nativerank.linalg.host import anywhere, asks_for_free
 
 Pair = tuple[Tensor, Tensor]
 
@@ -92,7 +93,7 @@ def _newton_root(G: Tensor) -> Pair:
             T = 1.5 * I - 0.5 * (symmetric_product(Z, Y) if step else Y)
             Z = symmetric_product(T, Z) if step else T
             done = torch.linalg.matrix_norm(T - I) < 1e-2  # squared by the step just made, and again by the last
-            if G.device.type == "cpu" and bool(done.all()):
+            if asks_for_free(G) and not anywhere(~done):
                 break
             Y = symmetric_product(Y, T)
         T = 1.5 * I - 0.5 * symmetric_product(Z, symmetric_product(G / c, Z))

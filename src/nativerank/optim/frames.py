@@ -38,6 +38,7 @@ from torch import Tensor
 
 from nativerank.linalg.change import update_norm
 from nativerank.linalg.gram import at_least_float32
+from nativerank.linalg.host import anywhere
 from nativerank.linalg.retract import frame_factor, qr_vjp, retract, tangent
 from nativerank.optim.directions import (
     MARGIN,
@@ -92,7 +93,7 @@ def sct(U: Stack, V: Stack, s: Stack, options: Options) -> Triple:
     )
     s_new = stepped_spectrum(s, options)
     every = options["retract_every"]
-    if every > 1 and not bool((U.state["step"] % every == 0).any()):  # on the host but on CUDA
+    if every > 1 and not anywhere(U.state["step"] % every == 0, ordinary=True):  # on the host but on CUDA
         return news((X_U, X_V, s_new), {})
     return news(retracted(U, V, X_U, X_V, s_new, options), {})
 
@@ -129,7 +130,7 @@ def certified_step(
         new = candidate(old, t, rho, O_U, O_V, s_new, options)
         norm = MARGIN * update_norm(old[0] * old[2][..., None, :], old[1], new[0] * new[2][..., None, :], new[1]).to(t)
         long = ~(norm <= options["lr"])  # NaN is too long as well
-        if not bool(long.any()):
+        if not anywhere(long):
             break
         shorter = (0.95 * options["lr"] / norm).nan_to_num(0.0, 0.0, 0.0).clamp_max(0.95)
         t = torch.where(long, 0.0 if attempt == ATTEMPTS - 1 else t * shorter, t)

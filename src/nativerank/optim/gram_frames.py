@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from nativerank.linalg.gram import at_least_float32, gram, to_float64
+from nativerank.linalg.host import anywhere
 from nativerank.linalg.roots import identity, triangular_inverse
 from nativerank.optim.ask import Ask, Asking, symmetric, upper, whole
 from nativerank.optim.directions import New, Options, Stack, State, adamw_direction, formed
@@ -60,7 +61,7 @@ def sct(U: Stack, V: Stack, s: Stack, options: Options, rows: RowsOf) -> Asking:
     D = [adamw_direction(side, options) for side in sides]
     X, parts = [side.weight - d for side, d in zip(sides, D, strict=True)], spectrum_parts(s)
     count, every = U.state["step"], options["retract_every"]
-    if every > 1 and len(count) and not bool((count % every == 0).any()):  # on the host but on CUDA
+    if every > 1 and len(count) and not anywhere(count % every == 0, ordinary=True):  # on the host but on CUDA
         answer = yield Ask(parts, solve_spectrum)
         return news((X[0], X[1], answer["s"]), {})
     parts |= joint_parts(sides, D, rows) if options["riemannian"] else square_parts(X, rows)

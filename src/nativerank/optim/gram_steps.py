@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from nativerank.linalg.gram import at_least_float32, gram, to_float64
+from nativerank.linalg.host import anywhere, asks_for_free
 from nativerank.linalg.roots import LIMIT, gram_root_and_inverse, growth, identity
 from nativerank.optim.ask import Answer, Part, symmetric, upper, whole
 from nativerank.optim.directions import Options, Stack, State
@@ -175,8 +176,8 @@ def tilted(K: Tensor) -> Tensor:
 
 def wide_enough(X: Tensor, tame: Tensor) -> Tensor:
     """X in the dtype that its frame is made in."""
-    # bool() would make the host wait for a GPU, which is fast in float64.
-    return at_least_float32(X) if tame.device.type == "cpu" and bool(tame.all()) else to_float64(X)
+    # A GPU would make the host wait, and is fast in float64.
+    return at_least_float32(X) if asks_for_free(tame) and not anywhere(~tame) else to_float64(X)
 
 
 def stepped(side: Stack, E: Tensor, step: Step, tame: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from nativerank.linalg.host import anywhere
 from nativerank.optim.parallel import run_all
 
 
@@ -157,7 +158,7 @@ class Layerwise:
         self.mark("backward")
         if self.refuse and not self.refused:
             norms = torch.stack([self.norms[id(p)] for p in unit.parameters])
-            self.refused = not bool(torch.isfinite(norms).all())
+            self.refused = anywhere(~torch.isfinite(norms))
         if self.refused:
             self._free(unit)
         else:

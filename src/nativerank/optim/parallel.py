@@ -13,12 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nativerank.linalg.host import has_values
 from nativerank.linalg.orthogonalize import EIGEN_RANK
 
 
 def at_once(matrices: Iterable[Tensor]) -> int:
-    """How many of these should be worked on together: as many as cores where eigenvalues are used, on a CPU."""
-    ranks = [min(X.shape[-2:]) if X.device.type == "cpu" else 0 for X in matrices]
+    """How many of these should be worked on together: as many as cores where eigenvalues are used, on a CPU.
+
+    Tensors without values go one after the other: whoever traces sees only the thread it is in.
+    """
+    ranks = [min(X.shape[-2:]) if X.device.type == "cpu" and has_values(X) else 0 for X in matrices]
     return torch.get_num_threads() if min(ranks, default=0) > 0 and max(ranks) >= EIGEN_RANK else 1
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from nativerank.linalg.gram import at_least_float32
+from nativerank.linalg.host import has_values
 
 ACROSS, ALONG, RANGE = 40503, 27145, 1 << 16
 LEAST_FOR_8_BITS = 4096  # elements: less is not worth it (routers, positions)
@@ -64,7 +65,8 @@ def keep_squares(kept: Tensor, value: Tensor, step: Tensor) -> None:
 def noise(step: Tensor, shape: tuple[int, ...], first: int = 0) -> Tensor:
     """16-bit numbers (n, *shape) for members at these steps (n), whose elements are numbered from `first` on."""
     moved = ((step.long() * ALONG + first * ACROSS) % RANGE).int()
-    return (across(math.prod(shape), step.device).view(shape) + moved.view(-1, *(1 for _ in shape))) & (RANGE - 1)
+    row = across if has_values(step) else across.__wrapped__  # what has no values must not stay
+    return (row(math.prod(shape), step.device).view(shape) + moved.view(-1, *(1 for _ in shape))) & (RANGE - 1)
 
 
 @functools.lru_cache(maxsize=16)

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from nativerank.accounting.traffic import GATHER, held_state_bytes, scale_on_paper, solve_flops, state_bytes
-from nativerank.bench.paper import bench_paper, on_paper, pretended
+from nativerank.bench.paper import bench_paper, on_paper
 from nativerank.config import RunConfig
 from nativerank.distributed.pieces import local
+from nativerank.distributed.pretend import pretended
 from nativerank.linalg.orthogonalize import orthogonalize_flops
 from nativerank.methods import build_optimizer, factorize
 from nativerank.models import find_preset, hf_config, skeleton
@@ -63,7 +64,7 @@ def test_r_by_r_flops_are_those_of_the_orthogonalizer():
 
 
 def test_a_group_of_processes_cannot_pretend():
-    with pretended(1, 2), pytest.raises(ValueError, match="call it without torchrun"), pretended(1, 2):
+    with pretended(1, 2), pytest.raises(ValueError, match="call this without torchrun"), pretended(1, 2):
         pass
 
 

@@ -9,18 +9,24 @@
 | output head | 2 d_model vocabulary | shape of the weight |
 | attention | Q K^T and A V over the whole context, 2 context heads head_dim each | config |
 | embeddings, norms, activations, biases, rotary tables, routers of experts | none | |
-| optimizer | none: it does not grow with the tokens of a step (`nativerank bench` measures it) | |
+| optimizer | none: it does not grow with the tokens of a step (`accounting.rule_flops` has it) | |
 
 A multiply-add counts as 2, the backward pass as twice the forward pass, so training is 3 times forward. Attention is
 counted full although it is causal, as PyTorch's FLOP counter does; a test holds the sum to that counter. Shapes are all
 that is read, so a model on the meta device will do and a 70B is counted in seconds.
+
+This is the convention "exact". The other one that papers use, "6ND", is 6 times the parameters that are neither
+embedding nor head (`six_nd`). What is made again in the backward pass (`recomputed_flops`) is in neither of them, nor
+in MFU, which is exact FLOPs over what the device could have done in the time.
 """
 
 from typing import Any, NamedTuple
 
 from torch import nn
 
+from nativerank.distributed.wrap import blocks
 from nativerank.layers import linear_modules
+from nativerank.layers.base import Gemm
 from nativerank.layers.discover import walk
 from nativerank.layers.experts import active_experts
 
@@ -98,3 +104,44 @@ def guided_share(share: float, stochastic: bool) -> float:
     is computed with that probability, the other one always while it is there.
     """
     return share / 2 if stochastic else share
+
+
+def six_nd(non_embedding: int) -> float:
+    """FLOPs of training per token by the convention "6ND": 6 times the parameters without embedding and head."""
+    return 6.0 * non_embedding
+
+
+def recomputed_flops(model: nn.Module, context: int, policy: str, guided: float = 1.0) -> float:
+    """FLOPs per token that the backward pass makes again.
+
+    A block is run again as far as something waits for it, so its last product is left out.
+
+    Args:
+        policy: train.recompute. "blocks": all products of the blocks, and attention. "up": products (k, n) that do not
+            narrow, n >= k.
+        model, context, guided: as of `flops_per_token`.
+    """
+    if policy == "none":
+        return 0.0
+    again = 0.0
+    for block in blocks(model):
+        products = block_products(block, guided)
+        again += sum(product.flops for product in products[:-1] if policy == "blocks" or product.n >= product.k)
+    hf: Any = model
+    return again + (attention_flops(hf.config.get_text_config(), context) if policy == "blocks" else 0.0)
+
+
+def block_products(block: nn.Module, guided: float) -> list[Gemm]:
+    """Every product of weights in one block, in the order of its modules."""
+    found: list[Gemm] = []
+    dense = {id(matrix.owners[0]): matrix for matrix in linear_modules(block).values()}
+    for slot in walk(block):
+        layer: Any = slot.module
+        if hasattr(layer, "gemms"):
+            guide = layer.guide_gemm() if hasattr(layer, "guide_gemm") else None
+            found += [g._replace(count=g.count * guided) if g == guide else g for g in layer.gemms()]
+        elif id(layer) in dense:
+            matrix = dense[id(layer)]
+            visits = (active_experts(layer) or 1) if matrix.kind == "experts" else 1
+            found.append(Gemm(matrix.d_in, matrix.d_out, visits))
+    return found

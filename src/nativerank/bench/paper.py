@@ -4,16 +4,12 @@ The model is on the meta device, the process group is PyTorch's fake one, in whi
 as wanted. Shards are what FSDP2 made of the parameters; `accounting.traffic` counts what a step would move.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
-
-import torch.distributed as dist
 
 from nativerank.accounting.traffic import GATHER, held_state_bytes, scale_on_paper
 from nativerank.bench.measure import check_sizes
 from nativerank.config import RunConfig
-from nativerank.distributed.grid import Grid, make_grid
+from nativerank.distributed.pretend import pretended
 from nativerank.methods import build_optimizer, factorize, find_method
 from nativerank.models import find_preset, hf_config, skeleton
 from nativerank.train.setup import spread, versions
@@ -69,21 +65,3 @@ def on_paper(
         "cut_along_rows": uneven,
         "gather_over_auto": moved[GATHER] / moved["auto"],
     }
-
-
-@contextmanager
-def pretended(replicas: int, shards: int, rank: int = 0) -> Iterator[Grid]:
-    """The grid of a process that believes to be one of many.
-
-    Raises:
-        ValueError: it is one of several already.
-    """
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    if dist.is_initialized():
-        raise ValueError("bench distributed starts its own processes: call it without torchrun")
-    dist.init_process_group("fake", rank=rank, world_size=replicas * shards, store=FakeStore())
-    try:
-        yield make_grid(replicas, shards, "cpu")
-    finally:
-        dist.destroy_process_group()

@@ -242,6 +242,9 @@ class TrainConfig:
             "blocks": all but the inputs of the transformer blocks, a second forward pass. "up": what a factor pair's
             second product and everything elementwise make; kept are the inputs of blocks, the rank-wide outputs of
             first products and attention's output. "none": nothing.
+        loss: "auto" makes logits a chunk of tokens at a time and never holds all of them, where the architecture
+            returns them as its head made them and there is no teacher; "chunked" is an error where that cannot be;
+            "whole" holds them all in training. The last digits of the loss differ.
         float8: multiply the factors in float8, with `torchao`, on a GPU that can (compute capability 8.9); weights,
             optimizer and what is saved stay as they are. Ranks must be multiples of 16 to take part, and stay.
         float8_emulate: with float8: round alike and multiply as ever, slowly, on any device.
@@ -261,6 +264,7 @@ class TrainConfig:
     accumulation: int | None = None
     context: int | None = None
     recompute: Literal["none", "up", "blocks"] = "none"
+    loss: Literal["auto", "chunked", "whole"] = "auto"
     float8: bool = False
     float8_emulate: bool = False
     eval_every: int = 100

@@ -104,13 +104,13 @@ def test_checkpoints_of_other_ranks_are_taken_up_by_another_number_of_processes(
 
 def spike_at(monkeypatch, number):
     """The loss of one training forward, counted per process, is three times what it is."""
-    count, original = [0], step_module.token_losses
+    count, original = [0], step_module.mean_loss
 
-    def spiked(model, *args):
+    def spiked(model, *args, **options):
         count[0] += 1
-        return original(model, *args) * (3.0 if count[0] == number else 1.0)
+        return original(model, *args, **options) * (3.0 if count[0] == number else 1.0)
 
-    monkeypatch.setattr(step_module, "token_losses", spiked)
+    monkeypatch.setattr(step_module, "mean_loss", spiked)
 
 
 @pytest.mark.parametrize("where", [pytest.param(FSDP, marks=pytest.mark.slow), DDP], ids=["fsdp", "ddp"])

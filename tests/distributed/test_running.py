@@ -44,14 +44,14 @@ def told_at_the_end(rank):
 
 def one_bad_gradient(rank):
     """In the fourth step the loss of one process is as good as ever, but its gradient is not a number."""
-    original, calls = step.token_losses, []
+    original, calls = step.mean_loss, []
 
-    def losses(*args):
+    def losses(*args, **options):
         calls.append(0)
-        found = original(*args)
+        found = original(*args, **options)
         return found + (0 * found).sqrt() if rank == 1 and len(calls) == 4 else found
 
-    step.token_losses = losses
+    step.mean_loss = losses
 
 
 def rows(out):

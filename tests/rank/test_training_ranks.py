@@ -111,13 +111,13 @@ def test_ranks_can_be_chosen_once_after_a_warm_up_at_full_rank(tmp_path, run_con
 def test_the_guard_goes_back_across_a_change(tmp_path, run_config, listen, monkeypatch):
     from nativerank.train import step
 
-    original, calls = step.token_losses, []
+    original, calls = step.mean_loss, []
 
     def planted(*args, **options):
         calls.append(1)
         return original(*args, **options) + (9.0 if len(calls) == 8 else 0.0)
 
-    monkeypatch.setattr(step, "token_losses", planted)
+    monkeypatch.setattr(step, "mean_loss", planted)
     guard = {"guard__action": "rollback", "guard__window": 3, "train__checkpoint_every": 5}
     summary = train(run_config(out=tmp_path / "a", **SHRINK, **guard), listen())
     rolled = next(row for row in read_rows(tmp_path / "a") if "rolled_back_to" in row)

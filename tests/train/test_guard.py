@@ -26,14 +26,14 @@ def plant(monkeypatch):
     def make(spikes):
         from nativerank.train import step
 
-        count, original = [0], step.token_losses
+        count, original = [0], step.mean_loss
 
-        def spiked(model, *args):
+        def spiked(model, *args, **options):
             count[0] += 1
-            losses = original(model, *args)
+            losses = original(model, *args, **options)
             return losses * spikes.get(count[0], 1.0)
 
-        monkeypatch.setattr(step, "token_losses", spiked)
+        monkeypatch.setattr(step, "mean_loss", spiked)
         return count
 
     return make
@@ -122,17 +122,17 @@ def test_a_run_killed_after_a_rollback_resumes_bit_for_bit(
     from nativerank.train import step
 
     common = dict(guard__action="rollback", train__checkpoint_every=4, train__steps=12, **GUARDED)
-    original, marked = step.token_losses, []
+    original, marked = step.mean_loss, []
 
-    def spiked(model, inputs, *rest):
-        losses = original(model, inputs, *rest)
+    def spiked(model, inputs, *rest, **options):
+        losses = original(model, inputs, *rest, **options)
         if not marked and model.training:
             spiked.count = getattr(spiked, "count", 0) + 1
             if spiked.count == 7:
                 marked.append(inputs.clone())
         return losses * 3.0 if marked and torch.equal(inputs, marked[0]) else losses
 
-    monkeypatch.setattr(step, "token_losses", spiked)
+    monkeypatch.setattr(step, "mean_loss", spiked)
     train(run_config(out=tmp_path / "a", **common), listen())
     assert events(tmp_path / "a") == [("loss_spike", "rollback")]
 

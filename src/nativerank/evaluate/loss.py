@@ -24,6 +24,7 @@ from nativerank.data.shards import Split
 from nativerank.distributed.agree import totals
 from nativerank.distributed.grid import SINGLE, Grid
 from nativerank.distributed.wrap import evaluating
+from nativerank.evaluate.head_loss import head_gives_mean_loss, head_gives_token_losses, takes_chunks
 from nativerank.models import check_predicts_next_token
 
 
@@ -56,29 +57,60 @@ def autocast(device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
 
 
-def token_losses(model: nn.Module, inputs: Tensor, targets: Tensor, positions: Tensor | None = None) -> Tensor:
-    """Negative log likelihood (batch, context), in float32 at least, of each target given the inputs up to it.
+def mean_loss(
+    model: nn.Module, inputs: Tensor, targets: Tensor, positions: Tensor | None = None, chunked: bool = True
+) -> Tensor:
+    """Mean negative log likelihood of the targets, a scalar in float32 at least, to be differentiated once.
 
     Args:
         model: causal LM whose forward returns `.logits`.
         inputs, targets: (batch, context) token ids.
         positions: (batch, context) position ids that restart at each document; None lets attention cross documents.
+        chunked: never hold the logits of all tokens, where the model allows it (`head_loss.takes_chunks`).
     """
-    return token_losses_of(next_token_logits(model, inputs, positions), targets)
+    if not (chunked and takes_chunks(model)):
+        return token_losses_of(next_token_logits(model, inputs, positions), targets).mean()
+    with head_gives_mean_loss(model, targets):
+        return next_token_logits(model, inputs, positions)
+
+
+def token_losses(model: nn.Module, inputs: Tensor, targets: Tensor, positions: Tensor | None = None) -> Tensor:
+    """Negative log likelihood (batch, context), in float32 at least, of each target given the inputs up to it.
+
+    Arguments as of `mean_loss`. Where gradients are on it holds the logits of all tokens.
+    """
+    if torch.is_grad_enabled() or not takes_chunks(model):
+        return token_losses_of(next_token_logits(model, inputs, positions), targets)
+    with head_gives_token_losses(model, targets):
+        return next_token_logits(model, inputs, positions)
 
 
 def next_token_logits(model: nn.Module, inputs: Tensor, positions: Tensor | None = None) -> Tensor:
-    """Logits (batch, context, vocabulary) of what follows each token; arguments as of `token_losses`."""
+    """Logits (batch, context, vocabulary) of what follows each token; arguments as of `mean_loss`."""
     extra: dict[str, Any] = {} if positions is None else {"position_ids": positions}
     logits: Tensor = model(input_ids=inputs, use_cache=False, **extra).logits
     return logits
 
 
 def token_losses_of(logits: Tensor, targets: Tensor) -> Tensor:
-    """What `token_losses` returns, of logits (batch, context, vocabulary)."""
+    """What `token_losses` returns, from logits (batch, context, vocabulary)."""
     wide = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
     flat = F.cross_entropy(wide, targets.flatten(), reduction="none")
     return flat.view_as(targets)
+
+
+def check_loss(model: nn.Module, kind: str) -> None:
+    """Asks the model whether its loss can be chunked, before anything is compiled.
+
+    Args:
+        kind: "auto", "chunked" or "whole", as in TrainConfig.
+
+    Raises:
+        ValueError: it has to be, and cannot.
+    """
+    if not takes_chunks(model) and kind == "chunked":
+        config: Any = model.config
+        raise ValueError(f"train.loss chunked: {config.model_type} models change what their head made; use auto")
 
 
 @torch.no_grad()

@@ -52,7 +52,7 @@ class Teacher:
     fingerprint: str = ""
 
     def objective(self, model: nn.Module, inputs: Tensor, targets: Tensor, positions: Tensor | None) -> Objective:
-        """The loss of a batch; arguments as of `token_losses`."""
+        """The loss of a batch; arguments as of `mean_loss`."""
         with torch.no_grad():
             taught = next_token_logits(self.model, inputs, positions)
         logits = next_token_logits(model, inputs, positions)

@@ -27,9 +27,9 @@ PARTIAL_CONFIG = f".{CONFIG}.partial"
 LOCK = ".lock"
 RESTART_SECONDS = 120.0  # that a job which was started again waits for the lock of its predecessor
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # a file system without locks
-# What may differ between a run and its continuation. Most of it leaves the next step's numbers alone. A device or
-# torch.compile or another grid changes their last digits, the guard which steps count, the number of steps the rates
-# that follow: whoever moves a run to another machine, saves it from spikes or extends it wants just that.
+# What may differ between a run and its continuation. Most of it leaves the next step's numbers alone. A device,
+# torch.compile, another grid or way to the loss changes their last digits, the guard which steps count, the number of
+# steps the rates that follow: whoever moves a run to another machine, saves it from spikes or extends it wants that.
 FREE: tuple[str, ...] = (
     "out",
     "resume",
@@ -42,6 +42,7 @@ FREE: tuple[str, ...] = (
     "guard",
     "train.steps",
     "train.tokens",
+    "train.loss",
 )
 FREE += tuple(
     f"train.{key}"

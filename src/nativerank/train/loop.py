@@ -29,7 +29,7 @@ from nativerank.distributed.agree import Agreed, equal, from_first, together
 from nativerank.distributed.grid import SINGLE, Grid
 from nativerank.distributed.start import start
 from nativerank.distributed.watch import Watch, watching
-from nativerank.evaluate.loss import Loss, check_document_mask, validation_loss
+from nativerank.evaluate.loss import Loss, check_document_mask, check_loss, validation_loss
 from nativerank.evaluate.probes import Probe, fixed_batch, probed_names
 from nativerank.layers import init_seed
 from nativerank.optim.schedule import multiplier
@@ -128,6 +128,7 @@ class Run(GuardedRun):
             self.resume(origin, newest)
         if config.data.document_mask:
             check_document_mask(self.model)
+        check_loss(self.model, config.train.loss)
         if self.grid.rank == 0:
             write_config(config, out)
             self.trackers.append(JsonLines(out, self.step))
@@ -249,6 +250,7 @@ class Run(GuardedRun):
                 apart=self.outer is not None,
                 votes=votes,
                 teacher=self.teacher,
+                chunked=self.config.train.loss != "whole",
             )
         else:
             result = layerwise_step(
@@ -260,6 +262,7 @@ class Run(GuardedRun):
                 refuse=self.guard.config.action != "off",
                 time_phases=measured,
                 teacher=self.teacher,
+                chunked=self.config.train.loss != "whole",
             )
         return result, verdict[0] if verdict else None
 

@@ -16,7 +16,7 @@ from nativerank.distributed.gradients import clip as clip_gradients
 from nativerank.distributed.gradients import loss_and_norms
 from nativerank.distributed.grid import SINGLE, Grid
 from nativerank.distributed.wrap import gradient_sync
-from nativerank.evaluate.loss import autocast, token_losses
+from nativerank.evaluate.loss import autocast, mean_loss
 from nativerank.optim.optimizer import LowRankOptimizer
 from nativerank.train.distill import Objective, Teacher
 
@@ -60,11 +60,11 @@ class Stopwatch:
         return time.perf_counter()
 
 
-def objective(model: nn.Module, batch: Batch, teacher: Teacher | None) -> Objective:
-    """The training loss of a batch, with a teacher or without."""
+def objective(model: nn.Module, batch: Batch, teacher: Teacher | None, chunked: bool = True) -> Objective:
+    """The training loss of a batch, with a teacher or without; `chunked` as of `mean_loss`."""
     if teacher is not None:
         return teacher.objective(model, *batch)
-    loss = token_losses(model, *batch).mean()
+    loss = mean_loss(model, *batch, chunked=chunked)
     return Objective(loss, loss.detach(), None)
 
 
@@ -81,6 +81,7 @@ def train_step(
     apart: bool = False,
     votes: Sequence[float] = (),
     teacher: Teacher | None = None,
+    chunked: bool = True,
 ) -> StepResult:
     """Moves the weights once along the mean gradient of `accumulation` micro-batches.
 
@@ -96,6 +97,7 @@ def train_step(
         apart: replicas of the grid keep gradients of their own, and are clipped by their own norms.
         votes: of this process, summed over all in the exchange that is made anyway.
         teacher: whose predictions are learned too.
+        chunked: never hold the logits of all tokens, where model and objective allow it.
     """
     device = next(model.parameters()).device
     watch = Stopwatch(device, time_phases)
@@ -105,7 +107,7 @@ def train_step(
     for index, batch in enumerate(batches):
         with gradient_sync(model, last=index == accumulation - 1):
             with autocast(device):
-                loss, cross_entropy, divergence = objective(model, batch, teacher)
+                loss, cross_entropy, divergence = objective(model, batch, teacher, chunked)
             watch.mark("forward")
             (loss / accumulation).backward()
         total += cross_entropy / accumulation
@@ -139,6 +141,7 @@ def layerwise_step(
     refuse: bool,
     time_phases: bool = True,
     teacher: Teacher | None = None,
+    chunked: bool = True,
 ) -> StepResult:
     """Moves the weights once, each part inside the backward pass as soon as its gradients are there.
 
@@ -151,6 +154,7 @@ def layerwise_step(
         refuse: end the updates at the first gradient that is not finite, which costs a look at each.
         time_phases: on CUDA, synchronise so that the phases' seconds mean something.
         teacher: whose predictions are learned too.
+        chunked: never hold the logits of all tokens, where model and objective allow it.
     """
     layerwise, device = optimizer.layerwise, next(model.parameters()).device
     assert layerwise is not None
@@ -159,7 +163,7 @@ def layerwise_step(
     layerwise.watch(measure=True, refuse=refuse, mark=watch.mark)
     (batch,) = batches
     with autocast(device):
-        loss, cross_entropy, divergence = objective(model, batch, teacher)
+        loss, cross_entropy, divergence = objective(model, batch, teacher, chunked)
     value, distill_loss = cross_entropy.item(), None if divergence is None else divergence.item()
     watch.mark("forward")
     if not accept_loss(value):

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from nativerank.hub.register import register
     from nativerank.hub.save import save
     from nativerank.layers.factorize import to_dense_modules
+    from nativerank.layers.shared import join_products
     from nativerank.methods import build_optimizer, factorize
     from nativerank.rank.follow import follow_checkpoints
 
@@ -29,6 +30,7 @@ HOMES = {
     "build_optimizer": "nativerank.methods",
     "factorize": "nativerank.methods",
     "follow_checkpoints": "nativerank.rank.follow",
+    "join_products": "nativerank.layers.shared",
     "load": "nativerank.hub.load",
     "register": "nativerank.hub.register",
     "save": "nativerank.hub.save",
@@ -41,6 +43,7 @@ __all__ = [
     "build_optimizer",
     "factorize",
     "follow_checkpoints",
+    "join_products",
     "layers",
     "linalg",
     "load",

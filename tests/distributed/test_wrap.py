@@ -1,6 +1,7 @@
 """A model on a grid has the gradients of the whole batch, and exchanges them once a step."""
 
 import copy
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from nativerank.distributed.gradients import clip, loss_and_norms
 from nativerank.distributed.grid import make_grid
 from nativerank.distributed.pieces import cut_along, full, local
 from nativerank.distributed.wrap import deal, gradient_sync, original_class, reshard, wrap
+from nativerank.layers.shared import JointProduct, join_products
 from nativerank.methods import factorize
 from nativerank.optim.roles import assign_roles, long_sides
 from nativerank.train.recompute import recompute_blocks
@@ -46,10 +48,25 @@ def backward(model, forward, passes):
             (cross_entropy(logits.flatten(0, 1), ids.flatten()) / len(passes)).backward()
 
 
+@contextmanager
+def counting():
+    """How many matrices each joint product of a forward pass had."""
+    seen, forward = [], JointProduct.forward
+
+    def counted(ctx, x, dtype, *weights):
+        seen.append(len(weights))
+        return forward(ctx, x, dtype, *weights)
+
+    JointProduct.forward = staticmethod(counted)
+    yield seen
+    JointProduct.forward = staticmethod(forward)
+
+
 def gradients(rank, shape, tied, recompute):
     """The largest deviation from one process of: weights, gradients, norm, and of gradients that were clipped."""
     grid, model = make_grid(*shape, "cpu"), make_model(tied)
     reference = copy.deepcopy(model)
+    assert len(join_products(model)) == 4  # of the wrapped model only
     ids = torch.randint(0, 60, (8, 6), generator=torch.Generator().manual_seed(1))
     backward(reference, reference, [(ids, True)])
     if recompute:
@@ -74,7 +91,10 @@ def gradients(rank, shape, tied, recompute):
 
     found = [worst(torch.detach, torch.detach)]
     own = ids.chunk(grid.world)[rank].chunk(2)
-    backward(model, forward, [(own[0], False), (own[1], True)])
+    with counting() as joint:
+        backward(model, forward, [(own[0], False), (own[1], True)])
+    # q, k, v and gate, up of each of two blocks in each of two passes, made once more where they are made again.
+    assert joint == [3, 2] * (8 if recompute else 4)
     found.append(worst(lambda p: p.grad, lambda p: p.grad))
     wanted = torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.01)
     loss, norms, votes = loss_and_norms(torch.tensor(float(rank)), model.named_parameters(), grid, [1.0, float(rank)])

@@ -16,6 +16,7 @@ from nativerank.layers.initialize import (
 from nativerank.layers.lowrank import LowRankLinear
 from nativerank.layers.rank import DEFAULT_RATIO, break_even_rank, rank_from_ratio
 from nativerank.layers.report import FactorizeEntry, FactorizeReport
+from nativerank.layers.shared import join_products
 from nativerank.layers.spectral import SpectralLinear
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "guided_layers",
     "init_factor_layer",
     "init_seed",
+    "join_products",
     "linear_modules",
     "matrix_parameters",
     "rank_from_ratio",

@@ -60,7 +60,7 @@ class GuidedLinear(LowRankLinear):
         """(..., d_in) -> (..., d_out)."""
         if self.guide is None or (self.training and not self.active):
             return super().forward(x)
-        low_rank = self.up(self.down(x))  # (..., d_out); the modules, which others may have wrapped
+        low_rank = self.up(self.inner(x))  # (..., d_out); the modules, which others may have wrapped
         return low_rank.lerp(linear(x, self.guide, self.up.bias), self.alpha)
 
     def free_guide(self) -> None:

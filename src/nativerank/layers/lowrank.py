@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from nativerank.layers.base import Gemm, UnformedWeight, merge
 from nativerank.layers.initialize import sampled_factors
 from nativerank.layers.rank import check_rank
+from nativerank.layers.shared import SharedInput
 from nativerank.linalg.resize import Resized, Side, cropped, exchange, resized_pair
 from nativerank.linalg.spectrum import product_spectrum
 
@@ -35,6 +36,8 @@ class LowRankLinear(nn.Module):
     """
 
     kind = "lowrank"  # its key in factorize.KINDS, kept by saved models
+    shared: SharedInput | None = None  # with whom it reads its input, see `join_products`
+    place = 0  # among them
 
     def __init__(
         self,
@@ -117,6 +120,8 @@ class LowRankLinear(nn.Module):
     def restore(self) -> nn.Module:
         """The module that was here before, with W merged into its weight; an `nn.Linear` if there was none."""
         W = self.to_dense().detach()
+        if self.shared is not None:
+            self.shared.leave(self.place)
         if self._shell:
             (module,) = self._shell
         else:
@@ -152,8 +157,12 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d_in) -> (..., d_out)."""
-        h = self.down(x)  # (..., r)
+        h = self.inner(x)  # (..., r)
         return self.up(h)  # (..., d_out)
+
+    def inner(self, x: Tensor) -> Tensor:
+        """B^T x, (..., d_in) -> (..., r); one product with the layers that read the same x, if there are such."""
+        return self.down(x) if self.shared is None else self.shared.product(self, x)
 
     def factors(self) -> tuple[Tensor, ...]:
         """The tall views (A, B) of shapes (d_out, r) and (d_in, r); they share memory with the parameters."""

@@ -51,7 +51,7 @@ class SpectralLinear(LowRankLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d_in) -> (..., d_out)."""
-        h = self.down(x)  # (..., r)
+        h = self.inner(x)  # (..., r)
         return self.up(h * self.s.to(h.dtype))  # (..., d_out)
 
     def factors(self) -> tuple[Tensor, ...]:

@@ -20,7 +20,7 @@ from nativerank.distributed.grid import SINGLE, Grid
 from nativerank.distributed.wrap import deal, wrap
 from nativerank.evaluate.loss import check_predictions
 from nativerank.hub.load import load, outline, tokenizer_fingerprint
-from nativerank.layers import FactorizeReport, matrix_parameters
+from nativerank.layers import FactorizeReport, join_products, matrix_parameters
 from nativerank.methods import build_optimizer, factorize, find_method
 from nativerank.models import allocate, context_length, find_preset, hf_config, materialize, read_hf_config, skeleton
 from nativerank.optim.check import RULE_OPTIONS
@@ -153,6 +153,7 @@ def whole_model(
     model.train()
     if config.train.float8:
         compute_in_float8(model, device, config.train.float8_emulate)
+    join_products(model)
     if config.train.recompute != "none":
         recompute_blocks(model, config.train.recompute)
     return model, report

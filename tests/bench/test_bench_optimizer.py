@@ -8,9 +8,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nativerank.accounting.algebra import algebra_flops
 from nativerank.bench.measure import race, ratio, rounds
-from nativerank.bench.optimizer import low_rank_skeleton, plain_newton_schulz
+from nativerank.bench.optimizer import low_rank_skeleton
+from nativerank.bench.plain import PlainSpectron, plain_newton_schulz
 from nativerank.linalg import orthogonalize, orthogonalize_plain, power_iteration
 from nativerank.models import PRESETS
+from nativerank.optim.optimizer import LowRankOptimizer
 from nativerank.optim.roles import factor_modules
 
 TINY = "--model.preset pocket --layers 1 --d_model 64 --tokens_per_step 32 --repeats 2 --threads 1".split()
@@ -26,17 +28,17 @@ def result(tmp_path_factory):
 
 
 def test_every_time_and_ratio_is_there(result):
-    (part,) = result["measured"]
-    assert part["threads"] == 1 and [row["shape"] for row in part["orthogonalize"]] == [[64, 16], [128, 32]]
-    for row in part["orthogonalize"]:
-        assert set(row["seconds"]) == {"plain", "gram", "gram_products"} and min(row["seconds"].values()) > 0
-        assert set(row["speedup"]) == {"gram", "gram_products"} and min(row["speedup"].values()) > 0
-        assert row["relative_difference"] <= 1e-3
-    layer, step = part["layer"], part["step"]
-    assert (layer["d_ffn"], layer["rank"], layer["tokens_per_step"]) == (256, 16, 32)
-    assert set(layer["share"]) == {"algebra", "spectron", "certified", "exact"} and min(layer["share"].values()) > 0
-    assert step["factors"] == 14 and step["speedup"] > 0 and min(step["seconds"].values()) > 0
-    assert set(result["environment"]) >= {"commit", "torch", "machine", "device"}
+    small, large, layer, step = result["cases"]
+    assert all(case["case"]["threads"] == 1 and min(case["seconds"].values()) > 0 for case in result["cases"])
+    assert [case["case"]["shape"] for case in (small, large)] == [[64, 16], [128, 32]]
+    for case in (small, large):
+        assert set(case["ratio"]) == {"plain", "gram", "gram_products"} and case["ratio"]["plain"] == 1
+        assert case["relative_difference"] <= 1e-3
+    assert {"d_ffn": 256, "rank": 16, "tokens_per_step": 32}.items() <= layer["case"].items()
+    shares = {"forward_backward", "algebra", "spectron", "certified", "exact", "plain"}
+    assert set(layer["ratio"]) == shares and layer["reference"] == "forward_backward"
+    assert step["case"]["factors"] == 14 and set(step["ratio"]) == {"one_at_a_time", "spectron"}
+    assert set(result) == {"benchmark", "settings", "environment", "cases", "flops"}
 
 
 def test_the_table_names_what_was_measured(capsys):
@@ -44,7 +46,7 @@ def test_the_table_names_what_was_measured(capsys):
 
     assert main(["bench", "optimizer", *TINY]) == 0
     out = capsys.readouterr().out
-    for words in ("plain Newton-Schulz of (64, 16)", "optimizer step, certified", "all 14", "4 d r^2", "1% at"):
+    for words in ("Newton-Schulz of [64, 16]", "certified", "all 14 factors", "4 d r^2", "1% at"):
         assert words in out
 
 
@@ -67,6 +69,22 @@ def test_the_plain_form_is_the_textbooks():
     for shape in [(60, 12), (12, 60)]:
         M = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
         assert (plain_newton_schulz(M).double() - orthogonalize_plain(M)).abs().max() < 1e-5
+
+
+def test_the_published_form_steps_as_ours_does():
+    generator = torch.Generator().manual_seed(0)
+    up, down = (torch.nn.Parameter(torch.randn(*shape, generator=generator)) for shape in [(60, 12), (12, 40)])
+    twins = [torch.nn.Parameter(p.detach().clone()) for p in (up, down)]
+    published = PlainSpectron([(up, down)], lr=0.1)
+    ours = LowRankOptimizer([{"params": twins, "rule": "spectron", "lr": 0.1, "momentum": 0.95}])
+    for _ in range(3):
+        for p, twin in zip((up, down), twins, strict=True):
+            p.grad = torch.randn(p.shape, generator=generator)
+            twin.grad = p.grad.clone()
+        published.step()
+        ours.step()
+    for p, twin in zip((up, down), twins, strict=True):
+        assert (p - twin).abs().max() < 2e-3  # cold power vectors differ
 
 
 def test_counted_flops_are_those_of_the_model_and_of_the_algebra():

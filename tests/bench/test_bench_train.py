@@ -1,26 +1,84 @@
-"""The benchmark runs the loop's own step on both sides and adds up what it says."""
+"""The benchmark runs the loop's own step and a stock model's by turns, and adds up what they say."""
 
 import json
 
 import pytest
+import torch
+from torch.testing import assert_close
 
-from nativerank.bench.train import PHASES, bench_train
+from nativerank.bench import train
+from nativerank.bench.contestants import PHASES, make
+from nativerank.bench.train import bench_train
 from nativerank.cli.main import main
 from nativerank.models import find_preset, scaled
 
+NAMES = ["spectron", "spectron+up", "lowrank-adamw", "dense-adamw+apart+whole", "hf-dense"]
 
-def test_phases_shares_and_ratio_fit_together():
-    result = bench_train("pocket", layers=1, batch_size=2, repeats=3)
-    for side in (result["low_rank"], result["dense"]):
-        seconds = side["seconds"]
-        assert all(seconds[phase] > 0 for phase in PHASES)
-        assert side["spread"]["min"] <= seconds["step"] <= side["spread"]["max"]
-        assert side["tokens_per_second"] == pytest.approx(2 * 128 / seconds["step"])
-        assert side["optimizer_share"] == pytest.approx(seconds["optimizer"] / seconds["step"])
-        assert side["probe_share"] == pytest.approx(seconds["probe"] / seconds["step"] / 20) and seconds["probe"] > 0
-    low, dense = result["low_rank"]["spread"], result["dense"]["spread"]
-    assert dense["min"] / low["max"] <= result["speedup"] <= dense["max"] / low["min"]
-    assert result["low_rank"]["parameters"]["non_embedding"] < result["dense"]["parameters"]["non_embedding"]
+
+@pytest.fixture(scope="module")
+def result():
+    return bench_train("pocket", NAMES, layers=1, tokens=256, repeats=3)
+
+
+def test_phases_shares_and_ratios_fit_together(result):
+    (case,) = result["cases"]
+    assert list(case["seconds"]) == NAMES and case["reference"] == "hf-dense" and case["ratio"]["hf-dense"] == 1
+    for name in NAMES:
+        seconds, phases, (least, most) = case["seconds"][name], case["phases"][name], case["spread"][name]
+        assert all(phases[phase] > 0 for phase in PHASES) and least <= seconds <= most
+        assert case["tokens_per_second"][name] == pytest.approx(256 / seconds)
+        assert 0 < case["optimizer_share"][name] < 1
+        assert least / case["spread"]["hf-dense"][1] <= case["ratio"][name] <= most / case["spread"]["hf-dense"][0]
+    assert set(case["optimizer_adds"]) == {"spectron"}  # spectron+up has no twin here
+    assert set(case["probe_share"]) == set(NAMES) - {"hf-dense"} and min(case["probe_share"].values()) > 0
+
+
+def test_the_stock_twin_has_the_shapes_of_ours(result):
+    (case,) = result["cases"]
+    assert case["parameters"]["hf-dense"] == case["parameters"]["dense-adamw+apart+whole"]
+    assert case["flop_share"]["dense-adamw+apart+whole"] == 1 > case["flop_share"]["spectron"]
+    assert case["parameters"]["spectron"]["non_embedding"] < case["parameters"]["hf-dense"]["non_embedding"]
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, which its compiler raises and hides
+@pytest.mark.parametrize(
+    "name",
+    [
+        "spectron+up+whole",
+        "spectron+blocks+apart",
+        "hf-dense",
+        pytest.param("spectron+compile", marks=pytest.mark.slow),
+    ],
+)
+def test_every_contestant_learns(name):
+    preset = scaled(find_preset("pocket"), None, 1)
+    side = make(name, preset, torch.device("cpu"))
+    before = [p.detach().clone() for p in side.model.parameters()]
+    ids = torch.randint(preset.vocab_size, (2, 33), generator=torch.Generator().manual_seed(0))
+    seconds = side.step((ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), None))
+    assert set(seconds) == set(PHASES)
+    assert all((p - old).abs().max() > 0 for p, old in zip(side.model.parameters(), before, strict=True))
+
+
+def test_switches_change_the_cost_and_not_the_step():
+    preset = scaled(find_preset("pocket"), None, 1)
+    ids = torch.randint(preset.vocab_size, (2, 33), generator=torch.Generator().manual_seed(0))
+    steps = []
+    for name in ("lowrank-adamw", "lowrank-adamw+blocks+whole+apart"):
+        side = make(name, preset, torch.device("cpu"))
+        side.step((ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), None))
+        steps.append([p.grad for p in side.model.parameters()])
+    for one, other in zip(*steps, strict=True):
+        assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_what_spectron_adds_is_its_optimizer_over_the_step_of_its_twin():
+    def parts(forward, optimizer):
+        return {"forward": [forward] * 3, "backward": [2.0] * 3, "clip": [0.5] * 3, "optimizer": [optimizer] * 3}
+
+    seconds = {"spectron": parts(9.0, 0.9), "lowrank-adamw": parts(1.0, 0.5), "dense-adamw": parts(4.0, 0.5)}
+    whole = {name: train.totals(one) for name, one in seconds.items()}
+    assert train.optimizer_adds(seconds, whole) == {"spectron": pytest.approx(0.4 / 4)}  # not its slow forward
 
 
 def test_another_width_keeps_the_proportions():
@@ -32,18 +90,42 @@ def test_another_width_keeps_the_proportions():
         scaled(demo, 300, None)
 
 
-def test_only_a_low_rank_against_a_dense_method_is_compared():
-    with pytest.raises(ValueError, match="got dense-muon and dense-adamw"):
-        bench_train("pocket", method="dense-muon")
+@pytest.mark.parametrize(
+    ("methods", "message"),
+    [
+        (["spectron"], "two contestants at least"),
+        (["spectron", "spectron"], "each once"),
+        (["spectron", "hf-dense+compile"], "of hf-dense: none"),
+        (["spectron+fast", "hf-dense"], "unknown switch 'fast'"),
+        (["dense-adamw+up", "hf-dense"], "up is for factors"),
+        (["spectrom", "hf-dense"], "unknown method 'spectrom'"),
+    ],
+)
+def test_contestants_that_cannot_be(methods, message):
+    with pytest.raises(ValueError, match=message):
+        bench_train("pocket", methods)
+
+
+def test_a_step_is_whole_sequences():
+    with pytest.raises(ValueError, match="multiple of the context, 128, got 100"):
+        bench_train("pocket", tokens=100)
 
 
 def test_json_on_stdout_is_json_alone(capsys):
-    flags = "--model.preset pocket --layers 1 --batch_size 1 --repeats 1 --json".split()
+    flags = "--model.preset pocket --layers 1 --tokens 128 --repeats 1 --methods spectron hf-dense --json".split()
     assert main(["bench", "train", *flags]) == 0
     assert json.loads(capsys.readouterr().out)["benchmark"] == "train"
 
 
-@pytest.mark.parametrize("name", ["repeats", "d_model", "layers", "batch_size"])
+def test_the_table_names_what_was_measured(capsys):
+    flags = "--model.preset pocket --layers 1 --tokens 128 --repeats 1 --methods spectron lowrank-adamw".split()
+    assert main(["bench", "train", *flags]) == 0
+    out = capsys.readouterr().out
+    for words in ("/ lowrank-adamw", "optimizer, of the step: spectron", "spectron adds", "probes at the default"):
+        assert words in out
+
+
+@pytest.mark.parametrize("name", ["repeats", "d_model", "layers", "context", "tokens", "vocab_size"])
 def test_sizes_below_one_are_one_line(name, capsys):
     assert main(["bench", "train", f"--{name}", "0"]) == 2
     assert capsys.readouterr().err == f"nativerank: error: --{name} must be at least 1, got 0\n"

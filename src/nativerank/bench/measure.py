@@ -4,7 +4,7 @@ On a noisy machine nothing else means anything: absolute seconds of two runs dif
 """
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -40,7 +40,28 @@ def race(calls: dict[str, Callable[[], Any]], repeats: int, device: torch.device
     return seconds
 
 
-def medians(seconds: dict[str, list[float]]) -> dict[str, float]:
+def with_threads(counts: Sequence[int] | None, device: torch.device) -> Iterator[int]:
+    """Every number of threads, set while its turn lasts.
+
+    Args:
+        counts: None takes one and what PyTorch uses; on another device than a CPU only the latter.
+    """
+    before = torch.get_num_threads()
+    try:
+        for count in counts or sorted({1, before} if device.type == "cpu" else {before}):
+            torch.set_num_threads(count)
+            yield count
+    finally:
+        torch.set_num_threads(before)
+
+
+def check_threads(counts: Sequence[int] | None) -> None:
+    """Raises a ValueError for a number of threads below 1."""
+    for count in counts or ():
+        check_sizes(threads=count)
+
+
+def medians(seconds: Mapping[str, list[float]]) -> dict[str, float]:
     """The median of each."""
     return {name: statistics.median(values) for name, values in seconds.items()}
 

@@ -3,7 +3,7 @@
 | part | what is timed |
 |---|---|
 | orthogonalize | one (d, r) matrix in r x r, as the optimizer does it and by products alone, and the plain form |
-| layer | the optimizer on one decoder layer, as a share of that layer's forward and backward pass |
+| layer | the optimizer on one decoder layer, and as published, as shares of that layer's forward and backward pass |
 | step | a step over all factors of a preset, against Muon on one factor after the other |
 | flops | nothing: formulas for the preset's shapes, and the tokens per step above which they are below 1% |
 
@@ -18,12 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from nativerank.accounting.algebra import algebra_flops
-from nativerank.bench.measure import check_sizes, medians, race, ratio
+from nativerank.bench.measure import check_sizes, check_threads, race, with_threads
+from nativerank.bench.plain import OneAtATime, PlainSpectron, plain_newton_schulz
+from nativerank.bench.record import raced, record
 from nativerank.evaluate.loss import autocast
 from nativerank.linalg.gram import gram
 from nativerank.linalg.norms import power_iteration
 from nativerank.linalg.orthogonalize import (
-    MUON,
     coefficients,
     factor_by_products,
     orthogonalize,
@@ -33,7 +34,7 @@ from nativerank.models import DENSE, Preset, find_preset, hf_config, materialize
 from nativerank.optim.optimizer import LowRankOptimizer
 from nativerank.optim.parallel import at_once, run_all
 from nativerank.optim.roles import factor_modules
-from nativerank.train.setup import pick_device, versions
+from nativerank.train.setup import pick_device
 
 FORMS: dict[str, dict[str, Any]] = {"spectron": {}, "certified": {"certified": True}, "exact": {"norm": "exact"}}
 CONTEXT = 2048
@@ -59,40 +60,25 @@ def bench_optimizer(
         device: cpu, cuda or mps.
     """
     check_sizes(d_model=d_model, layers=layers, tokens_per_step=tokens_per_step, repeats=repeats)
+    check_threads(threads)
     if d_model % 64:
         raise ValueError(f"--d_model must be a multiple of 64, the head size, got {d_model}")
-    for count in threads or []:
-        check_sizes(threads=count)
-    where, before = pick_device(device), torch.get_num_threads()
+    where = pick_device(device)
     preset = scaled(find_preset(preset_name.removesuffix(DENSE)), None, layers)
     one_layer = layer_preset(d_model)
-    measured = []
-    try:
-        for count in threads or sorted({1, before} if where.type == "cpu" else {before}):
-            torch.set_num_threads(count)
-            tall = [(d_model, d_model // 4), (2 * d_model, d_model // 2)]
-            measured.append(
-                {
-                    "threads": count,
-                    "orthogonalize": [time_orthogonalize(d, r, repeats, where) for d, r in tall],
-                    "layer": time_layer(one_layer, tokens_per_step, repeats, where),
-                    "step": time_step(preset, repeats, where),
-                }
-            )
-    finally:
-        torch.set_num_threads(before)
+    tall = [(d_model, d_model // 4), (2 * d_model, d_model // 2)]
+    cases = []
+    for count in with_threads(threads, where):
+        found = [time_orthogonalize(d, r, repeats, where) for d, r in tall]
+        found += [time_layer(one_layer, tokens_per_step, repeats, where), time_step(preset, repeats, where)]
+        cases += [{**one, "case": one["case"] | {"threads": count}} for one in found]
+    settings = {"preset": preset_name, "layers": preset.layers, "d_model": d_model, "tokens_per_step": tokens_per_step}
     return {
-        "benchmark": "optimizer",
-        "preset": preset_name,
-        "d_model": d_model,
-        "layers": preset.layers,
-        "repeats": repeats,
-        "measured": measured,
+        **record("optimizer", settings | {"repeats": repeats}, cases, where),
         "flops": {
             "layer": algebra_flops(low_rank_skeleton(one_layer), CONTEXT),
             "preset": algebra_flops(low_rank_skeleton(preset), preset.context),
         },
-        "environment": {**versions(), "device": str(where)},
     }
 
 
@@ -109,35 +95,6 @@ def low_rank_skeleton(preset: Preset) -> nn.Module:
     return model
 
 
-def plain_newton_schulz(M: Tensor, steps: int = 5) -> Tensor:
-    """Five steps on the tall matrix itself, as published Muon code has them; here in float32."""
-    a, b, c = MUON
-    X = M.mT if M.shape[-2] > M.shape[-1] else M
-    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
-        A = X @ X.mT
-        B = b * A + c * A @ A
-        X = a * X + B @ X
-    return X.mT if M.shape[-2] > M.shape[-1] else X
-
-
-class OneAtATime:
-    """Muon without Nesterov, one matrix after the other."""
-
-    def __init__(self, parameters: Sequence[Tensor], lr: float, momentum: float):
-        self.parameters, self.lr, self.momentum = parameters, lr, momentum
-        self.averages = [torch.zeros_like(p) for p in parameters]
-
-    @torch.no_grad()
-    def step(self) -> None:
-        for p, M in zip(self.parameters, self.averages, strict=True):
-            assert p.grad is not None
-            M.lerp_(p.grad, 1 - self.momentum)
-            O = plain_newton_schulz(M)
-            O *= max(1.0, p.shape[-2] / p.shape[-1]) ** 0.5
-            p.add_(O, alpha=-self.lr)
-
-
 def time_orthogonalize(d: int, r: int, repeats: int, device: torch.device) -> dict[str, Any]:
     """A Gaussian (d, r) matrix, five Newton-Schulz steps; `gram` is what the optimizer runs here."""
     M = torch.randn(1, d, r, generator=torch.Generator().manual_seed(0)).to(device)
@@ -150,12 +107,8 @@ def time_orthogonalize(d: int, r: int, repeats: int, device: torch.device) -> di
     calls = {"plain": lambda: plain_newton_schulz(M), "gram": lambda: orthogonalize(M), "gram_products": by_products}
     seconds = race(calls, repeats, device)
     plain = calls["plain"]()
-    return {
-        "shape": [d, r],
-        "seconds": medians(seconds),
-        "speedup": {name: ratio(seconds["plain"], seconds[name]) for name in ("gram", "gram_products")},
-        "relative_difference": ((calls["gram"]() - plain).norm() / plain.norm()).item(),
-    }
+    difference = ((calls["gram"]() - plain).norm() / plain.norm()).item()
+    return raced({"part": "orthogonalize", "shape": [d, r]}, "plain", seconds, relative_difference=difference)
 
 
 def time_layer(preset: Preset, tokens: int, repeats: int, device: torch.device) -> dict[str, Any]:
@@ -172,21 +125,17 @@ def time_layer(preset: Preset, tokens: int, repeats: int, device: torch.device) 
         out.backward(Y.to(out.dtype))
 
     forward_backward()  # gradients for the optimizers' first turn
-    factors = [p for _, layer in factor_modules(model) for p in (layer.up.weight, layer.down.weight)]
-    steps = {
+    pairs = [(layer.up.weight, layer.down.weight) for _, layer in factor_modules(model)]
+    factors = [p for pair in pairs for p in pair]
+    steps: dict[str, Callable[[], Any]] = {
         name: LowRankOptimizer([{"params": factors, "rule": "spectron", "lr": 1e-3, **options}]).step
         for name, options in FORMS.items()
     }
+    steps["plain"] = PlainSpectron(pairs, lr=1e-3).step
     algebra = partial(orthogonalize_and_norms, factors)
     seconds = race({"forward_backward": forward_backward, "algebra": algebra, **steps}, repeats, device)
-    return {
-        "d_model": preset.d_model,
-        "d_ffn": preset.d_ffn,
-        "rank": preset.value,
-        "tokens_per_step": X.shape[0] * X.shape[1],
-        "seconds": medians(seconds),
-        "share": {name: ratio(seconds[name], seconds["forward_backward"]) for name in ("algebra", *FORMS)},
-    }
+    case = {"part": "layer", "d_model": preset.d_model, "d_ffn": preset.d_ffn, "rank": preset.value}
+    return raced(case | {"tokens_per_step": X.shape[0] * X.shape[1]}, "forward_backward", seconds)
 
 
 @torch.no_grad()
@@ -218,13 +167,9 @@ def time_step(preset: Preset, repeats: int, device: torch.device) -> dict[str, A
         return build(parameters).step
 
     calls = {
-        "one_at_a_time": contestant(lambda params: OneAtATime(params, lr=1e-3, momentum=0.95)),
+        "one_at_a_time": contestant(lambda params: OneAtATime(params, lr=1e-3)),
         "spectron": contestant(lambda params: LowRankOptimizer([{"params": params, "rule": "spectron", "lr": 1e-3}])),
     }
     seconds = race(calls, repeats, device)
-    return {
-        "factors": len(shapes),
-        "parameters": sum(s.numel() for s in shapes),
-        "seconds": medians(seconds),
-        "speedup": ratio(seconds["one_at_a_time"], seconds["spectron"]),
-    }
+    case = {"part": "step", "factors": len(shapes), "parameters": sum(s.numel() for s in shapes)}
+    return raced(case, "one_at_a_time", seconds)

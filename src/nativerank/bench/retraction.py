@@ -19,14 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nativerank.bench.measure import check_sizes, medians, race, ratio
+from nativerank.bench.measure import check_sizes, check_threads, race, with_threads
+from nativerank.bench.record import raced, record
 from nativerank.linalg.retract import WAYS, retract
-from nativerank.train.setup import pick_device, versions
+from nativerank.train.setup import pick_device
 
 RANK = 32
 LAYER_70B = ((11, 8192, RANK), (3, 28672, RANK))
 WIDE = ((14, 1024, 256),)
 STEP = 0.1
+LOOP = "loop"
 
 
 def bench_retraction(
@@ -40,36 +42,31 @@ def bench_retraction(
         device: cpu, cuda or mps.
     """
     check_sizes(layers=layers, repeats=repeats)
-    for count in threads or []:
-        check_sizes(threads=count)
-    where, before = pick_device(device), torch.get_num_threads()
-    cases = {"70b": [(layers * n, d, r) for n, d, r in LAYER_70B], "wide": list(WIDE)}
-    measured = []
-    try:
-        for count in threads or sorted({1, before} if where.type == "cpu" else {before}):
-            torch.set_num_threads(count)
-            measured += [{"case": name, "threads": count, **measure(s, repeats, where)} for name, s in cases.items()]
-    finally:
-        torch.set_num_threads(before)
-    return {"benchmark": "retraction", "repeats": repeats, "measured": measured, "environment": versions()}
+    check_threads(threads)
+    where = pick_device(device)
+    stacks = {"70b": [(layers * n, d, r) for n, d, r in LAYER_70B], "wide": list(WIDE)}
+    cases = [
+        measure({"stacks": name, "threads": count}, shapes, repeats, where)
+        for count in with_threads(threads, where)
+        for name, shapes in stacks.items()
+    ]
+    return record("retraction", {"layers": layers, "repeats": repeats}, cases, where)
 
 
-def measure(shapes: list[tuple[int, int, int]], repeats: int, device: torch.device) -> dict[str, Any]:
-    """Seconds, speed against the loop, and the largest |Q^T Q - I| of every contestant on stacks (n, d, r)."""
+def measure(
+    case: dict[str, Any], shapes: list[tuple[int, int, int]], repeats: int, device: torch.device
+) -> dict[str, Any]:
+    """A race on stacks (n, d, r) against the loop, and the largest |Q^T Q - I| of every contestant."""
     starts, moved = zip(*(step_of_frames(shape, device) for shape in shapes), strict=True)
 
     def stacks(way: str) -> list[Tensor]:
         return [retract(X, way, U) for X, U in zip(moved, starts, strict=True)]
 
-    calls: dict[str, Callable[[], list[Tensor]]] = {"loop": lambda: [looped(x) for X in moved for x in X]}
+    calls: dict[str, Callable[[], list[Tensor]]] = {LOOP: lambda: [looped(x) for X in moved for x in X]}
     calls |= {way: partial(stacks, way) for way in WAYS}
     seconds = race(calls, repeats, device)
-    return {
-        "shapes": [list(shape) for shape in shapes],
-        "seconds": medians(seconds),
-        "speedup": {way: ratio(seconds["loop"], seconds[way]) for way in WAYS},
-        "off_orthonormal": {name: max(map(off_orthonormal, call())) for name, call in calls.items()},
-    }
+    off = {name: max(map(off_orthonormal, call())) for name, call in calls.items()}
+    return raced(case | {"shapes": [list(shape) for shape in shapes]}, LOOP, seconds, off_orthonormal=off)
 
 
 def step_of_frames(shape: tuple[int, int, int], device: torch.device) -> tuple[Tensor, Tensor]:

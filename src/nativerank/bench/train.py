@@ -1,117 +1,189 @@
-"""How long a training step takes, in its parts, beside the dense twin's.
+"""How long a training step takes, in its parts, for several contestants by turns on the same batches.
 
-Steps of both models are interleaved. The loop's own `train_step` is what runs, with the loop's own probe around it,
-timed apart. Shapes are a preset's, or scaled to another width with the preset's proportions.
+Who can take part stands in `bench.contestants`. Shapes are a preset's, or scaled to another width with the preset's
+proportions; tokens are random. A vocabulary of 64 leaves of the model little more than its stack of blocks. FLOPs are
+exact ones (`accounting.flops`: ranks, attention and head included, recomputation not).
 """
 
-import statistics
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from nativerank.bench.measure import check_sizes, ratio, rounds
+from nativerank.accounting.flops import flops_per_token
+from nativerank.bench.contestants import HF_DENSE, PHASES, Contestant, Ours, check_batch, make, split_name
+from nativerank.bench.measure import check_sizes, medians, rounds
+from nativerank.bench.measure import ratio as paired
+from nativerank.bench.record import raced, record
 from nativerank.config import TrainConfig
 from nativerank.evaluate.probes import TOKENS, Probe, probed_names
-from nativerank.methods import build_optimizer, factorize, find_method
-from nativerank.models import DENSE, Preset, count_parameters, find_preset, hf_config, materialize, scaled, skeleton
-from nativerank.train.setup import pick_device, versions
-from nativerank.train.step import Batch, Stopwatch, train_step
+from nativerank.methods import find_method
+from nativerank.models import DENSE, Preset, count_parameters, find_preset, scaled
+from nativerank.train.setup import pick_device
+from nativerank.train.step import Batch, Stopwatch
 
-PHASES = ("forward", "backward", "clip", "optimizer")
-
-
-class Contestant:
-    """A model with its optimizer and the seconds of its steps."""
-
-    def __init__(self, preset: Preset, method: str, device: torch.device):
-        self.method, self.device = method, device
-        model, row = skeleton(hf_config(preset)), find_method(method)
-        if row.layer:
-            factorize(model, method, rank_ratio=preset.ratio, rank=preset.value)
-        self.model = materialize(model, seed=0, init_scale=row.rates.init_scale, init="sampled").to(device).train()
-        self.optimizer = build_optimizer(self.model, method)
-        self.seconds: dict[str, list[float]] = {phase: [] for phase in PHASES}
-        self.probe_seconds: list[float] = []
-
-    def step(self, batch: Batch, record: bool) -> None:
-        """One update on one batch, probed."""
-        probe = Probe(self.model, probed_names(self.model), batch[0][:1, :TOKENS])
-        watch = Stopwatch(self.device, wait=True)
-        before = probe.before()
-        watch.mark("probe")
-        result = train_step(self.model, self.optimizer, [batch], accumulation=1, clip=1.0)
-        watch.mark("step")
-        probe.after(before, self.optimizer.param_groups[0]["lr"], self.optimizer.records())
-        watch.mark("probe")
-        if record:
-            self.probe_seconds.append(watch.seconds["probe"])
-            for phase in PHASES:
-                self.seconds[phase].append(result.seconds[phase])
-
-    def summary(self, tokens: int) -> dict[str, Any]:
-        """Median seconds per phase, of the whole step, and what follows from them.
-
-        probe_share: seconds of a probe over those of the steps of a default interval.
-        """
-        totals = [sum(parts) for parts in zip(*self.seconds.values(), strict=True)]
-        step = statistics.median(totals)
-        seconds = {phase: statistics.median(values) for phase, values in self.seconds.items()}
-        probe = statistics.median(self.probe_seconds)
-        return {
-            "method": self.method,
-            "parameters": count_parameters(self.model),
-            "seconds": {**seconds, "step": step, "probe": probe},
-            "spread": {"min": min(totals), "max": max(totals)},
-            "tokens_per_second": tokens / step,
-            "optimizer_share": seconds["optimizer"] / step,
-            "probe_share": probe / (TrainConfig().probe_every * step),
-        }
+METHODS = ("spectron", "lowrank-adamw", "dense-adamw", HF_DENSE)
+WARMUP = 2
+Seconds = dict[str, list[float]]
 
 
 def bench_train(
     preset_name: str = "demo",
-    method: str = "spectron",
-    dense_method: str = "dense-adamw",
+    methods: Sequence[str] = METHODS,
     d_model: int | None = None,
     layers: int | None = None,
-    batch_size: int | None = None,
+    context: int | None = None,
+    tokens: int | None = None,
+    vocab_size: int | None = None,
+    ratio: float | None = None,
     repeats: int = 7,
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """Times a low-rank method against a dense one on equal shapes and random tokens.
+    """Steps of every contestant by turns.
 
     Args:
-        preset_name: shapes and batch. d_model, layers, batch_size: override them.
-        method: the low-rank side. dense_method: the other side.
+        preset_name: shapes and batch. d_model, layers, context, vocab_size: override them.
+        methods: contestants, METHOD[+SWITCH...] or hf-dense; the last dense one is the reference, if there is one.
+        tokens: of a step; None takes the preset's sequences.
+        ratio: rank over d_in, by the rank rule; None takes the preset's ranks.
         repeats: recorded steps of each, after two unrecorded ones.
         device: cpu, cuda or mps.
 
-    Returns:
-        Both sides' medians, and `speedup`: dense step seconds over low-rank step seconds (median of paired ratios).
+    Raises:
+        ValueError: an unknown or repeated contestant, fewer than two, or a size below 1.
     """
-    check_sizes(repeats=repeats, d_model=d_model, layers=layers, batch_size=batch_size)
-    if find_method(method).layer is None or find_method(dense_method).layer is not None:
-        raise ValueError(f"bench train compares a low-rank method with a dense one, got {method} and {dense_method}")
-    preset = scaled(find_preset(preset_name.removesuffix(DENSE)), d_model, layers)
-    batch_size = batch_size or preset.batch_size
+    check_sizes(repeats=repeats, d_model=d_model, layers=layers, context=context, vocab_size=vocab_size, tokens=tokens)
+    names = list(methods)
+    if len(names) < 2 or len(set(names)) < len(names):
+        raise ValueError(f"--methods takes two contestants at least, each once, got {' '.join(names) or 'none'}")
+    for name in names:
+        split_name(name)
+    preset = shapes(preset_name, d_model, layers, context, vocab_size, ratio)
+    check_batch(tokens, preset.context)
+    tokens = tokens or preset.batch_size * preset.context
     where = pick_device(device)
-    sides = [Contestant(preset, method, where), Contestant(preset, dense_method, where)]
+    sides = [make(name, preset, where) for name in names]
+    seconds, probes = run(sides, preset, tokens, repeats, where)
+    settings = {"preset": preset_name, "methods": names, "d_model": preset.d_model, "layers": preset.layers}
+    settings |= {"context": preset.context, "tokens": tokens, "vocab_size": preset.vocab_size}
+    settings |= {"ratio": preset.ratio, "rank": preset.value, "repeats": repeats}
+    return record("train", settings, [summary(sides, seconds, probes, tokens, preset.context)], where)
+
+
+def shapes(
+    preset_name: str,
+    d_model: int | None,
+    layers: int | None,
+    context: int | None,
+    vocab_size: int | None,
+    ratio: float | None,
+) -> Preset:
+    """The preset with what was asked for instead."""
+    preset = scaled(find_preset(preset_name.removesuffix(DENSE)), d_model, layers)
+    if ratio is not None:
+        preset = replace(preset, ratio=ratio, value=None)
+    return replace(preset, context=context or preset.context, vocab_size=vocab_size or preset.vocab_size)
+
+
+def run(
+    sides: Sequence[Contestant], preset: Preset, tokens: int, repeats: int, device: torch.device
+) -> tuple[dict[str, dict[str, list[float]]], Seconds]:
+    """Seconds of every recorded step per contestant and phase, and of its probe around it, which is timed apart."""
+    seconds = {side.name: {phase: [] for phase in PHASES} for side in sides}  # type: dict[str, dict[str, list[float]]]
+    probes: Seconds = {side.name: [] for side in sides if isinstance(side, Ours)}
     generator = torch.Generator().manual_seed(0)
-    for in_order, record in rounds(sides, repeats, warmup=2):
-        ids = torch.randint(preset.vocab_size, (batch_size, preset.context + 1), generator=generator).to(where)
+    for in_order, counts in rounds(sides, repeats, WARMUP):
+        ids = torch.randint(preset.vocab_size, (tokens // preset.context, preset.context + 1), generator=generator)
+        ids = ids.to(device)
+        batch: Batch = (ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), None)
         for side in in_order:
-            side.step((ids[:, :-1], ids[:, 1:], None), record)
-    tokens = batch_size * preset.context
-    steps = [[sum(parts) for parts in zip(*side.seconds.values(), strict=True)] for side in sides]
-    return {
-        "benchmark": "train",
-        "preset": preset_name,
-        "d_model": preset.d_model,
-        "layers": preset.layers,
-        "tokens_per_step": tokens,
-        "repeats": repeats,
-        "low_rank": sides[0].summary(tokens),
-        "dense": sides[1].summary(tokens),
-        "speedup": ratio(steps[1], steps[0]),
-        "environment": versions(),
-    }
+            took, probe = probed_step(side, batch, device)
+            if counts:
+                for phase in PHASES:
+                    seconds[side.name][phase].append(took[phase])
+                if side.name in probes:
+                    probes[side.name].append(probe)
+    return seconds, probes
+
+
+def probed_step(side: Contestant, batch: Batch, device: torch.device) -> tuple[dict[str, float], float]:
+    """One update: seconds per phase, and of the loop's probe around it."""
+    if not isinstance(side, Ours):
+        return side.step(batch), 0.0
+    probe = Probe(side.model, probed_names(side.model), batch[0][:1, :TOKENS])
+    watch = Stopwatch(device, wait=True)
+    before = probe.before()
+    watch.mark("probe")
+    took = side.step(batch)
+    watch.mark("step")
+    probe.after(before, side.optimizer.param_groups[0]["lr"], side.optimizer.records())
+    watch.mark("probe")
+    return took, watch.seconds["probe"]
+
+
+def summary(
+    sides: Sequence[Contestant],
+    seconds: dict[str, dict[str, list[float]]],
+    probes: Seconds,
+    tokens: int,
+    context: int,
+) -> dict[str, Any]:
+    """The record's case.
+
+    Besides what every race has: per contestant `phases` (median seconds), `tokens_per_second`, `optimizer_share` of the
+    step, `probe_share` (its seconds over those of the steps of a default interval), `parameters`, `flops_per_token` and
+    `flop_share` of the reference's; and `optimizer_adds`: what clipping and the optimizer take beyond those of
+    lowrank-adamw with the same switches, over its step.
+    """
+    whole = {name: totals(parts) for name, parts in seconds.items()}
+    middle = medians(whole)
+    first = reference(list(whole))
+    flops = {side.name: flops_per_token(side.model, context).training for side in sides}
+    interval = TrainConfig().probe_every
+    return raced(
+        {"tokens": tokens, "threads": torch.get_num_threads()},
+        first,
+        whole,
+        phases={name: medians(parts) for name, parts in seconds.items()},
+        tokens_per_second={name: tokens / value for name, value in middle.items()},
+        optimizer_share={name: paired(parts["optimizer"], whole[name]) for name, parts in seconds.items()},
+        optimizer_adds=optimizer_adds(seconds, whole),
+        probe_share={name: value / (interval * middle[name]) for name, value in medians(probes).items()},
+        parameters={side.name: count_parameters(side.model) for side in sides},
+        flops_per_token=flops,
+        flop_share={name: value / flops[first] for name, value in flops.items()},
+    )
+
+
+def totals(parts: Seconds) -> list[float]:
+    """Of whole steps."""
+    return [sum(step) for step in zip(*parts.values(), strict=True)]
+
+
+def reference(names: Sequence[str]) -> str:
+    """The last dense contestant, else the last."""
+    dense = [name for name in names if is_dense(name)]
+    return (dense or list(names))[-1]
+
+
+def is_dense(name: str) -> bool:
+    """Whether this contestant's matrices are."""
+    method, _ = split_name(name)
+    return method == HF_DENSE or find_method(method).layer is None
+
+
+def optimizer_adds(seconds: dict[str, dict[str, list[float]]], whole: Seconds) -> dict[str, float]:
+    """For factors whose plain AdamW twin took part: a median over rounds, so what other phases' noise is stays out."""
+    adds = {}
+    for name, parts in seconds.items():
+        twin = "+".join(["lowrank-adamw", *name.split("+")[1:]])
+        if name != twin and twin in seconds and not is_dense(name):
+            extra = [sum(ours) - sum(twins) for ours, twins in zip(late(parts), late(seconds[twin]), strict=True)]
+            adds[name] = paired(extra, whole[twin])
+    return adds
+
+
+def late(parts: Seconds) -> list[tuple[float, float]]:
+    """Clipping and update of each round."""
+    return list(zip(parts["clip"], parts["optimizer"], strict=True))

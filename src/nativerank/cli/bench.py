@@ -10,6 +10,18 @@ from nativerank.cli.bench_distributed import add_flags as distributed_flags
 from nativerank.cli.bench_distributed import show_distributed
 from nativerank.cli.bench_generate import add_flags as generate_flags
 from nativerank.cli.bench_generate import show_generate
+from nativerank.cli.bench_race import (
+    add_layer,
+    add_optimizer,
+    add_retraction,
+    add_rounds,
+    add_size,
+    add_train,
+    show_layer,
+    show_optimizer,
+    show_retraction,
+    show_train,
+)
 from nativerank.cli.bench_step70b import add_flags as step70b_flags
 from nativerank.cli.bench_step70b import show_step70b
 from nativerank.cli.flags import add_quiet
@@ -18,6 +30,8 @@ from nativerank.cli.output import add_json, check_json, write_json
 EXAMPLE = """examples:
   nativerank bench train
   nativerank bench train --d_model 512 --json result.json
+  nativerank bench train --methods spectron spectron+compile dense-adamw+compile hf-dense
+  nativerank bench layer --threads 1 2
   nativerank bench bound
   nativerank bench optimizer --model.preset spectron-m --threads 2
   nativerank bench retraction
@@ -41,17 +55,22 @@ def add_parser(subparsers: Any) -> None:
         finish(parser, name, show)
         return parser
 
-    train = add(
-        "train",
-        show,
-        "a training step in its parts, beside the dense twin's",
-        "Time a training step in its parts, low rank beside dense, steps interleaved.",
+    add_train(
+        add(
+            "train",
+            show_train,
+            "a training step in its parts: methods, switches, dense twins by turns",
+            "Time a training step in its parts, several contestants by turns on the same batches.",
+        )
     )
-    add_model(train, "demo")
-    train.add_argument("--method", default="spectron", help="low-rank method")
-    train.add_argument("--dense_method", default="dense-adamw")
-    add_size(train, "sequences per step")
-    add_rounds(train, 7, "recorded steps of each side")
+    add_layer(
+        add(
+            "layer",
+            show_layer,
+            "one factor layer beside nn.Linear, and beside its share of the FLOPs",
+            "Forward and backward pass of one layer: nn.Linear, A B^T and U diag(s) V^T by turns.",
+        )
+    )
     bound = add(
         "bound",
         show_bound,
@@ -63,17 +82,14 @@ def add_parser(subparsers: Any) -> None:
     bound.add_argument("--probe_every", type=int, default=3, help="steps between measurements of every matrix")
     bound.add_argument("--seed", type=int, default=0)
     bound.add_argument("--no_train", dest="train_too", action="store_false", help="the adversarial set alone")
-    optimizer = add(
-        "optimizer",
-        show_optimizer,
-        "what Spectron's algebra costs: seconds, share of a layer's work, FLOPs",
-        "Orthogonalization in r x r and plain: for one matrix, beside one layer, over a preset's factors.",
+    add_optimizer(
+        add(
+            "optimizer",
+            show_optimizer,
+            "what Spectron's algebra costs: seconds, share of a layer's work, FLOPs",
+            "Orthogonalization in r x r and plain: for one matrix, beside one layer, over a preset's factors.",
+        )
     )
-    add_model(optimizer, "spectron-s")
-    optimizer.add_argument("--layers", type=int, help="another depth of the preset")
-    optimizer.add_argument("--d_model", type=int, default=1024, help="width of the single layer, ranks a quarter of it")
-    optimizer.add_argument("--tokens_per_step", type=int, default=8192, help="tokens through the single layer")
-    add_rounds(optimizer, 5, "recorded calls of everything", threads=True)
     frames = add(
         "frames",
         show_frames,
@@ -81,17 +97,18 @@ def add_parser(subparsers: Any) -> None:
         "Steps of several micro-batches with sct, tsvd, stiefel-spectron, and factors left alone.",
     )
     add_model(frames, "demo")
-    add_size(frames, "sequences per pass")
+    add_size(frames)
+    frames.add_argument("--batch_size", type=int, help="sequences per pass (default: the preset's)")
     frames.add_argument("--micro_batches", type=int, default=8, help="passes per step")
     add_rounds(frames, 5, "recorded steps of each side")
-    retraction = add(
-        "retraction",
-        show_retraction,
-        "bringing factors back to orthonormal columns, each way against looped QR",
-        "Each way of retraction on stacks of factors, against looped Householder QR with a sign fix.",
+    add_retraction(
+        add(
+            "retraction",
+            show_retraction,
+            "bringing factors back to orthonormal columns, each way against looped QR",
+            "Each way of retraction on stacks of factors, against looped Householder QR with a sign fix.",
+        )
     )
-    retraction.add_argument("--layers", type=int, default=2, help="layers of the 70B shape at rank 32")
-    add_rounds(retraction, 7, "recorded rounds", threads=True)
     conditioning = add(
         "conditioning",
         show_conditioning,
@@ -120,22 +137,6 @@ def add_model(parser: argparse.ArgumentParser, preset: str) -> None:
     parser.add_argument("--model.preset", dest="preset_name", default=preset, metavar="PRESET")
 
 
-def add_size(parser: argparse.ArgumentParser, batch: str) -> None:
-    """Changes of the preset's size."""
-    parser.add_argument("--d_model", type=int, help="another width, with the preset's proportions")
-    parser.add_argument("--layers", type=int, help="another depth")
-    parser.add_argument("--batch_size", type=int, help=f"{batch} (default: the preset's)")
-
-
-def add_rounds(parser: argparse.ArgumentParser, repeats: int, what: str, threads: bool = False) -> None:
-    """How often, and on what."""
-    parser.add_argument("--repeats", type=int, default=repeats, help=what)
-    if threads:
-        help = "numbers of threads (default: 1 and PyTorch's own)"
-        parser.add_argument("--threads", type=int, nargs="+", help=help)
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda", "mps"])
-
-
 def runner(name: str, show: Callable[[dict[str, Any]], None]) -> Callable[[argparse.Namespace], int]:
     """What measures by bench.NAME's bench_NAME, whose arguments are the flags, and shows."""
 
@@ -148,58 +149,6 @@ def runner(name: str, show: Callable[[dict[str, Any]], None]) -> Callable[[argpa
         return 0
 
     return run
-
-
-def show_optimizer(result: dict[str, Any]) -> None:
-    """Times for each number of threads, then the FLOPs, which hold on any machine."""
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    for part in result["measured"]:
-        console.print(_optimizer_times(result, part))
-    console.print(_optimizer_flops(result))
-    console.print("k = 5 steps on (d, r): gram 4 d r^2 + (4 k - 3) 2 r^3, plain k (4 d r^2 + 2 r^3); norm: 6 d r")
-
-
-def _optimizer_times(result: dict[str, Any], part: dict[str, Any]) -> Any:
-    from rich.table import Table
-
-    table = Table(title=f"{part['threads']} thread{'s' * (part['threads'] > 1)}, medians of {result['repeats']}")
-    for column in ("", "ms", ""):
-        table.add_column(column, justify="right" if column else "left")
-
-    def row(name: str, seconds: float, remark: str = "") -> None:
-        table.add_row(name, f"{1e3 * seconds:,.1f}", remark)
-
-    for one in part["orthogonalize"]:
-        row("plain Newton-Schulz of ({}, {})".format(*one["shape"]), one["seconds"]["plain"])
-        for form, name in (("gram", "in r x r"), ("gram_products", "in r x r, products alone")):
-            row(f"  {name}", one["seconds"][form], f"{one['speedup'][form]:.2f}x as fast")
-    layer, step = part["layer"], part["step"]
-    what = f"layer of width {layer['d_model']}, rank {layer['rank']}, {layer['tokens_per_step']:,} tokens"
-    row(f"{what}: forward, backward", layer["seconds"]["forward_backward"])
-    for form, share in layer["share"].items():
-        name = "orthogonalization and norms" if form == "algebra" else f"optimizer step, {form}"
-        row(f"  {name}", layer["seconds"][form], f"{share:.2%}")
-    row(f"{result['preset']}: Muon, one factor after the other", step["seconds"]["one_at_a_time"])
-    row(f"  Spectron, all {step['factors']}", step["seconds"]["spectron"], f"{step['speedup']:.2f}x as fast")
-    return table
-
-
-def _optimizer_flops(result: dict[str, Any]) -> Any:
-    from rich.table import Table
-
-    table = Table(title="FLOPs: orthogonalization and norms over the matrices' forward and backward, by tokens a step")
-    sizes = [row["tokens_per_step"] for row in result["flops"]["layer"]["share_of_matrices"]]
-    for column in ("", "GFLOP", *(f"{n // 1024}k" for n in sizes), "1% at"):
-        table.add_column(column, justify="right" if column else "left")
-    for part, flops in result["flops"].items():
-        name = result["preset"] if part == "preset" else part
-        for form, total in flops["per_step"].items():
-            shares = [f"{row[form]:.2%}" for row in flops["share_of_matrices"]]
-            tokens = f"{flops['one_percent_tokens'][form]['matrices']:,}"
-            table.add_row(f"{name}, {form}", f"{total / 1e9:,.2f}", *shares, tokens)
-    return table
 
 
 def show_frames(result: dict[str, Any]) -> None:
@@ -238,24 +187,6 @@ def show_bound(result: dict[str, Any]) -> None:
         )
 
 
-def show_retraction(result: dict[str, Any]) -> None:
-    """Times, ratios and errors, a row for each way."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"retraction, medians of {result['repeats']}")
-    for column in ("matrices", "threads", "way", "ms", "speed", "max |Q^T Q - I|"):
-        table.add_column(column, justify="left" if column in ("matrices", "way") else "right")
-    for part in result["measured"]:
-        what = ", ".join(f"{n} of ({d}, {r})" for n, d, r in part["shapes"])
-        for way, seconds in part["seconds"].items():
-            speed = f"{part['speedup'][way]:.2f}x" if way in part["speedup"] else ""
-            error = f"{part['off_orthonormal'][way]:.1e}"
-            table.add_row(what, str(part["threads"]), way, f"{1e3 * seconds:,.1f}", speed, error)
-            what = ""
-    Console(highlight=False).print(table)
-
-
 def show_conditioning(result: dict[str, Any]) -> None:
     """A row for each group of runs: median over matrices, and in brackets the worst."""
     from rich.console import Console
@@ -275,25 +206,3 @@ def show_conditioning(result: dict[str, Any]) -> None:
     console.print(table)
     console.print("norm bound: known norm of W over its norm; spread: largest over smallest singular value")
     console.print("cond: of the map from steps of the factors to dW; balanced: the least of a pair with this product")
-
-
-def show(result: dict[str, Any]) -> None:
-    """A table of milliseconds per phase."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(
-        title=f"d_model {result['d_model']}, {result['layers']} layers, {result['tokens_per_step']} tokens a step"
-    )
-    for column in ("ms", "forward", "backward", "clip", "optimizer", "step", "tokens/s"):
-        table.add_column(column, justify="right")
-    for side in (result["low_rank"], result["dense"]):
-        milliseconds = [f"{1e3 * side['seconds'][k]:.1f}" for k in ("forward", "backward", "clip", "optimizer", "step")]
-        table.add_row(side["method"], *milliseconds, f"{side['tokens_per_second']:,.0f}")
-    console = Console(highlight=False)
-    console.print(table)
-    share, probe = (result["low_rank"][key] for key in ("optimizer_share", "probe_share"))
-    console.print(
-        f"low rank is {result['speedup']:.2f}x as fast; its optimizer takes {share:.1%} of the step, "
-        f"its probe {probe:.2%} of the time at the default interval"
-    )

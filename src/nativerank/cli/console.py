@@ -96,6 +96,7 @@ class TrainConsole:
         if "val_loss" in row:
             self.val_loss = f"  val {row['val_loss']:.3f}"
         text = f"loss {row['loss']:.3f}{self.val_loss}  {row['tokens_per_second']:,.0f} tok/s"
+        text += f"  MFU {row['mfu']:.1%}" if "mfu" in row else ""
         if self.bar is not None:
             self.bar.update(self.task, completed=row["step"], text=text)
             return
@@ -128,6 +129,8 @@ class TrainConsole:
             "sample": f"{summary['prompt']} ...{summary['sample']}",
             "run folder": summary["out"],
         }
+        if "mfu" in summary:
+            lines["MFU"] = f"{summary['mfu']:.1%} of the device's bf16 peak (exact FLOPs, recomputation not counted)"
         self.console.print()
         if not self.console.is_terminal:  # nobody's width to fill
             for name, text in lines.items():

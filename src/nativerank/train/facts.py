@@ -1,10 +1,12 @@
 """The rows that a run writes: how it starts, what a step was, how it ended."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from nativerank.accounting.hardware import present_device
 from nativerank.evaluate.loss import Loss
 from nativerank.layers import linear_modules
 from nativerank.models import count_parameters
@@ -81,6 +83,24 @@ def step_row(
     if result.kept:
         row["kept"] = result.kept
     return row
+
+
+@functools.cache
+def peak_flops() -> float | None:
+    """Peak of one device of this machine for bfloat16 products, None for one that no table has."""
+    device = present_device()
+    return None if device is None else device.product_flops
+
+
+def utilization(run: RunState, flops: float, seconds: float) -> dict[str, float]:
+    """`mfu` of this time: exact FLOPs of forward and backward, without recomputation, over what all devices could have
+    done; nothing where their peak is not known.
+
+    Args:
+        flops: of all processes. seconds: that they took.
+    """
+    peak = peak_flops() if next(run.model.parameters()).is_cuda else None
+    return {"mfu": flops / (peak * run.grid.world * seconds)} if peak and seconds else {}
 
 
 def summary_row(

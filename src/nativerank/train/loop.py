@@ -38,7 +38,7 @@ from nativerank.train.answers import GuardedRun
 from nativerank.train.closing import export, sample_text, training_of
 from nativerank.train.compiled import compile_blocks
 from nativerank.train.diloco import check_diloco
-from nativerank.train.facts import start_facts, step_row, summary_row
+from nativerank.train.facts import start_facts, step_row, summary_row, utilization
 from nativerank.train.folder import claim, write_config
 from nativerank.train.guard import Diverged
 from nativerank.train.listen import Listener, Silence
@@ -114,6 +114,7 @@ class Run(GuardedRun):
         self.probe = Probe(self.model, names, fixed_batch(dataset.split("val"), t.context), grid)
         self.watch = Watch()
         self.started = time.perf_counter()
+        self.stepped_flops, self.stepped_seconds = 0.0, 0.0  # of the steps made here
         self.profiler: Profiler | None = None
 
     def begin(self, origin: Path | None, newest: checkpoint.Checkpoint | None, damaged: list[str]) -> None:
@@ -201,7 +202,8 @@ class Run(GuardedRun):
         if (result.votes or [unsaved])[-1]:
             self.saver.wait()  # raises what went wrong, on all processes
         self.step += 1
-        self.train_flops += self.tokens_per_step * self.flops_of_step(alpha)
+        flops = self.tokens_per_step * self.flops_of_step(alpha)
+        self.train_flops += flops
         if not result.updated:
             self.guard.refused += 1
             if guides is not None:
@@ -209,7 +211,8 @@ class Run(GuardedRun):
         if self.profiler:
             self.profiler.step()
         seconds = time.perf_counter() - began
-        row = step_row(self, result, alpha, rate, seconds, measured)
+        self.stepped_flops, self.stepped_seconds = self.stepped_flops + flops, self.stepped_seconds + seconds
+        row = step_row(self, result, alpha, rate, seconds, measured) | utilization(self, flops, seconds)
         if verdict:
             self._respond(verdict, row)
         if before is not None and "rolled_back_to" not in row:
@@ -311,7 +314,10 @@ class Run(GuardedRun):
         export(self.model, self.out, self.dataset, self.grid, training)
         prompt, sample = sample_text(self.model, self.dataset, self.config, self.grid)
         seconds = time.perf_counter() - self.started
-        summary = from_first(self.grid, lambda: summary_row(self, self.device, loss, prompt, sample, seconds))
+        reached = utilization(self, self.stepped_flops, self.stepped_seconds)
+        summary = from_first(
+            self.grid, lambda: summary_row(self, self.device, loss, prompt, sample, seconds) | reached
+        )
         for tracker in self.trackers:
             tracker.row(summary)
         return summary

@@ -2,7 +2,9 @@
 
 Keys of a step's row: step, tokens, loss (nats/token), lr, aux_lr, grad_norm (before clipping), tokens_per_second,
 seconds, train_flops (forward and backward since step 0, at the ranks of each step), optimizer_share (share of the
-step's time; on CUDA only at probed steps), peak_memory_bytes; with a teacher distill_loss, T^2 KL(teacher || model) in
+step's time; on CUDA only at probed steps), peak_memory_bytes; on a GPU whose peak is known mfu (exact FLOPs of forward
+and backward, rank-aware, attention and head included, recomputation not counted, over the bfloat16 peak; docs/plan.md);
+with a teacher distill_loss, T^2 KL(teacher || model) in
 nats/token, while loss stays that of the text, and train_flops counts the teacher's forward pass too; for self-guided
 guide_alpha, the guide's weight in this step; at some steps val_loss and probes ({module: {...}}, see below); with
 parallel.diloco, where a round ends, outer. A step that the guard judged carries `event` (loss_spike, sigma_spike,
@@ -12,7 +14,8 @@ loss is judged before there are gradients (grad_norm is then "nan"), and `kept` 
 before a gradient that is not finite ended the step. Other rows with `event` (start, resume, ranks, checkpoint_damaged,
 interrupted, end) carry what belongs to the event; that of a start on many processes has their `replicas` and `shards`,
 and as `uneven` the matrices that are not cut along their long side; the one of the end counts `refused_steps` and has
-`parameters`, `train_flops` and the `ranks` of every matrix. `ranks`: a look at the spectra after this step changed
+`parameters`, `train_flops`, the `ranks` of every matrix and the `mfu` of all steps since start or resume.
+`ranks`: a look at the spectra after this step changed
 some: `ranks` {module: [before, after]}, `energy` {module: share of ||W||_F^2 that is left}, and from now on
 `parameters` and `train_flops_per_token`.
 

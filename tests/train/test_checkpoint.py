@@ -8,13 +8,14 @@ import pickle
 import resource
 import shutil
 import signal
-import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from nativerank.cli.main import main
 from nativerank.distributed.pieces import Piece
 from nativerank.methods import build_optimizer
 from nativerank.train import checkpoint, generators
@@ -265,21 +266,26 @@ def test_a_full_disk_leaves_the_earlier_ones(tmp_path, cli, flags, monkeypatch, 
     assert cli("train", *flags(out=out, train__checkpoint_every=3, resume="auto")).code == 0
 
 
+def train_within(limit, flags, said):
+    """A run that may write files of so many bytes."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    with said.open("w") as file, redirect_stdout(file), redirect_stderr(file):
+        code = main(["train", *flags])
+    sys.exit(code)
+
+
 def test_a_real_file_size_limit_is_the_same_error(tmp_path, flags):
     """The operating system refuses to write on, in a process of its own: no patched function stands in for it."""
-    out = tmp_path / "run"
+    out, said = tmp_path / "run", tmp_path / "said"
     out.mkdir()
-
-    def limit():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
-
-    command = [sys.executable, "-W", "error", "-m", "nativerank", "train", *flags(out=out, train__checkpoint_every=3)]
-    result = subprocess.run(
-        command, capture_output=True, text=True, preexec_fn=limit, env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
-    )
-    assert result.returncode == 2, result.stderr
-    assert result.stderr.count("\n") == 1 and result.stderr.startswith("nativerank: error: disk full while writing")
+    words = [*flags(out=out, train__checkpoint_every=3), "--quiet"]
+    process = multiprocessing.get_context("fork").Process(target=train_within, args=(60_000, words, said))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 2, said.read_text()
+    (line,) = said.read_text().splitlines()
+    assert line.startswith("nativerank: error: disk full while writing")
     assert list((out / "checkpoints").iterdir()) == []
 
 

@@ -202,6 +202,8 @@ def run(argv: list[str]) -> int:
                 console.warn(f"  nativerank train --config {out}/config.yaml --out {out} --resume auto")
             return 128 + stopped.signum if stopped.signum in (signal.SIGINT, signal.SIGTERM) else 1
         console.summary(summary)
+        if "profile" in summary:
+            console.say("\n" + (Path(summary["profile"]) / "parts.txt").read_text(encoding="utf-8"))
     if first:
         write_json(summary, flags.json)
     return 0

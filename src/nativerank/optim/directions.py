@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-
 from nativerank.linalg.gram import gram, to_float64
 from nativerank.linalg.norms import power_iteration, spectral_norm
 from nativerank.linalg.orthogonalize import orthogonalizing_factor
+from nativerank.linalg.scope import scoped
 from nativerank.optim.precision import keep, keep_squares, widened
+from torch import Tensor
 
 Options = Mapping[str, Any]
 MARGIN = 1 + 2e-5  # on certified norms
@@ -86,6 +86,7 @@ def averaged(side: Stack, options: Options) -> Tensor:
     return grad.lerp(M, mu) if options["nesterov"] else M
 
 
+@scoped("optimizer: orthogonalize")
 def pair_factors(M_A: Tensor, M_B: Tensor, options: Options) -> Tensor:
     """Q_A, Q_B (2, n, ..., r, r) with O = M Q; the identity where nothing is to be orthogonalized."""
     if options["orthogonalizer"] == NONE:
@@ -94,6 +95,7 @@ def pair_factors(M_A: Tensor, M_B: Tensor, options: Options) -> Tensor:
     return gram_factors(torch.stack([gram(M_A), gram(M_B)]), options)
 
 
+@scoped("optimizer: orthogonalize")
 def gram_factors(G: Tensor, options: Options) -> Tensor:
     """Q (..., r, r) with O = M Q from G = M^T M."""
     return orthogonalizing_factor(G, options["orthogonalizer"], options["orthogonalizer_steps"])
@@ -114,6 +116,7 @@ def pair_rho(norms: Tensor, options: Options) -> Tensor:
     return 2 * eta / (norms + (norms.square() + 4 * eta).sqrt()).clamp_min(tiny)
 
 
+@scoped("optimizer: norms")
 def certified_rho(O_A: Tensor, O_B: Tensor, A: Tensor, B: Tensor, eta: float) -> Tensor:
     """The largest rho (...) for which ||dW||_2 <= eta is proven, whatever made O_A and O_B, at any eta.
 
@@ -205,6 +208,7 @@ def step_narrow(parameter: Tensor, gradient: Tensor, state: State, options: Opti
     state["step"] += 1
 
 
+@scoped("optimizer: norms")
 def factor_norm(X: Tensor, state: State, options: Options) -> Tensor:
     """sigma_max (n, ...) of the factors before their update; power iteration advances its state in place."""
     if options["norm"] == "exact":

@@ -34,12 +34,11 @@ from contextvars import ContextVar
 from dataclasses import replace
 
 import torch
-from torch import Tensor
-
 from nativerank.linalg.change import update_norm
 from nativerank.linalg.gram import at_least_float32
 from nativerank.linalg.host import anywhere
 from nativerank.linalg.retract import frame_factor, qr_vjp, retract, tangent
+from nativerank.linalg.scope import scoped
 from nativerank.optim.directions import (
     MARGIN,
     New,
@@ -54,6 +53,7 @@ from nativerank.optim.directions import (
     shape_scale,
 )
 from nativerank.optim.products import spectron
+from torch import Tensor
 
 Factors = tuple[Tensor, Tensor, Tensor]
 Triple = tuple[New, New, New, State]
@@ -72,6 +72,7 @@ def marked(mark: Mark) -> Iterator[None]:
         _mark.reset(token)
 
 
+@scoped("optimizer: retraction")
 def back_on_frame(X: Tensor, way: str, start: Tensor) -> Tensor:
     """The retraction of a step from the frame `start`, told to whoever times it."""
     _mark.get()("optimizer")
@@ -154,6 +155,7 @@ def tsvd(U: Stack, V: Stack, s: Stack, options: Options) -> Triple:
     return news((refactored(U, options), refactored(V, options), stepped_spectrum(s, options)), {})
 
 
+@scoped("optimizer: retraction")
 def refactored(side: Stack, options: Options) -> Tensor:
     """Q' of A' = Q' R', A' the AdamW step from A = Q R; its gradient dA is the QR derivative of side.grad = dL/dQ."""
     Q, R = at_least_float32(side.weight), side.state["R"]

@@ -17,12 +17,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.optim.adamw import adamw
-
 from nativerank.distributed.grid import SINGLE, Grid
 from nativerank.distributed.pieces import Piece, local
 from nativerank.linalg.resize import Resized
+from nativerank.linalg.scope import scoped
 from nativerank.optim.check import DEFAULTS, check_group
 from nativerank.optim.directions import step_narrow
 from nativerank.optim.float8 import step_in_8_bits
@@ -33,6 +31,8 @@ from nativerank.optim.precision import kept_as
 from nativerank.optim.resize import resized_state
 from nativerank.optim.rules import RULES, elementwise_states, initial_state, step_device
 from nativerank.optim.stacks import Bucket, step_bucket
+from torch import Tensor
+from torch.optim.adamw import adamw
 
 GUIDED_STEP = "guided_step"  # key of a state_dict: updates that the guides have seen
 
@@ -237,6 +237,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 _, pieces, cores = self._pieces(index)
                 run_all(pieces, cores)
 
+    @scoped("optimizer: AdamW")
     def _step_adamw(self, group: dict[str, Any], params: list[Any]) -> None:
         held = {p: (local(p.detach()), local(p.grad)) for p in params if p.grad is not None}
         for p, (weight, grad) in held.items():

@@ -32,6 +32,7 @@ from nativerank.distributed.watch import Watch, watching
 from nativerank.evaluate.loss import Loss, check_document_mask, check_loss, validation_loss
 from nativerank.evaluate.probes import Probe, fixed_batch, probed_names
 from nativerank.layers import init_seed
+from nativerank.linalg.scope import part
 from nativerank.optim.schedule import multiplier
 from nativerank.train import checkpoint
 from nativerank.train.answers import GuardedRun
@@ -141,12 +142,23 @@ class Run(GuardedRun):
             compile_blocks(self.model, self.listener.warn)
             if self.teacher:
                 compile_blocks(self.teacher.model, self.listener.warn)
-        self.profiler = Profiler(out, self.device) if config.profile and self.grid.rank == 0 else None
+        self.profiler = self._profiler() if config.profile and self.grid.rank == 0 else None
         if self.grid.rank == 0:
             facts = start_facts(self, self.device, origin)
             for tracker in self.trackers:
                 tracker.row(facts)
             self.listener.begin(facts)
+
+    def _profiler(self) -> Profiler:
+        c, tokens = self.config, self.tokens_per_step // self.grid.world
+        facts: dict[str, Any] = {
+            "model": c.init or c.model.config or c.model.preset,
+            "method": c.method,
+            "compile": c.compile,
+        }
+        facts |= {"recompute": c.train.recompute, "tokens": tokens, "environment": versions()}
+        assert c.train.context
+        return Profiler(self.out / "profile", self.model, c.train.context, tokens, c.compile, facts)
 
     # -- the loop ---------------------------------------------------------------------------------------------
 
@@ -272,11 +284,13 @@ class Run(GuardedRun):
     def _batches(self) -> Iterator[Batch]:
         for _ in range(self.accumulation):
             self.watch.mark()
-            inputs, targets = self.loader.next()
-            positions = None
-            if self.config.data.document_mask:
-                positions = torch.from_numpy(document_positions(inputs, self.dataset.eot_id)).to(self.device)
-            yield torch.from_numpy(inputs).to(self.device), torch.from_numpy(targets).to(self.device), positions
+            with part("data"):
+                inputs, targets = self.loader.next()
+                positions = None
+                if self.config.data.document_mask:
+                    positions = torch.from_numpy(document_positions(inputs, self.dataset.eot_id)).to(self.device)
+                batch = torch.from_numpy(inputs).to(self.device), torch.from_numpy(targets).to(self.device), positions
+            yield batch
 
     # -- validation and records -------------------------------------------------------------------------------
 
@@ -315,9 +329,9 @@ class Run(GuardedRun):
         prompt, sample = sample_text(self.model, self.dataset, self.config, self.grid)
         seconds = time.perf_counter() - self.started
         reached = utilization(self, self.stepped_flops, self.stepped_seconds)
-        summary = from_first(
-            self.grid, lambda: summary_row(self, self.device, loss, prompt, sample, seconds) | reached
-        )
+        summary = from_first(self.grid, lambda: summary_row(self, self.device, loss, prompt, sample, seconds) | reached)
+        if self.profiler and self.profiler.rows:
+            summary["profile"] = str(self.profiler.folder)
         for tracker in self.trackers:
             tracker.row(summary)
         return summary

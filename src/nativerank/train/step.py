@@ -10,15 +10,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-
 from nativerank.distributed.gradients import clip as clip_gradients
 from nativerank.distributed.gradients import loss_and_norms
 from nativerank.distributed.grid import SINGLE, Grid
 from nativerank.distributed.wrap import gradient_sync
 from nativerank.evaluate.loss import autocast, mean_loss
+from nativerank.linalg.scope import mark
 from nativerank.optim.optimizer import LowRankOptimizer
 from nativerank.train.distill import Objective, Teacher
+from torch import Tensor, nn
 
 Batch = tuple[Tensor, Tensor, Tensor | None]  # inputs, targets, positions or None; each (batch, context)
 
@@ -48,8 +48,10 @@ class Stopwatch:
         self.wait = wait and device.type == "cuda"
         self.seconds: dict[str, float] = {}
         self.last = self._now()
+        mark("begin")
 
     def mark(self, phase: str) -> None:
+        mark(phase)
         now = self._now()
         self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.last
         self.last = now

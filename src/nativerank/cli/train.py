@@ -11,6 +11,7 @@ import re
 import shlex
 import signal
 from collections.abc import Callable, Collection, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,12 @@ def build_parser(
     parser.add_argument("--quiet", action="store_true", help="no progress, only warnings; the result in the run folder")
     add_json(parser)
     return parser
+
+
+@cache
+def train_parser() -> Any:
+    """The parser of `nativerank train`, made once: to read all docstrings takes longer than to parse."""
+    return build_parser()
 
 
 def typed_parser(prog: str, usage: str, description: str, example: str) -> Any:
@@ -157,7 +164,7 @@ def parse(argv: list[str], parser: Any = None) -> tuple[RunConfig, Any]:
     contents = {file: read_config_file(file) for file in config_files(argv)}
     argv = without_files(argv, {file for file, content in contents.items() if not content})
     flags = {word.removeprefix("--").partition("=")[0] for word in argv if word.startswith("--")}
-    namespace = (parser or build_parser()).parse_args(list(spelled_out(argv)))
+    namespace = (parser or train_parser()).parse_args(list(spelled_out(argv)))
     values = namespace.as_dict()
     let_flags_win(values, flags)
     config = from_dict(RunConfig, {name: values[name] for name in RunConfig.__dataclass_fields__})

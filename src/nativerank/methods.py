@@ -21,7 +21,7 @@ from nativerank.layers import FactorizeReport, Guides, factorize_modules, guided
 from nativerank.optim.check import AUXILIARY, DEFAULTS
 from nativerank.optim.optimizer import LowRankOptimizer
 from nativerank.optim.reshape import reshaped
-from nativerank.optim.roles import Pair, assign_roles, factor_modules
+from nativerank.optim.roles import Pair, Roles, assign_roles, factor_modules
 from nativerank.optim.rules import RULES
 
 
@@ -253,36 +253,13 @@ def build_optimizer(
             unknown option, or a value out of range.
     """
     row = find_method(method)
-    if row.layer is None and matrices is None:
-        matrices = matrix_parameters(model)
-    roles = assign_roles(model, matrices or () if row.layer is None else ())
-    if row.layer and not roles.pairs:
-        if factor_modules(model):
-            raise ValueError(f"{method} found factors, but all of them are frozen (requires_grad is False)")
-        raise ValueError(f"{method} found no factor pair in the model; call nativerank.factorize(model) first")
-    if row.layer is None and roles.pairs:
-        raise ValueError(f"{method} trains dense matrices, but {roles.pairs[0].name} is factorized")
-    layer, base_rule = row.form(frames)
-    check_form(roles.pairs, base_rule, method)
-    hidden = [member for pair in roles.pairs for member in pair.members] or roles.matrices
-    if not hidden:
-        raise ValueError(f"{method} found no hidden matrix in the model")
-    if row.guided and not guided_layers(model):
-        raise ValueError(f"{method} found no guide in the model; call nativerank.factorize(model, {method!r}) first")
-    if roles.guides and not row.guided:
-        raise ValueError(f"{roles.guides[0][0]} is the guide of self-guided training, which {method} does not know")
+    roles = trained_roles(model, method, row.form(frames)[1], matrices)
     if row.guided != (guided_steps is not None):
         raise ValueError(f"guided_steps belongs to self-guided, which needs it; got {guided_steps} for {method}")
-    chosen: dict[str, Any] = {**row.options, **{k: v for k, v in options.items() if v is not None}}
-    common: dict[str, Any] = {k: chosen[k] for k in ("betas", "eps") if k in chosen}
-    capped = base_rule == "adamw" and layer == "lowrank" and "update_cap" in chosen
-    rule = "adamw-capped" if capped else base_rule
-    if layer != row.layer:  # with one frame there is no s
-        chosen = {k: v for k, v in chosen.items() if k in RULES[rule].options or options.get(k) is not None}
-    own = {k: v for k, v in chosen.items() if k not in common or k in RULES[rule].options}
+    rule, own, common = rule_options(row, frames, options)
     matrix = {"rule": rule, "lr": row.rates.lr if lr is None else lr, "weight_decay": weight_decay, **own}
     groups: list[dict[str, Any]] = [
-        {"name": "matrices", "params": hidden, **matrix},
+        {"name": "matrices", "params": roles.hidden, **matrix},
         # Without names torch could not tell it from a group of nameless ones, if the guides are gone.
         {"name": Guides.GROUP, "params": roles.guides, "param_names": [], **matrix},
         {
@@ -291,7 +268,7 @@ def build_optimizer(
             "rule": "adamw",
             "lr": row.rates.aux_lr if aux_lr is None else aux_lr,
             **common,
-            "state_dtype": aux_state_dtype or chosen.get("state_dtype", DEFAULTS["state_dtype"]),
+            "state_dtype": aux_state_dtype or own.get("state_dtype", DEFAULTS["state_dtype"]),
         },
     ]
     kept = [g for g in groups if g["params"] or (row.guided and g["name"] == Guides.GROUP)]  # to be taken up again
@@ -302,6 +279,44 @@ def build_optimizer(
     if layerwise:
         optimizer.update_layerwise()
     return optimizer
+
+
+def trained_roles(model: nn.Module, method: str, rule: str, matrices: Sequence[str] | None) -> Roles:
+    """What each parameter is to a method; raises a ValueError where the model is not one that it trains."""
+    row = find_method(method)
+    if row.layer is None and matrices is None:
+        matrices = matrix_parameters(model)
+    roles = assign_roles(model, matrices or () if row.layer is None else ())
+    if row.layer and not roles.pairs:
+        if factor_modules(model):
+            raise ValueError(f"{method} found factors, but all of them are frozen (requires_grad is False)")
+        raise ValueError(f"{method} found no factor pair in the model; call nativerank.factorize(model) first")
+    if row.layer is None and roles.pairs:
+        raise ValueError(f"{method} trains dense matrices, but {roles.pairs[0].name} is factorized")
+    check_form(roles.pairs, rule, method)
+    if not roles.hidden:
+        raise ValueError(f"{method} found no hidden matrix in the model")
+    if row.guided and not guided_layers(model):
+        raise ValueError(f"{method} found no guide in the model; call nativerank.factorize(model, {method!r}) first")
+    if roles.guides and not row.guided:
+        raise ValueError(f"{roles.guides[0][0]} is the guide of self-guided training, which {method} does not know")
+    return roles
+
+
+Options = dict[str, Any]
+
+
+def rule_options(row: Method, frames: str | None, options: Options) -> tuple[str, Options, Options]:
+    """(rule of the matrices, its options, what AdamW of everything else shares of them)."""
+    layer, rule = row.form(frames)
+    given = {k: v for k, v in options.items() if v is not None}
+    chosen: Options = {**row.options, **given}
+    common: Options = {k: chosen[k] for k in ("betas", "eps") if k in chosen}
+    if rule == "adamw" and layer == "lowrank" and "update_cap" in chosen:
+        rule = "adamw-capped"
+    if layer != row.layer:  # with one frame there is no s
+        chosen = {k: v for k, v in chosen.items() if k in RULES[rule].options or k in given}
+    return rule, {k: v for k, v in chosen.items() if k not in common or k in RULES[rule].options}, common
 
 
 def check_form(pairs: Sequence[Pair], rule: str, method: str) -> None:

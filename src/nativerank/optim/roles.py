@@ -43,6 +43,11 @@ class Roles:
     guides: list[Named] = field(default_factory=list)
     auxiliary: list[Named] = field(default_factory=list)
 
+    @property
+    def hidden(self) -> list[Named]:
+        """What the method's own rule moves: both halves of all pairs, or the dense matrices."""
+        return [member for pair in self.pairs for member in pair.members] or self.matrices
+
 
 def long_sides(roles: Roles) -> dict[int, int]:
     """{id(parameter): dimension} along which many processes share it: of a factor the long one, so that every process

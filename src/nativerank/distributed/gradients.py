@@ -85,7 +85,10 @@ def raise_difference(lacking: Sequence[str], grid: Grid) -> None:
 
 
 def clip(parameters: Iterable[Tensor], norm: float, largest: float) -> None:
-    """Shortens gradients whose norm is beyond the largest one, as `torch.nn.utils.clip_grad_norm_` does."""
+    """Shortens gradients whose norm is beyond the largest one, as `torch.nn.utils.clip_grad_norm_` does.
+
+    That multiplies by 1 where there is nothing to shorten, which is one more pass over all gradients than is needed.
+    """
     factor = largest / (norm + 1e-6)
     if not factor >= 1:  # so that one which is not a number shows in the gradients
         torch._foreach_mul_(local_gradients(parameters), factor)

@@ -6,7 +6,7 @@ An odd polynomial of M is M times a polynomial of G = M^T M: O = M Q, Q = q(G). 
 and M (..., d, r), d >= r, is read twice; wide matrices are transposed. FLOPs of k steps (`orthogonalize_flops`):
     here         4 d r^2 + (4 k - 3) 2 r^3        plain, on M itself         k (4 d r^2 + 2 r^3)
 The same Q has two forms. Products run anywhere. On a CPU with one or two threads q is evaluated at the eigenvalues of
-G from r = 160 on, which takes 0.6 to 0.8 of the time there; eigenvalue routines gain little from more cores.
+G from r = 128 on, which takes 0.6 to 0.8 of the time there; eigenvalue routines gain little from more cores.
 
 Where the singular values s of M land, for s >= 0.02 ||M||_F (smaller ones land lower, zero stays zero):
     newton-schulz, 5 steps   0.68 to 1.21   coefficients of Muon (Jordan et al. 2024)
@@ -42,7 +42,8 @@ POLAR_EXPRESS: Coefficients = [
 ]
 SAFETY = 1.01  # shrinks all but the converged steps, as the paper does, so that rounding cannot leave the basin
 RIDGE = 16.0  # in units of eps; no eigenvalue below -1 was seen (d up to 20000, r up to 512, equal columns, rank 1)
-EIGEN_RANK, EIGEN_THREADS = 160, 2  # measured on a 2-core CPU, see docs/log.md
+EIGEN_RANK, EIGEN_THREADS = 128, 2  # measured on a 2-core CPU, see docs/performance.md
+CACHE_BYTES = 1 << 18  # of the r x r matrices that a CPU works on at a time
 
 
 def coefficients(method: str, steps: int) -> Coefficients:
@@ -75,19 +76,31 @@ def orthogonalizing_factor(G: Tensor, method: str = "newton-schulz", steps: int 
 
 
 def factor_by_products(G: Tensor, polynomials: Coefficients) -> Tensor:
-    """q(G) of G (..., r, r) with trace 1, by 4 products a step less 3: two in the last, S alone in the first Q."""
+    """q(G) of G (..., r, r) with trace 1, by 4 products a step less 3: two in the last, S alone in the first Q.
+
+    On a CPU a few matrices at a time, which stay in its cache from product to product.
+    """
     X = G.reshape(-1, *G.shape[-2:])
-    X = X + ridge(polynomials, X.dtype) * torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)
-    Q = X  # of no step
+    added = ridge(polynomials, X.dtype)
+    if added:
+        X = X + added * torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)
+    many = CACHE_BYTES // (X[:1].numel() * X.element_size()) if X.device.type == "cpu" and len(X) else len(X)
     with full_precision(X.device):
-        for step, (a, b, c) in enumerate(polynomials):
-            S = torch.baddbmm(X, X, X, beta=b, alpha=c)
-            S.diagonal(dim1=-2, dim2=-1).add_(a)
-            Q = Q @ S if step else S
-            if step + 1 < len(polynomials):
-                X = S @ X @ S
-                X = (X + X.mT) / 2  # everything here is a polynomial of one symmetric matrix; keep it so
-    return Q.reshape(G.shape)
+        parts = [product_of_steps(part, polynomials) for part in X.split(max(1, many))]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).reshape(G.shape)
+
+
+def product_of_steps(X: Tensor, polynomials: Coefficients) -> Tensor:
+    """The product of all S of X (n, r, r)."""
+    Q, scale = X, 1.0  # what is called X below is scale times the X of the formulas, a power of two: nothing is rounded
+    for step, (a, b, c) in enumerate(polynomials):
+        S = torch.baddbmm(X, X, X, beta=b / scale, alpha=c / scale**2)
+        S.diagonal(dim1=-2, dim2=-1).add_(a)
+        Q = Q @ S if step else S
+        if step + 1 < len(polynomials):
+            X, scale = S @ X @ S, 2 * scale
+            X = X + X.mT  # everything here is a polynomial of one symmetric matrix; keep it so
+    return Q
 
 
 def factor_by_eigenvalues(G: Tensor, polynomials: Coefficients) -> Tensor:

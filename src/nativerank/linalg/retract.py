@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nativerank.linalg.gram import PANEL, Reduce, at_least_float32, full_precision, gram, to_float64
 from nativerank.linalg.host import anywhere, asks_for_free
-from nativerank.linalg.roots import LIMIT, Pair, gram_root_and_inverse, identity
+from nativerank.linalg.roots import LIMIT, Pair, gram_root_and_inverse, identity, triangular_inverse
 
 TRIANGULAR = ("qr", "cholesky")  # ways whose R is upper triangular
 WAYS = (*TRIANGULAR, "polar", "cayley")
@@ -76,17 +76,17 @@ def tangent(Q: Tensor, G: Tensor, reduce: Reduce | None = None) -> Tensor:
         return G - Q @ ((C + C.mT) / 2)
 
 
-def qr_vjp(Q: Tensor, R: Tensor, dQ: Tensor, reduce: Reduce | None = None) -> Tensor:
+def qr_vjp(Q: Tensor, R: Tensor, dQ: Tensor, reduce: Reduce | None = None, inverse: Tensor | None = None) -> Tensor:
     """dA (..., d, r), the gradient of a loss in A = Q R, from its gradient dQ in Q alone.
 
         dA = (dQ - Q S) R^-T,   S = T + T^T - diag(T),   T = triu(Q^T dQ)
 
-    R is upper triangular and invertible.
+    R is upper triangular and invertible; `inverse` is R^-1 for who has it.
     """
     with full_precision(Q.device):
         T = _summed(Q.mT @ dQ, reduce).triu()
         S = T + T.triu(1).mT
-        inverse = torch.linalg.solve_triangular(R.mT, identity(R), upper=False)  # R^-T
+        inverse = (triangular_inverse(R) if inverse is None else inverse).mT  # R^-T
         return dQ @ inverse - Q @ (S @ inverse)
 
 
@@ -133,7 +133,7 @@ def _by_gram(X: Tensor, way: str, reduce: Reduce | None, limit: float) -> Pair:
     poor = ~good.to(X.device)
     R, inverse = R.to(X.device), inverse.to(X.device)
     with full_precision(X.device):
-        Q = _triangular_product(X, inverse) if way == "cholesky" else X @ inverse
+        Q = triangular_product(X, inverse) if way == "cholesky" else X @ inverse
     if anywhere(poor):
         Q[poor], R[poor] = _careful(X[poor], way, reduce, limit)
     return Q, R
@@ -151,7 +151,7 @@ def _careful(X: Tensor, way: str, reduce: Reduce | None, limit: float) -> Pair:
     return X * torch.nan, gram(X, reduce) * torch.nan
 
 
-def _triangular_product(X: Tensor, T: Tensor) -> Tensor:
+def triangular_product(X: Tensor, T: Tensor) -> Tensor:
     """X T with T upper triangular; on a CPU, where narrow products are fast, without most of the zeros."""
     r = X.shape[-1]
     if X.device.type != "cpu" or r < 2 * PANEL:

@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+
 from nativerank.linalg.gram import gram, to_float64
 from nativerank.linalg.norms import power_iteration, spectral_norm
 from nativerank.linalg.orthogonalize import orthogonalizing_factor
 from nativerank.linalg.scope import scoped
 from nativerank.optim.precision import keep, keep_squares, widened
-from torch import Tensor
 
 Options = Mapping[str, Any]
 MARGIN = 1 + 2e-5  # on certified norms
@@ -109,7 +110,7 @@ def pair_rho(norms: Tensor, options: Options) -> Tensor:
     """
     eta = options["lr"]
     if not options["renormalize"]:
-        return torch.full_like(norms, eta)
+        return torch.ones_like(norms) * eta
     if options["step"] == "paper":
         return eta / (norms + 1)
     tiny = torch.finfo(norms.dtype).tiny  # for lr 0 at zero norms

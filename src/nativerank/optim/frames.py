@@ -34,10 +34,13 @@ from contextvars import ContextVar
 from dataclasses import replace
 
 import torch
+from torch import Tensor
+
 from nativerank.linalg.change import update_norm
 from nativerank.linalg.gram import at_least_float32
 from nativerank.linalg.host import anywhere
-from nativerank.linalg.retract import frame_factor, qr_vjp, retract, tangent
+from nativerank.linalg.retract import frame_factor, qr_vjp, retract, tangent, triangular_product
+from nativerank.linalg.roots import triangular_inverse
 from nativerank.linalg.scope import scoped
 from nativerank.optim.directions import (
     MARGIN,
@@ -53,7 +56,6 @@ from nativerank.optim.directions import (
     shape_scale,
 )
 from nativerank.optim.products import spectron
-from torch import Tensor
 
 Factors = tuple[Tensor, Tensor, Tensor]
 Triple = tuple[New, New, New, State]
@@ -159,8 +161,9 @@ def tsvd(U: Stack, V: Stack, s: Stack, options: Options) -> Triple:
 def refactored(side: Stack, options: Options) -> Tensor:
     """Q' of A' = Q' R', A' the AdamW step from A = Q R; its gradient dA is the QR derivative of side.grad = dL/dQ."""
     Q, R = at_least_float32(side.weight), side.state["R"]
-    D = adamw_direction(replace(side, grad=qr_vjp(Q, R, side.grad.to(Q))), options)
-    step = torch.linalg.solve_triangular(R, D, upper=True, left=False)
+    inverse = triangular_inverse(R)
+    D = adamw_direction(replace(side, grad=qr_vjp(Q, R, side.grad.to(Q), inverse=inverse)), options)
+    step = triangular_product(D, inverse)
     Q_new, R_x = frame_factor((1 - options["lr"] * options["weight_decay"]) * Q - step, options["retraction"])
     R.copy_(R_x @ R)
     return Q_new

@@ -3,8 +3,8 @@
 A group's `rule` names an entry of `rules.RULES`. Matrices of equal shape are updated as one stack: their state is
 stored side by side for good and each parameter's state is a view of it, so that state_dict() looks like any other
 optimizer's (`optim.stacks`). On a CPU stacks of large matrices are updated at once, one per core. Gradients are never
-written and state exists from construction on. No value is read back to the host but where a result must be looked at:
-certified steps on frames, and retractions (once, whether any matrix needs more care).
+written and state exists from construction on. No value is read back to the host but where a result must be looked at
+(`rules.makes_host_wait`, `linalg.host`); the steps of other rules can be part of a CUDA graph (`make_capturable`).
 
 Parameters may be spread over processes (DTensors of FSDP2 or HSDP) or the same on all of them (DDP). What AdamW updates
 is updated where it lies. Every matrix, with its partner, has one owner that solves its r x r problems (`optim.units`,
@@ -17,6 +17,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.optim.adamw import adamw
+
 from nativerank.distributed.grid import SINGLE, Grid
 from nativerank.distributed.pieces import Piece, local
 from nativerank.linalg.resize import Resized
@@ -29,10 +32,8 @@ from nativerank.optim.layout import Layout, grid_of_parameters
 from nativerank.optim.parallel import at_once, run_all
 from nativerank.optim.precision import kept_as
 from nativerank.optim.resize import resized_state
-from nativerank.optim.rules import RULES, elementwise_states, initial_state, step_device
+from nativerank.optim.rules import RULES, elementwise_states, initial_state, makes_host_wait, step_device
 from nativerank.optim.stacks import Bucket, step_bucket
-from torch import Tensor
-from torch.optim.adamw import adamw
 
 GUIDED_STEP = "guided_step"  # key of a state_dict: updates that the guides have seen
 
@@ -112,7 +113,31 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def set_rate(self, multiplier: float) -> None:
         """Sets every group's lr to this share of the peak it was built with."""
         for group in self.param_groups:
-            group["lr"] = group["initial_lr"] * multiplier
+            lr = group["initial_lr"] * multiplier
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+
+    def make_capturable(self) -> None:
+        """Lets a CUDA graph capture `step()`, after a few ordinary steps and with gradients that stay where they are.
+
+        Every group's lr becomes a scalar on its device, so that `set_rate` before a replay is what the replay uses.
+        To be called again after `load_state_dict`.
+
+        Raises:
+            ValueError: a rule that waits for the device, or steps that are more than kernels: guides, layer-wise
+                updates, several processes.
+        """
+        if self.guides is not None or self.layerwise is not None or self.layout.sharded is not None:
+            raise ValueError("a step with guides, layer-wise updates or several processes cannot be captured")
+        for group in self.param_groups:
+            if makes_host_wait(group["rule"], group):
+                raise ValueError(
+                    f"a step of {group['rule']} with norm {group['norm']} and certified {group['certified']} reads "
+                    "from its device, so it cannot be captured"
+                )
+            group["lr"] = torch.tensor(float(group["lr"]), device=group["params"][0].device)
 
     def records(self) -> dict[str, dict[str, float]]:
         """What the last step recorded per pair (sigma_A, sigma_B, rho; or cap_factor), by the factorized module's name.

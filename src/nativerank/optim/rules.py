@@ -8,7 +8,7 @@ All but adamw see stacks of equal-shaped matrices and work through r x r problem
 in RULES and a test.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +69,13 @@ RULES: dict[str, Rule] = {
     ),
     "frame-spectron": Rule("pair", ("momentum", "power_vector"), BOUNDED | {"retraction"}, frame_spectron),
 }
+
+
+def makes_host_wait(rule: str, options: Mapping[str, Any]) -> bool:
+    """Whether a step reads from its device, for which the host waits: frames ask whether any needs more care, and
+    LAPACK's eigenvalues, behind exact and certified norms, whether they were found."""
+    measured = options["norm"] == "exact" or options["certified"] or options["update_cap"] is not None
+    return RULES[rule].kind == "triple" or rule == "frame-spectron" or measured
 
 
 def step_device(parameter: Tensor) -> torch.device:

@@ -6,12 +6,14 @@ most STACK_BYTES of them, beyond which stacking stops paying (on a CPU that is e
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nativerank.linalg.gram import full_precision
+from nativerank.linalg.host import has_values
 from nativerank.optim.directions import Difference, New, Options, Product, Stack, State, formed
 from nativerank.optim.rules import WEIGHT_SHAPED, Rule
 
@@ -73,7 +75,8 @@ def begin(bucket: Bucket, with_weight: bool) -> Begun | None:
         return None
     everyone = len(active) == len(bucket.sides[0])
     sides = bucket.sides if everyone else [[side[i] for i in active] for side in bucket.sides]
-    rows = None if everyone else torch.tensor(active, device=sides[0][0].device)
+    known = places if has_values(sides[0][0]) else places.__wrapped__
+    rows = None if everyone else known(tuple(active), sides[0][0].device)
     states = rows_of(bucket.states, rows)
     seen = zip(sides, states, bucket.turned, bucket.shapes, strict=True)
     return Begun(sides, states, [stacked(*what, with_weight) for what in seen], rows)
@@ -85,11 +88,17 @@ def finish(bucket: Bucket, begun: Begun, result: Any, options: Options) -> None:
     put_rows(bucket.states, begun.states, begun.rows)
     for side, change, turned in zip(begun.sides, changes, bucket.turned, strict=True):
         if isinstance(change, New):
-            torch._foreach_copy_(side, list(change.weight.mT if turned else change.weight))
+            torch._foreach_copy_(side, as_stored(change.weight, turned))
             continue
         if options["weight_decay"]:
             torch._foreach_mul_(side, 1 - options["lr"] * options["weight_decay"])
         subtract(side, change, turned)
+
+
+@lru_cache(maxsize=64)
+def places(active: tuple[int, ...], device: torch.device) -> Tensor:
+    """The numbers on the device; kept, for the host waits until they have got there."""
+    return torch.tensor(active, device=device)
 
 
 def rows_of(states: list[State], rows: Tensor | None) -> list[State]:
@@ -113,7 +122,14 @@ def subtract(side: list[Tensor], change: Difference, turned: bool) -> None:
             (member.mT if turned else member).addmm_(M, Q, alpha=-1)
         return
     D = formed(change)
-    torch._foreach_sub_(side, list((D.mT if turned else D).to(p.dtype)))
+    torch._foreach_sub_(side, as_stored(D.to(p.dtype), turned))
+
+
+def as_stored(D: Tensor, turned: bool) -> list[Tensor]:
+    """A stack (n, ..., d, r) as the parameters lie; on a GPU the other way round in memory, else each is a launch."""
+    if turned:
+        D = D.mT if D.device.type == "cpu" else D.mT.contiguous()
+    return list(D)
 
 
 def stacked(side: list[Tensor], state: State, turned: bool, shape: tuple[int, ...], with_weight: bool) -> Stack:

@@ -10,15 +10,16 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
+
 from nativerank.distributed.gradients import clip as clip_gradients
-from nativerank.distributed.gradients import loss_and_norms
+from nativerank.distributed.gradients import local_gradients, loss_and_norms
 from nativerank.distributed.grid import SINGLE, Grid
 from nativerank.distributed.wrap import gradient_sync
 from nativerank.evaluate.loss import autocast, mean_loss
 from nativerank.linalg.scope import mark
 from nativerank.optim.optimizer import LowRankOptimizer
 from nativerank.train.distill import Objective, Teacher
-from torch import Tensor, nn
 
 Batch = tuple[Tensor, Tensor, Tensor | None]  # inputs, targets, positions or None; each (batch, context)
 
@@ -117,8 +118,10 @@ def train_step(
             distilled[0] += divergence / accumulation
         watch.mark("backward")
     if grid.world == 1:
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip or float("inf"))
-        value, grad_norm, apart_by = total.item(), norm.item(), [one.item() for one in distilled]
+        norm = torch.nn.utils.get_total_norm(local_gradients(model.parameters()))
+        found = [x.to(device) for x in (total, norm, *distilled)]
+        value, grad_norm, *apart_by = torch.stack(found).tolist()  # in one read: here the host waits for its device
+        clip_gradients(model.parameters(), grad_norm, clip or float("inf"))
     else:
         count, named = len(votes), list(model.named_parameters())
         value, norms, sums = loss_and_norms(total, named, grid, [*votes, *distilled], apart)

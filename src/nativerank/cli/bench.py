@@ -10,6 +10,7 @@ from nativerank.cli.bench_distributed import add_flags as distributed_flags
 from nativerank.cli.bench_distributed import show_distributed
 from nativerank.cli.bench_generate import add_flags as generate_flags
 from nativerank.cli.bench_generate import show_generate
+from nativerank.cli.bench_memory import loss_flags, memory_flags, show_loss, show_memory
 from nativerank.cli.bench_race import (
     add_layer,
     add_optimizer,
@@ -39,6 +40,7 @@ EXAMPLE = """examples:
   nativerank bench conditioning runs/sct runs/spectron
   nativerank bench distributed --paper
   nativerank bench generate --model.preset spectron-s
+  nativerank bench memory --policies whole blocks
 """
 
 
@@ -121,6 +123,8 @@ def add_parser(subparsers: Any) -> None:
         ("step70b", step70b_flags, show_step70b),
         ("distributed", distributed_flags, show_distributed),
         ("generate", generate_flags, show_generate),
+        ("memory", memory_flags, show_memory),
+        ("loss", loss_flags, show_loss),
     ):
         finish(flags(names), name, shown)
 

@@ -27,8 +27,8 @@ from torch.nn import functional as F
 from nativerank.distributed.wrap import evaluating
 
 # Tokens of a chunk. On a CPU as few as leave the head's products at full speed (dW is read and written once a chunk):
-# from 256 to 1024 they are equally fast, measured by `benchmarks/head_loss.py`. A GPU is so much faster than its
-# memory that it takes more; not measured.
+# from 256 to 1024 they are about equally fast (`nativerank bench loss`). A GPU's products outrun its memory by more, so
+# it takes more; not measured.
 CHUNK_TOKENS = {"cpu": 256}
 CHUNK_TOKENS_OF_GPUS = 2048
 ASKED_TOKENS = 2
@@ -110,8 +110,7 @@ def head_gives_mean_loss(model: nn.Module, targets: Tensor) -> Iterator[None]:
 
     def forward(x: Tensor) -> Tensor:
         size = chunk_tokens(targets.numel(), x.device)
-        loss: Tensor = _MeanLoss.apply(x.flatten(0, -2), head.weight, head.bias, targets.flatten(), size)
-        return loss
+        return chunked_mean_loss(x.flatten(0, -2), head.weight, head.bias, targets.flatten(), size)
 
     with replaced(head, forward):
         yield
@@ -138,6 +137,17 @@ def head_gives_token_losses(model: nn.Module, targets: Tensor) -> Iterator[None]
 
     with torch.no_grad(), replaced(head, forward):
         yield
+
+
+def chunked_mean_loss(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, size: int) -> Tensor:
+    """The mean loss, a scalar in float32 at least, to be differentiated once.
+
+    Args:
+        x: (tokens, d_model). weight: (vocabulary, d_model). bias: (vocabulary,) or None. targets: (tokens,) ids.
+        size: tokens of a chunk.
+    """
+    loss: Tensor = _MeanLoss.apply(x, weight, bias, targets, size)
+    return loss
 
 
 class _MeanLoss(torch.autograd.Function):

@@ -15,7 +15,7 @@ LEVELS = {
     3: ("methods", "models", "rank"),
     4: ("accounting", "evaluate", "hub"),
     5: ("train", "convert", "integrations"),
-    6: ("experiments", "bench", "scaling", "report", "export", "scores"),
+    6: ("experiments", "bench", "scaling", "report", "export", "scores", "plan"),
     7: ("cli",),
     8: ("__main__",),
 }

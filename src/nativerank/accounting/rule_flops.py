@@ -21,7 +21,9 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from nativerank.optim.directions import Product, Stack, formed
+from nativerank.accounting.trace import OPTIMIZER, Op, Tracer
+from nativerank.optim.directions import New, Product, Stack, formed
+from nativerank.optim.precision import kept_as, state_dtype
 from nativerank.optim.rules import RULES, initial_state
 from nativerank.optim.units import turned, units_of
 
@@ -41,6 +43,50 @@ def optimizer_flops(groups: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     for (index, members), count in shapes.items():
         found[groups[index]["rule"]] += count * unit_flops(members, groups[index])
     return found
+
+
+def optimizer_ops(groups: Sequence[Mapping[str, Any]], processes: int = 1, shards: int = 1) -> list[Op]:
+    """The operators of one step on one process, with the bytes they read and write.
+
+    Update rules of matrices are shared by all processes, AdamW runs where a weight or its shard is: one pass over
+    weight, gradient and moments.
+    """
+    shapes: Counter[tuple[int, tuple[Shape, ...]]] = Counter()
+    for unit in units_of([dict(group) for group in groups]):
+        shapes[unit.group, tuple(tuple(p.shape) for p in unit.members)] += 1
+    found: dict[str, Op] = {}
+    for (index, members), count in shapes.items():
+        for op in unit_ops(members, groups[index]):
+            known = found.setdefault(op.name, Op(OPTIMIZER, op.name))
+            known.calls += op.calls * count
+            known.flops += op.flops * count / processes
+            known.bytes += op.bytes * count / processes
+    touched = sum(adamw_bytes(p, group) for group in groups for p in group["params"] if group["rule"] == "adamw")
+    return [*found.values(), Op(OPTIMIZER, "adamw", bytes=touched / shards)]
+
+
+def adamw_bytes(p: Any, group: Mapping[str, Any]) -> float:
+    """Read and written once: weight and both moments both ways, the gradient one way."""
+    moment = state_dtype(p, kept_as(p, group["state_dtype"])).itemsize
+    return float(p.numel() * (3 * p.element_size() + 4 * moment))
+
+
+def unit_ops(shapes: Sequence[Shape], options: Mapping[str, Any]) -> list[Op]:
+    """The operators of one step of a unit, as `unit_flops` counts them; the subtraction of the step included."""
+    rule = RULES[options["rule"]]
+    assert rule.update is not None
+    sides = [stack_of(position, shape, options) for position, shape in enumerate(shapes)]
+    held = [t for side in sides for t in (side.grad, *side.state.values())]
+    tracer = Tracer(held, SOLVERS)
+    with tracer, torch.no_grad():
+        tracer.begin(OPTIMIZER)
+        changed = rule.update(*sides, {**options, "initial_lr": options["lr"]})
+        for side, change in zip(sides, changed if isinstance(changed, tuple) else (changed,), strict=False):
+            if isinstance(change, New):
+                side.weight.copy_(change.weight)
+            elif side.stored is not None:
+                side.weight.sub_(formed(change))
+    return list(tracer.rows.values())
 
 
 def unit_flops(shapes: Sequence[Shape], options: Mapping[str, Any]) -> float:

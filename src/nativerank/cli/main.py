@@ -23,6 +23,7 @@ from nativerank.version import __version__
 COMMANDS = {
     "train": "pretrain a model: a checkpointed, resumable run",
     "data": "prepare, describe and verify training data",
+    "plan": "what a run will cost: parameters, FLOPs, bytes, time, before it is made",
     "generate": "continue a prompt with a trained model",
     "eval": "how good trained models are on texts, questions and tasks, side by side",
     "export": "write a trained model in the form that others read, checked",

@@ -221,13 +221,16 @@ def optimizer_for(config: RunConfig, model: nn.Module, grid: Grid = SINGLE) -> L
     )
 
 
-def new_skeleton(config: RunConfig, vocab_size: int, eot_id: int | None) -> tuple[nn.Module, FactorizeReport | None]:
+def new_skeleton(
+    config: RunConfig, vocab_size: int, eot_id: int | None, depth: int | None = None
+) -> tuple[nn.Module, FactorizeReport | None]:
     """The model of a resolved configuration without --init, as shapes on the meta device; and what became what.
 
     Args:
         config: resolved.
         vocab_size: rows of a preset's token embedding.
         eot_id: ends a text, None where that is not known.
+        depth: blocks, None for as many as the model has.
     """
     if config.model.config:
         hf = read_hf_config(config.model.config)
@@ -235,6 +238,8 @@ def new_skeleton(config: RunConfig, vocab_size: int, eot_id: int | None) -> tupl
         hf = hf_config(find_preset(config.model.preset), vocab_size, config.train.context)
     if eot_id is not None:
         name_end_of_text(hf, eot_id)
+    if depth is not None:
+        cut_blocks(hf.get_text_config(), depth)
     model, report = skeleton(hf), None
     if find_method(config.method or "").layer:
         r = config.rank
@@ -252,6 +257,13 @@ def new_skeleton(config: RunConfig, vocab_size: int, eot_id: int | None) -> tupl
             frames=config.optim.frames,
         )
     return model, report
+
+
+def cut_blocks(text: Any, depth: int) -> None:
+    """Leaves the first blocks of a transformers config."""
+    text.num_hidden_layers = depth
+    if getattr(text, "layer_types", None):
+        text.layer_types = list(text.layer_types)[:depth]
 
 
 def _new_model(config: RunConfig, dataset: Dataset, fresh: bool) -> tuple[nn.Module, FactorizeReport | None]:

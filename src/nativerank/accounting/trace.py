@@ -1,0 +1,147 @@
+"""One training step on tensors without numbers: what it computes, what it moves, what it holds.
+
+The very code that trains is run under PyTorch's FakeTensorMode, where tensors have shapes and no memory, and every
+operator is looked at on its way: FLOPs are those of PyTorch's counter, bytes those of the tensors it reads and writes
+(views are free), and every storage is followed from birth to death, so the most that was alive at once is known for
+each phase. Any architecture will do, at any size; a block takes about a tenth of a second.
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu")
+        found = trace_step(model, lambda m: mean_loss(m, inputs, targets))
+
+Left out: what kernels use inside themselves, what an allocator rounds up or leaves between blocks, the framework.
+Attention takes PyTorch's CPU flash kernel, which keeps q, k, v, output and log-sum-exp as that of CUDA does.
+"""
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, shape_wrapper
+
+FORWARD, BACKWARD, OPTIMIZER = "forward", "backward", "optimizer"
+
+
+@dataclass
+class Op:
+    """All calls of one operator in one phase; FLOPs and bytes of all together."""
+
+    phase: str
+    name: str
+    calls: int = 0
+    flops: float = 0.0
+    bytes: float = 0.0
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a step did.
+
+    Attributes:
+        ops: by phase and operator.
+        before: bytes of parameters, buffers, gradients that were there and optimizer state.
+        held: bytes beyond `before` that wait for the backward pass when the forward pass has ended.
+        peak: by phase the most bytes beyond `before` that were alive at once, new gradients included.
+    """
+
+    ops: list[Op]
+    before: int
+    held: int
+    peak: dict[str, int]
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most bytes that were alive at once."""
+        return self.before + max(self.peak.values())
+
+
+class Tracer(TorchDispatchMode):
+    """Follows storages and counts operators while it is entered.
+
+    Args:
+        there: tensors that are there before.
+        solvers: FLOPs of operators that PyTorch's counter leaves out, by overload packet.
+    """
+
+    def __init__(self, there: Iterable[Tensor], solvers: Mapping[Any, Any] | None = None) -> None:
+        super().__init__()
+        self.counted = {**flop_registry, **{op: shape_wrapper(count) for op, count in (solvers or {}).items()}}
+        self.alive: dict[int, int] = {}
+        self.now, self.phase = 0, FORWARD
+        self.peak: dict[str, int] = {}
+        self.rows: dict[tuple[str, str], Op] = {}
+        for tensor in there:
+            self.born(tensor)
+        self.before = self.now
+
+    def begin(self, phase: str) -> None:
+        """From now on it is this phase."""
+        self.phase = phase
+        self.peak[phase] = self.now - self.before
+
+    def born(self, tensor: Tensor) -> None:
+        """Takes up a tensor's storage unless it is known."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self.alive:
+            return
+        self.alive[key] = storage.nbytes()
+        self.now += self.alive[key]
+        weakref.finalize(storage, self.dead, key)
+
+    def dead(self, key: int) -> None:
+        """Lets go of a storage."""
+        self.now -= self.alive.pop(key, 0)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = function(*args, **kwargs)
+        made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        for tensor in made:
+            self.born(tensor)
+        self.peak[self.phase] = max(self.peak[self.phase], self.now - self.before)
+        if not function.is_view:
+            packet = function._overloadpacket
+            op = self.rows.setdefault((self.phase, packet.__name__), Op(self.phase, packet.__name__))
+            op.calls += 1
+            op.bytes += sum(t.nbytes for t in (*tree_leaves((args, kwargs)), *made) if isinstance(t, Tensor))
+            if packet in self.counted:
+                op.flops += self.counted[packet](*args, **kwargs, out_val=out)
+        return out
+
+
+def trace_step(
+    model: nn.Module,
+    loss: Callable[[nn.Module], Tensor],
+    optimizer: torch.optim.Optimizer | None = None,
+    autocast_bf16: bool = False,
+) -> Trace:
+    """One forward and backward pass, and one step of the optimizer if there is one; within a FakeTensorMode.
+
+    Args:
+        model: of fake tensors on the CPU. Gradients that it has are added to, else they are new.
+        loss: of the model, to be differentiated.
+        optimizer: of the model, with its state.
+        autocast_bf16: products in bfloat16, as on CUDA.
+    """
+    state = [t for kept in optimizer.state.values() for t in kept.values()] if optimizer else []
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    tracer = Tracer([*model.parameters(), *model.buffers(), *grads, *(t for t in state if isinstance(t, Tensor))])
+    with tracer:
+        tracer.begin(FORWARD)
+        with torch.autocast("cpu", torch.bfloat16) if autocast_bf16 else nullcontext():
+            value = loss(model)
+        held = tracer.now - tracer.before
+        tracer.begin(BACKWARD)
+        value.backward()
+        del value
+        if optimizer is not None:
+            tracer.begin(OPTIMIZER)
+            optimizer.step()
+    return Trace(list(tracer.rows.values()), tracer.before, held, tracer.peak)

@@ -1,0 +1,112 @@
+"""How a plan is shown: low rank beside its dense twin, in 80 columns."""
+
+from collections.abc import Callable
+from typing import Any
+
+Cell = Callable[[dict[str, Any]], str]
+
+
+def show_plan(plan: dict[str, Any]) -> None:
+    """Prints the table and the sentences below it."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    console = Console(highlight=False, width=80)
+    s, device = plan["settings"], plan["device"]
+    grid = s["replicas"] * s["shards"]
+    console.print(
+        escape(
+            f"{plan['model']} with {plan['method']} on {grid} x {device['name']}: {s['steps']:,} steps of "
+            f"{s['tokens_per_step']:,} tokens, {s['passes']} passes of {s['sequences_per_pass']} x {s['context']} per "
+            f"process ({s['replicas']} replicas x {s['shards']} shards), recompute {s['recompute']}"
+        )
+    )
+    console.print(_table(plan))
+    for line in sentences(plan):
+        console.print(escape(line))
+
+
+def sentences(plan: dict[str, Any]) -> list[str]:
+    """What the figures mean, one sentence each."""
+    device, largest, memory = plan["device"], plan["largest"], plan["device"]["memory_bytes"]
+    fits = f"fits: {gigabytes(plan['bytes']['peak'])} of {gigabytes(memory)} per device"
+    lines = [plan["change"] or fits, f"largest train.batch_size of a process that fits: {largest['batch_size']}"]
+    if "rank" in largest:
+        limit = " (any rank)" if largest["rank"] == largest["rank_limit"] else ""
+        lines.append(f"largest rank.value that fits at this batch: {largest['rank']}{limit}")
+    lines += [f"low rank will not pay: {reason}" for reason in plan["will_not_pay"]]
+    lines.append(f"{device['name']}: {device['source']}. Time is a bound by its peaks, not a forecast.")
+    lines.append(f"left out of bytes: {plan['left_out']}.")
+    return lines
+
+
+def _table(plan: dict[str, Any]) -> Any:
+    from rich.table import Table
+
+    dense = plan.get("dense")
+    table = Table(box=None, padding=(0, 2), show_header=dense is not None)
+    table.add_column("")
+    for name in (plan["method"], *([dense["method"], "ratio"] if dense else [])):
+        table.add_column(name, justify="right")
+    for label, value, shown in rows(plan):
+        if label is None:
+            table.add_row("")
+            continue
+        own = value(plan)
+        cells = [shown(own)]
+        if dense:
+            twin = value(dense)
+            cells += [shown(twin), f"{own / twin:.2f}" if twin else ""]
+        table.add_row(label, *cells)
+    return table
+
+
+def rows(plan: dict[str, Any]) -> list[tuple[Any, Any, Any]]:
+    """(label, figure of one side, how it is written); None for an empty line."""
+    token = lambda key: lambda p: p["flops"]["per_token"][key]  # noqa: E731
+    forward = lambda key: lambda p: p["flops"]["per_token"]["of_forward"][key]  # noqa: E731
+    empty: tuple[Any, Any, Any] = (None, None, None)
+    components = [
+        (name, lambda p, name=name: p["bytes"][name], gigabytes)
+        for name in plan["bytes"]
+        if name not in ("peak", "logits", "buffers") and plan["bytes"][name]
+    ]
+    cost = [("cost of the run", lambda p: p["time"]["cost"], "{:,.2f}".format)] if "cost" in plan["time"] else []
+    return [
+        ("parameters", lambda p: p["params"]["total"], count),
+        ("without embeddings", lambda p: p["params"]["non_embedding"], count),
+        empty,
+        ("FLOPs per token, exact", token("exact"), count),
+        ("  forward", token("forward"), count),
+        ("    of which attention", forward("attention"), count),
+        ("    of which head", forward("head"), count),
+        ("  made again, not in exact", token("recomputed"), count),
+        ("FLOPs per token, 6ND", token("6nd"), count),
+        ("optimizer per step", lambda p: p["flops"]["optimizer_per_step"], count),
+        ("run, exact", lambda p: p["flops"]["run"]["exact"], count),
+        ("run, 6ND", lambda p: p["flops"]["run"]["6nd"], count),
+        empty,
+        *components,
+        ("peak bytes per process", lambda p: p["bytes"]["peak"], gigabytes),
+        ("  of which logits", lambda p: p["bytes"]["logits"], gigabytes),
+        empty,
+        ("seconds per step, at least", lambda p: p["time"]["seconds_per_step"], "{:.3g}".format),
+        ("  of which optimizer", lambda p: p["time"]["optimizer_seconds"], "{:.3g}".format),
+        ("tokens per second, at most", lambda p: p["time"]["tokens_per_second"], count),
+        ("MFU at that speed", lambda p: p["time"]["mfu"], "{:.0%}".format),
+        ("hours of the run", lambda p: p["time"]["hours"], "{:,.2f}".format),
+        *cost,
+    ]
+
+
+def count(number: float) -> str:
+    """1234567 -> 1.23M."""
+    for size, unit in ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.2f}{unit}"
+    return f"{number:.0f}"
+
+
+def gigabytes(size: float) -> str:
+    """Bytes in GB, or in MB below one."""
+    return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"

@@ -1,0 +1,154 @@
+"""The whole plan of a configuration, beside that of its dense twin, as one record for JSON and for the table."""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from nativerank.accounting.hardware import THIS_CPU, Device, find_device, present_device, read_devices, split_count
+from nativerank.config import RunConfig
+from nativerank.layers import FactorizeReport
+from nativerank.plan.advice import what_to_change, will_not_pay
+from nativerank.plan.figures import MORE, Figures, figures
+from nativerank.plan.memory import LEFT_OUT, bytes_of, largest_batch, parabola
+from nativerank.plan.roofline import run_time, step_time
+from nativerank.plan.subject import Subject, dense_twin, subject
+
+CONVENTIONS = {
+    "exact": "2 per multiply-add, rank-aware, attention (full) and head included, recomputation not; MFU uses it",
+    "6nd": "6 x parameters without embedding and head x tokens",
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked besides the configuration of a run.
+
+    Attributes:
+        on: DEVICE or DEVICExN; None is this machine's GPU, or its CPU.
+        table: YAML file with more devices.
+        price: of a device hour, in any currency.
+        efficiency: share of the roofline that is reckoned with.
+        search: look for the largest rank that fits, too.
+    """
+
+    on: str | None = None
+    table: str | None = None
+    price: float | None = None
+    efficiency: float = 1.0
+    search: bool = True
+
+
+def make_plan(config: RunConfig, request: Request) -> dict[str, Any]:
+    """Parameters, FLOPs, bytes and time of a run that is not made.
+
+    Raises:
+        ValueError: an unknown device, a number out of range, or a configuration that a run would refuse.
+    """
+    device, count = chosen_device(request)
+    config = replace(config, device=config.device or ("cpu" if device.on_cpu else "cuda"))
+    planned = subject(config, count)
+    plan, found = side(planned, device, request)
+    report = planned.build(MORE if planned.equal_blocks() else None)[1]
+    twin = dense_twin(config)
+    if twin is not None:
+        plan["dense"] = side(subject(twin, count), device, request)[0]
+    plan["fits"] = plan["bytes"]["peak"] <= device.memory_bytes
+    plan["largest"] = largest(planned, found, report, device, request.search)
+    plan["change"] = what_to_change(planned, plan["bytes"], device.memory_bytes)
+    plan["will_not_pay"] = [] if planned.dense else will_not_pay(planned, report, plan, device)
+    return {**described(planned, device), **plan, "conventions": CONVENTIONS, "left_out": LEFT_OUT}
+
+
+def chosen_device(request: Request) -> tuple[Device, int | None]:
+    """The device, with the user's price, and how many were named."""
+    for name, value in (("price", request.price), ("efficiency", request.efficiency)):
+        if value is not None and not 0 < value:
+            raise ValueError(f"--{name} must be positive, got {value}")
+    if request.efficiency > 1:
+        raise ValueError(f"--efficiency is a share of the roofline, at most 1, got {request.efficiency}")
+    devices = read_devices(request.table) if request.table else None
+    if request.on is None:
+        device, count = present_device() or find_device(THIS_CPU), None
+    else:
+        whole = (devices or {}).get(request.on)  # a name of one's own may end like a count
+        name, number = (request.on, 1) if whole else split_count(request.on)
+        device, count = find_device(name, devices) if devices else find_device(name), number if number > 1 else None
+    return (device if request.price is None else replace(device, price_per_hour=request.price)), count
+
+
+def side(planned: Subject, device: Device, request: Request) -> tuple[dict[str, Any], Figures]:
+    """What one model costs, low rank or dense."""
+    found = figures(planned)
+    time = step_time(
+        found.ops(planned.sequences),
+        device,
+        passes=planned.passes,
+        tokens_per_step=planned.tokens_per_step,
+        exact_flops=found.flops["per_token"]["exact"],
+        world=planned.processes.world,
+        efficiency=request.efficiency,
+    )
+    time |= run_time(time["seconds_per_step"], planned.steps, planned.processes.world, device.price_per_hour)
+    return {
+        "method": planned.config.method,
+        "params": found.params,
+        "flops": found.flops,
+        "bytes": bytes_of(planned, found),
+        "sent_bytes": found.sent,
+        "time": time,
+    }, found
+
+
+def largest(
+    planned: Subject, found: Figures, report: FactorizeReport | None, device: Device, search: bool
+) -> dict[str, Any]:
+    """The largest batch_size of a pass of one process that fits and, at the batch that is planned, the largest rank."""
+    sizes: dict[str, Any] = {"batch_size": largest_batch(planned, found, device.memory_bytes)}
+    if search and report is not None and planned.equal_blocks() is not None:
+        most = min(min(entry.d_in, entry.d_out) for entry in report.entries)
+        sizes |= {"rank": largest_rank(planned, most, device.memory_bytes), "rank_limit": most}
+    return sizes
+
+
+def largest_rank(planned: Subject, most: int, memory: int) -> int:
+    """The largest single rank of all matrices that fits, up to that of the smallest matrix; 0 if not even 1 does.
+
+    What a run takes is a polynomial of the rank, of second degree where r x r matrices are kept.
+    """
+    if rank_bytes(planned, most) <= memory:
+        return most
+    peak = parabola({r: rank_bytes(planned, r) for r in sorted({1, max(2, most // 2), max(3, most)})})
+    low, high = 0, most
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if peak(middle) <= memory else (low, middle)
+    return low
+
+
+def rank_bytes(planned: Subject, rank: int) -> int:
+    """The peak of a plan at this one rank."""
+    r = replace(planned.config.rank, ratio=None, energy=None, value=rank)
+    other = replace(planned, config=replace(planned.config, rank=r))
+    return bytes_of(other, figures(other))["peak"]
+
+
+def described(planned: Subject, device: Device) -> dict[str, Any]:
+    """What was planned, and for what."""
+    c, shape = planned.config, planned.processes
+    return {
+        "model": c.init or c.model.config or c.model.preset,
+        "settings": {
+            "device": c.device,
+            "replicas": shape.replicas,
+            "shards": shape.shards,
+            "sequences_per_pass": planned.sequences,
+            "passes": planned.passes,
+            "context": planned.context,
+            "tokens_per_step": planned.tokens_per_step,
+            "steps": planned.steps,
+            "tokens": planned.tokens_per_step * planned.steps,
+            "vocabulary": planned.vocab_size,
+            "recompute": c.train.recompute,
+            "loss": c.train.loss,
+        },
+        "device": {k: v for k, v in asdict(device).items() if k != "reported"},
+    }

@@ -1,0 +1,86 @@
+"""From what is held and what was traced to bytes by component, and to what fits.
+
+| component | bytes of one process |
+|---|---|
+| weights, buffers | float32, or its shard |
+| gradients | as the weights; with `optim.layerwise` those of one block |
+| optimizer | moments, momenta, small matrices; the mean of all processes |
+| gathered | FSDP: whole weights and gradients of the blocks at work |
+| buckets | DDP on CPU: gradients once more |
+| diloco | weights of the last meeting and outer momentum, spread over all processes |
+| activations | what waits for the backward pass, bfloat16 copies of weights and what the loss keeps included |
+| working | what a phase has beyond that at its worst moment |
+| logits | part of these two: of one chunk of tokens, or of all |
+
+    peak = everything held + the worst moment of forward, backward and optimizer
+
+Not all components are there at once, so they add up to more than the peak. Left out: what `LEFT_OUT` says.
+"""
+
+from typing import Any
+
+from nativerank.plan.figures import Figures, chunk, resident
+from nativerank.plan.subject import Subject
+
+LEFT_OUT = (
+    "the framework itself, communication buffers, what an allocator rounds up, temporary tensors of the optimizer, a "
+    "teacher"
+)
+PERMANENT = ("weights", "optimizer", "buffers", "gathered", "buckets", "diloco")
+
+
+def bytes_of(planned: Subject, found: Figures, sequences: int | None = None) -> dict[str, int]:
+    """Bytes by component and the peak, of one process.
+
+    Args:
+        sequences: of a pass; None is the plan's.
+    """
+    n = planned.sequences if sequences is None else sequences
+    traced, held = found.at(n), found.held
+    new = 0 if resident(planned) else held["gradients"]
+    worst = max(*traced["peak"].values(), new)
+    tokens = n * planned.context if planned.config.train.loss == "whole" else min(n * planned.context, chunk(planned))
+    parts = {
+        **held,
+        "activations": traced["activations"],
+        "working": max(0, worst - traced["activations"] - new),
+        "logits": 4 * tokens * found.flops["per_token"]["of_forward"]["head"] / 2 / planned.width(),
+        "peak": sum(held[name] for name in PERMANENT) + held["gradients"] - new + worst,
+    }
+    return {name: round(size) for name, size in parts.items()}
+
+
+def largest_batch(planned: Subject, found: Figures, memory: int) -> int:
+    """The most sequences of a pass of one process that fit; 0 if not even one does."""
+
+    def fits(n: int) -> bool:
+        return bytes_of(planned, found, n)["peak"] <= memory
+
+    if not fits(1):
+        return 0
+    low, high = 1, 2
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def largest_component(parts: dict[str, int]) -> str:
+    """What takes most."""
+    return max((name for name in parts if name not in ("peak", "logits")), key=parts.__getitem__)
+
+
+def parabola(points: dict[int, float]) -> Any:
+    """The polynomial through three points."""
+
+    def value(x: int) -> float:
+        total = 0.0
+        for a, y in points.items():
+            for b in points:
+                y *= (x - b) / (a - b) if a != b else 1.0
+            total += y
+        return total
+
+    return value

@@ -12,6 +12,7 @@ import pytest
 
 import nativerank
 from nativerank.cli.main import COMMANDS
+from nativerank.hub.generate import generate
 from nativerank.train.metrics import JsonLines
 
 ESCAPE = "\x1b"
@@ -184,6 +185,7 @@ def test_a_result_that_could_not_be_written_is_refused_before_the_work(tmp_path,
 
 def test_piped_output_has_no_escape_codes_and_long_lines_stay_whole(tmp_path, cli, flags, monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setattr("nativerank.train.closing.generate", generate)  # a sample of full length
     out = tmp_path / ("long-" * 20)
     result = cli("train", *flags(out=out))
     assert result.code == 0 and ESCAPE not in result.out + result.err

@@ -40,14 +40,21 @@ test: lint
 test-slow: $(TESTABLE)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2 --dist loadfile -m slow
 
+STEPS := spectron spectron+compile lowrank-adamw dense-adamw hf-dense
+RECORDS := benchmarks/results
+
 bench: install
-	$(BIN)/nativerank bench train --json benchmarks/results/bench-train-demo.json
-	$(BIN)/nativerank bench train --d_model 512 --json benchmarks/results/bench-train-512.json
-	$(BIN)/nativerank bench bound --json benchmarks/results/bench-bound.json
-	$(BIN)/nativerank bench optimizer --json benchmarks/results/bench-optimizer.json
-	$(BIN)/nativerank bench step70b --all --json benchmarks/results/bench-step70b.json
-	$(BIN)/nativerank bench distributed --json benchmarks/results/bench-distributed.json
-	$(BIN)/nativerank bench distributed --paper --json benchmarks/results/bench-distributed-paper.json
+	$(BIN)/nativerank bench layer --json $(RECORDS)/bench-layer.json
+	$(BIN)/nativerank bench train --methods $(STEPS) --json $(RECORDS)/bench-train-demo.json
+	$(BIN)/nativerank bench train --d_model 512 --methods $(STEPS) --json $(RECORDS)/bench-train-512.json
+	$(BIN)/nativerank bench train --d_model 1024 --layers 1 --context 1024 --tokens 8192 --vocab_size 64 --repeats 5 \
+		--methods spectron lowrank-adamw dense-adamw --json $(RECORDS)/bench-train-1024.json
+	$(BIN)/nativerank bench bound --json $(RECORDS)/bench-bound.json
+	$(BIN)/nativerank bench optimizer --json $(RECORDS)/bench-optimizer.json
+	$(BIN)/nativerank bench retraction --json $(RECORDS)/bench-retraction.json
+	$(BIN)/nativerank bench step70b --all --json $(RECORDS)/bench-step70b.json
+	$(BIN)/nativerank bench distributed --json $(RECORDS)/bench-distributed.json
+	$(BIN)/nativerank bench distributed --paper --json $(RECORDS)/bench-distributed-paper.json
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache

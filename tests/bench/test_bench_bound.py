@@ -42,4 +42,4 @@ def test_bad_input_is_one_line(cli):
 def test_json_is_the_whole_result(cli, monkeypatch):
     monkeypatch.setattr(bound, "SIZES", (5.0,))
     result = cli("bench", "bound", "--no_train", "--json")
-    assert {row["form"] for row in json.loads(result.out)["adversarial"]} == set(FORMS)
+    assert {row["form"] for row in json.loads(result.out)["cases"]} == set(FORMS)

@@ -55,7 +55,7 @@ def test_fresh_factors_are_balanced_and_runs_are_summarised_by_method_and_rate(s
     result = cli("bench", "conditioning", saved("lowrank"), saved("spectral", **sct), "--json")
     assert result.code == 0, result.err
     record = json.loads(result.out)
-    frames, pair = sorted(record["summary"], key=lambda row: row["layer"], reverse=True)
+    frames, pair = sorted(record["cases"], key=lambda row: row["layer"], reverse=True)
     assert (frames["method"], frames["lr"], frames["steps"], frames["seeds"]) == ("sct", 0.01, 5, 1)
     assert (pair["method"], pair["matrices"]) == (None, 7)
     assert_close([pair["worst"][k] for k in ("norm_slack", "imbalance")], [1.0, 1.0], atol=1e-4, rtol=0)  # float32

@@ -53,7 +53,7 @@ def test_a_process_that_fails_is_told(tmp_path):
 @pytest.mark.slow
 def test_two_processes_take_the_steps_of_one_and_send_what_was_foretold():
     result = bench_distributed("pocket", processes=[1, 2], repeats=1)
-    alone, *others = result["steps"]
+    alone, *others = result["cases"]
     assert [(row["mode"], row["algebra"]) for row in others] == [
         (mode, way) for mode in ("ddp", "fsdp") for way in ("gram", "owner")
     ]

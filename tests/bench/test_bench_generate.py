@@ -45,10 +45,10 @@ def test_bytes_are_those_of_the_tensors(form, rank):
 
 
 def test_speeds_ratios_and_words_fit_together(result):
-    assert [(s["form"], s["ratio"]) for s in result["sides"]] == [
+    assert [(s["form"], s["ratio"]) for s in result["cases"]] == [
         ("factored", 0.25), ("factored", 0.5), ("merged", None), ("dense", None),
     ]  # fmt: skip
-    for side in result["sides"]:
+    for side in result["cases"]:
         for row, batch in zip(side["batches"], (1, 3), strict=True):
             assert row["batch"] == batch and row["prefill_seconds"] > 0
             assert row["prefill_tokens_per_second"] == pytest.approx(batch * 5 / row["prefill_seconds"])
@@ -141,7 +141,7 @@ def test_in_words(faster, words):
 def test_a_folder_is_measured_as_it_is(cache, tmp_path):
     nr.save(Source(preset="pocket", layers=1).factored(0.5), tmp_path / "model")
     found = bench_generate(str(tmp_path / "model"), batches=[2], prompt_tokens=4, new_tokens=2, repeats=1, memory=False)
-    assert found["folder"] == str(tmp_path / "model") and found["sides"][0]["ratio"] is None
+    assert found["settings"]["folder"] == str(tmp_path / "model") and found["cases"][0]["ratio"] is None
     nr.save(nr.load(tmp_path / "model"), tmp_path / "dense", format="dense")
     with pytest.raises(ValueError, match="dense holds no factors, so there are no forms to compare"):
         bench_generate(str(tmp_path / "dense"), memory=False)
@@ -149,7 +149,7 @@ def test_a_folder_is_measured_as_it_is(cache, tmp_path):
 
 def test_processor_time_is_of_one_thread(cache, monkeypatch):
     monkeypatch.setattr("torch.get_num_threads", lambda: 1)
-    assert bench_generate(**SMALL, repeats=1, memory=False, clock="cpu")["clock"] == "cpu"
+    assert bench_generate(**SMALL, repeats=1, memory=False, clock="cpu")["settings"]["clock"] == "cpu"
     monkeypatch.setattr("torch.get_num_threads", lambda: 2)
     with pytest.raises(ValueError, match="--clock cpu adds up the time of all threads"):
         bench_generate(**SMALL, memory=False, clock="cpu")
@@ -170,7 +170,7 @@ def test_the_command_measures_memory_in_fresh_processes(cli, cache, tmp_path):
     words = "--model.preset pocket --layers 1 --batches 1 --prompt_tokens 4 --new_tokens 2 --repeats 1 --json".split()
     shown = cli("bench", "generate", *words, tmp_path / "x.json")
     assert shown.code == 0 and "memory in MB" in shown.out
-    for side in json.loads((tmp_path / "x.json").read_text())["sides"]:
+    for side in json.loads((tmp_path / "x.json").read_text())["cases"]:
         (row,) = side["batches"]
         assert row["cache_bytes"] == 2 * 5 * KV_WIDTH * 4
         assert side["base_bytes"] + side["weights_bytes"] < row["peak_bytes"] < 2e9

@@ -71,19 +71,21 @@ def test_the_plain_form_is_the_textbooks():
         assert (plain_newton_schulz(M).double() - orthogonalize_plain(M)).abs().max() < 1e-5
 
 
-def test_the_published_form_steps_as_ours_does():
+@pytest.mark.parametrize("stacked", [False, True])
+def test_the_published_form_steps_as_ours_does(stacked):
     generator = torch.Generator().manual_seed(0)
-    up, down = (torch.nn.Parameter(torch.randn(*shape, generator=generator)) for shape in [(60, 12), (12, 40)])
-    twins = [torch.nn.Parameter(p.detach().clone()) for p in (up, down)]
-    published = PlainSpectron([(up, down)], lr=0.1)
+    shapes = [(60, 12), (12, 40)] * 2
+    factors = [torch.nn.Parameter(torch.randn(*shape, generator=generator)) for shape in shapes]
+    twins = [torch.nn.Parameter(p.detach().clone()) for p in factors]
+    published = PlainSpectron([(factors[0], factors[1]), (factors[2], factors[3])], lr=0.1, stacked=stacked)
     ours = LowRankOptimizer([{"params": twins, "rule": "spectron", "lr": 0.1, "momentum": 0.95}])
     for _ in range(3):
-        for p, twin in zip((up, down), twins, strict=True):
+        for p, twin in zip(factors, twins, strict=True):
             p.grad = torch.randn(p.shape, generator=generator)
             twin.grad = p.grad.clone()
         published.step()
         ours.step()
-    for p, twin in zip((up, down), twins, strict=True):
+    for p, twin in zip(factors, twins, strict=True):
         assert (p - twin).abs().max() < 2e-3  # cold power vectors differ
 
 

@@ -60,7 +60,7 @@ def test_a_race_has_medians_and_ratios():
 
 def test_a_fresh_process_measures_itself(small):
     result = bench_step70b(layerwise=True)
-    (variant,) = result["variants"]
+    (variant,) = result["cases"]
     assert variant["base_rss_bytes"] > 5e7
     assert variant["peak_rss_bytes"] > variant["base_rss_bytes"] + 12 * variant["factor_parameters"]
     assert result["literal"] == []

@@ -11,6 +11,7 @@ from nativerank.bench.contestants import PHASES, make
 from nativerank.bench.train import bench_train
 from nativerank.cli.main import main
 from nativerank.models import find_preset, scaled
+from nativerank.train.step import Stopwatch
 
 NAMES = ["spectron", "spectron+up", "lowrank-adamw", "dense-adamw+apart+whole", "hf-dense"]
 
@@ -125,7 +126,17 @@ def test_the_table_names_what_was_measured(capsys):
         assert words in out
 
 
-@pytest.mark.parametrize("name", ["repeats", "d_model", "layers", "context", "tokens", "vocab_size"])
+@pytest.mark.parametrize("name", ["repeats", "d_model", "layers", "context", "tokens", "vocab_size", "threads"])
 def test_sizes_below_one_are_one_line(name, capsys):
     assert main(["bench", "train", f"--{name}", "0"]) == 2
     assert capsys.readouterr().err == f"nativerank: error: --{name} must be at least 1, got 0\n"
+
+
+def test_processor_time_is_of_one_thread_and_only_inside(cli):
+    sizes = "--model.preset pocket --layers 1 --tokens 128 --repeats 1 --methods spectron hf-dense".split()
+    before = Stopwatch.clock
+    result = cli("bench", "train", *sizes, "--threads", "1", "--clock", "cpu", "--json")
+    assert result.code == 0 and json.loads(result.out)["settings"]["clock"] == "cpu"
+    assert Stopwatch.clock is before
+    refused = cli("bench", "train", *sizes, "--threads", "2", "--clock", "cpu")
+    assert refused.code == 2 and "--clock cpu adds up the time of all threads" in refused.err

@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nativerank.bench.record import record
 from nativerank.config import ModelConfig, OptimConfig, RunConfig, TrainConfig
 from nativerank.linalg.change import update_norm
 from nativerank.optim.directions import Options, Stack, formed
 from nativerank.optim.products import spectron
 from nativerank.train.loop import train
 from nativerank.train.metrics import read_rows
-from nativerank.train.setup import versions
 
 D_OUT, D_IN, R, ETA = 96, 64, 16, 0.1
 SIZES = (0.3, 0.84, 2.5, 5.0, 20.0, 100.0, 300.0)
@@ -197,12 +197,5 @@ def bench_bound(
     if steps is not None and steps < probe_every:
         raise ValueError(f"--steps {steps} ends before the first measurement at step {probe_every}")
     runs = [in_training(f, preset_name, steps, probe_every, seed) for f in ("paper", "certified")] if train_too else []
-    return {
-        "benchmark": "bound",
-        "eta": ETA,
-        "shape": [D_OUT, D_IN, R],
-        "adversarial": adversarial(FORMS),
-        "preset": preset_name,
-        "training": runs,
-        "environment": versions(),
-    }
+    settings = {"eta": ETA, "shape": [D_OUT, D_IN, R], "preset": preset_name, "probe_every": probe_every, "seed": seed}
+    return record("bound", settings, adversarial(FORMS), torch.device("cpu"), training=runs)

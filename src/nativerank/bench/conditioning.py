@@ -23,12 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nativerank.bench.record import record
 from nativerank.bench.retraction import off_orthonormal
 from nativerank.hub.load import load
 from nativerank.linalg.jacobian import balanced_condition, frame_extremes, pair_extremes, smallest_turn
 from nativerank.linalg.norms import spectral_norm
 from nativerank.optim.roles import factor_modules
-from nativerank.train.setup import versions
 
 GROUP = ("method", "layer", "lr", "aux_lr", "steps")
 
@@ -47,7 +47,7 @@ def bench_conditioning(runs: Sequence[str]) -> dict[str, Any]:
     for row in rows:
         groups.setdefault(tuple(row[key] for key in GROUP), []).append(row)
     summaries = [summary(groups[key]) for key in sorted(groups, key=str)]
-    return {"benchmark": "conditioning", "summary": summaries, "environment": versions()}
+    return record("conditioning", {"runs": [str(folder) for folder in runs]}, summaries, torch.device("cpu"))
 
 
 def matrices(folder: Path) -> Iterator[dict[str, Any]]:

@@ -22,13 +22,15 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from nativerank.bench.measure import check_sizes, ratio
 from nativerank.bench.once import COUNT, D, R
 from nativerank.bench.paper import bench_paper
 from nativerank.bench.processes import ONCE_ON, Job
+from nativerank.bench.record import record
 from nativerank.methods import find_method
 from nativerank.models import find_preset
-from nativerank.train.setup import versions
 
 PATIENCE = 600.0  # seconds
 
@@ -67,16 +69,10 @@ def bench_distributed(
             in_processes([Job(rank, n, f"{folder}/{n}", preset_name, method, repeats) for rank in range(n)])
             for n in processes
         ]
-    return {
-        "benchmark": "distributed",
-        "preset": preset_name,
-        "method": method,
-        "tokens_per_step": preset.batch_size * preset.context,
-        "repeats": repeats,
-        "steps": [row for group in groups for row in step_rows(group)],
-        "once": {"shape": [COUNT, D, R], "processes": ONCE_ON, "tasks": [t for g in groups for t in task_rows(g)]},
-        "environment": versions(),
-    }
+    settings = {"preset": preset_name, "method": method, "tokens_per_step": preset.batch_size * preset.context}
+    once = {"shape": [COUNT, D, R], "processes": ONCE_ON, "tasks": [t for g in groups for t in task_rows(g)]}
+    steps = [row for group in groups for row in step_rows(group)]
+    return record("distributed", settings | {"repeats": repeats}, steps, torch.device("cpu"), once=once)
 
 
 def step_rows(group: dict[str, Any]) -> list[dict[str, Any]]:

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from nativerank.bench.measure import check_sizes, race, ratio
+from nativerank.bench.record import raced, record
 from nativerank.methods import build_optimizer, factorize
 from nativerank.models import Preset, find_preset, hf_config, materialize, scaled, skeleton
 from nativerank.optim.roles import factor_modules
-from nativerank.train.setup import pick_device, versions
+from nativerank.train.setup import pick_device
 from nativerank.train.step import Batch, train_step
 
 METHODS = ("sct", "tsvd", "stiefel-spectron")
@@ -67,7 +68,7 @@ def bench_frames(
         device: cpu, cuda or mps.
 
     Returns:
-        `seconds` per step and side (all, and their median), and `share`: the median over rounds of 1 - free / side.
+        A race of steps, and `share`: the median over rounds of 1 - free / side.
     """
     check_sizes(repeats=repeats, d_model=d_model, layers=layers, batch_size=batch_size, micro_batches=micro_batches)
     preset = scaled(find_preset(preset_name), d_model, layers)
@@ -82,15 +83,6 @@ def bench_frames(
 
     seconds = race({side: steps(side) for side in (FREE, *METHODS, PER_FORWARD)}, repeats, where)
     share = {side: 1 - ratio(seconds[FREE], times) for side, times in seconds.items()}
-    return {
-        "benchmark": "frames",
-        "preset": preset_name,
-        "d_model": preset.d_model,
-        "layers": preset.layers,
-        "micro_batches": micro_batches,
-        "tokens_per_step": micro_batches * batch_size * preset.context,
-        "repeats": repeats,
-        "seconds": seconds,
-        "share": share,
-        "environment": versions(),
-    }
+    settings = {"preset": preset_name, "d_model": preset.d_model, "layers": preset.layers, "repeats": repeats}
+    case = {"micro_batches": micro_batches, "tokens_per_step": micro_batches * batch_size * preset.context}
+    return record("frames", settings, [raced(case, FREE, seconds, share=share)], where)

@@ -13,7 +13,6 @@ form (`bench.generate_memory`); bytes of weights and cache are those of the tens
 The times go into the user cache, where `--form auto` finds them, unless there are too few of them.
 """
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,9 +23,10 @@ from nativerank.accounting.memory import weights_bytes
 from nativerank.bench.generate_memory import add_memory, measure_memory
 from nativerank.bench.generate_sides import PHASES, Side, Source, make_sides, random_prompts, write_once
 from nativerank.bench.measure import check_sizes, ratio, rounds
+from nativerank.bench.record import record
 from nativerank.hub.forms import DENSE, FACTORED, MERGED, place, remember, size_of
 from nativerank.models import context_length, count_parameters
-from nativerank.train.setup import pick_device, versions
+from nativerank.train.setup import pick_device
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 LEAST_REPEATS, LEAST_TOKENS = 3, 16  # of a measurement that `--form auto` may go by
@@ -76,21 +76,23 @@ def bench_generate(
     if memory:
         for side, one in zip(sides, found, strict=True):
             add_memory(one, measure_memory(source, side, batches, prompt_tokens, new_tokens, device))
-    result = {
-        "benchmark": "generate",
+    settings = {
         **(dict(folder=str(folder)) if folder else dict(preset=preset_name, d_model=source.shapes().d_model)),
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
         "repeats": repeats,
         "clock": clock,
-        "load_average": load_average(),
-        "place": place(where),
-        "merge_seconds": merge_seconds,
-        "sides": found,
-        "speedup": [speedups(side, sides, batches) for side in sides if side.form == FACTORED],
-        "merged_over_dense": speedups(side_of(sides, MERGED), sides, batches, DENSE),
-        "environment": versions(),
     }
+    result = record(
+        "generate",
+        settings,
+        found,
+        where,
+        place=place(where),
+        merge_seconds=merge_seconds,
+        speedup=[speedups(side, sides, batches) for side in sides if side.form == FACTORED],
+        merged_over_dense=speedups(side_of(sides, MERGED), sides, batches, DENSE),
+    )
     result["remembered"] = repeats >= LEAST_REPEATS and new_tokens >= LEAST_TOKENS
     if result["remembered"]:
         remember(for_auto(result))
@@ -105,11 +107,6 @@ def check_request(source: Source, ratios: Sequence[float] | None, new_tokens: in
         raise ValueError(f"{source.folder} has its sizes and ranks; leave out --rank.ratio, --d_model and --layers")
     if clock == "cpu" and (device != "cpu" or torch.get_num_threads() > 1):
         raise ValueError("--clock cpu adds up the time of all threads; use --device cpu and OMP_NUM_THREADS=1")
-
-
-def load_average() -> float | None:
-    """Processes that wanted a processor in the last 15 minutes, this one included, where the system says."""
-    return os.getloadavg()[2] if hasattr(os, "getloadavg") else None
 
 
 def check_context(model: nn.Module, tokens: int) -> None:
@@ -183,23 +180,23 @@ def for_auto(result: dict[str, Any]) -> list[dict[str, Any]]:
     """The times as `hub.forms` reads them, one entry for each factored side."""
 
     def times(row: dict[str, Any]) -> dict[str, float]:
-        tokens = result["new_tokens"] - 1
+        tokens = result["settings"]["new_tokens"] - 1
         return {"prefill_seconds": row["prefill_seconds"], "token_seconds": row["decode_seconds"] / tokens}
 
-    merged = next(one for one in result["sides"] if one["form"] == MERGED)["batches"]
+    merged = next(one for one in result["cases"] if one["form"] == MERGED)["batches"]
     return [
         {
             "place": result["place"],
             **one["products"],
             "merge_seconds": result["merge_seconds"],
             "noise": noise(result),
-            "prompt_tokens": result["prompt_tokens"],
-            "new_tokens": result["new_tokens"],
+            "prompt_tokens": result["settings"]["prompt_tokens"],
+            "new_tokens": result["settings"]["new_tokens"],
             "batches": [
                 {"batch": ours["batch"], FACTORED: times(ours), MERGED: times(theirs)}
                 for ours, theirs in zip(one["batches"], merged, strict=True)
             ],
         }
-        for one in result["sides"]
+        for one in result["cases"]
         if one["form"] == FACTORED
     ]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nativerank.bench.measure import check_sizes, check_threads, race, with_threads
+from nativerank.bench.measure import check_sizes, check_threads, measured_by, race, with_threads
 from nativerank.bench.record import raced, record
 from nativerank.evaluate.loss import autocast
 from nativerank.layers import LowRankLinear, SpectralLinear
@@ -29,6 +29,7 @@ def bench_layer(
     tokens: int = 2048,
     repeats: int = 9,
     threads: list[int] | None = None,
+    clock: str = "wall",
     device: str = "cpu",
 ) -> dict[str, Any]:
     """Times nn.Linear, A B^T and U diag(s) V^T by turns.
@@ -37,6 +38,7 @@ def bench_layer(
         d_in, d_out: shape of the map. rank: of the factors. tokens: that go through it.
         repeats: recorded passes of each, after one unrecorded.
         threads: numbers of threads to measure with; None takes one, and what PyTorch uses.
+        clock: "cpu" takes processor time, of one thread.
         device: cpu, cuda or mps.
     """
     settings = dict(d_in=d_in, d_out=d_out, rank=rank, tokens=tokens, repeats=repeats)
@@ -46,12 +48,12 @@ def bench_layer(
         raise ValueError(f"--rank is at most the smaller side, {min(d_in, d_out)}, got {rank}")
     where = pick_device(device)
     case = {"d_in": d_in, "d_out": d_out, "rank": rank, "tokens": tokens, "dtype": dtype_name(where)}
-    cases = [
-        {**one, "case": case | {"threads": count}}
-        for count in with_threads(threads, where)
-        for one in [time_layers(d_in, d_out, rank, tokens, repeats, where)]
-    ]
-    return record("layer", settings, cases, where)
+    cases = []
+    with measured_by(clock, threads or [torch.get_num_threads()], where):
+        for count in with_threads(threads, where):
+            found = time_layers(d_in, d_out, rank, tokens, repeats, where)
+            cases.append({**found, "case": case | {"threads": count}})
+    return record("layer", settings | {"clock": clock}, cases, where)
 
 
 def dtype_name(device: torch.device) -> str:

@@ -4,7 +4,9 @@ On a noisy machine nothing else means anything: absolute seconds of two runs dif
 """
 
 import statistics
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -12,6 +14,7 @@ import torch
 from nativerank.train.step import Stopwatch
 
 T = TypeVar("T")
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def check_sizes(**sizes: int | None) -> None:
@@ -59,6 +62,27 @@ def check_threads(counts: Sequence[int] | None) -> None:
     """Raises a ValueError for a number of threads below 1."""
     for count in counts or ():
         check_sizes(threads=count)
+
+
+@contextmanager
+def measured_by(clock: str, threads: Sequence[int], device: torch.device) -> Iterator[None]:
+    """Times in the block are the wall clock's, or the processor's, which other work on the machine disturbs less.
+
+    Args:
+        clock: "wall" or "cpu". threads: that take part.
+
+    Raises:
+        ValueError: processor time of several threads, which would be added up, or of another device.
+    """
+    if clock not in CLOCKS:
+        raise ValueError(f"--clock is one of {', '.join(CLOCKS)}, got {clock!r}")
+    if clock == "cpu" and (device.type != "cpu" or max(threads) > 1):
+        raise ValueError("--clock cpu adds up the time of all threads; use --device cpu and --threads 1")
+    before, Stopwatch.clock = Stopwatch.clock, staticmethod(CLOCKS[clock])
+    try:
+        yield
+    finally:
+        Stopwatch.clock = staticmethod(before)
 
 
 def medians(seconds: Mapping[str, list[float]]) -> dict[str, float]:

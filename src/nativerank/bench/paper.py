@@ -6,13 +6,16 @@ as wanted. Shards are what FSDP2 made of the parameters; `accounting.traffic` co
 
 from typing import Any
 
+import torch
+
 from nativerank.accounting.traffic import GATHER, held_state_bytes, scale_on_paper
 from nativerank.bench.measure import check_sizes
+from nativerank.bench.record import record
 from nativerank.config import RunConfig
 from nativerank.distributed.pretend import pretended
 from nativerank.methods import build_optimizer, factorize, find_method
 from nativerank.models import find_preset, hf_config, skeleton
-from nativerank.train.setup import spread, versions
+from nativerank.train.setup import spread
 
 CASES = (("spectron-l", 1, 8), ("spectron-l", 1, 16), ("spectron-l", 1, 64), ("spectron-l", 8, 8))
 LARGE = (("llama3-70b", 1, 64), ("llama3-70b", 1, 512), ("llama3-70b", 64, 8))
@@ -38,7 +41,7 @@ def bench_paper(
     check_sizes(replicas=replicas, shards=shards, rank=rank)
     grids = CASES + LARGE if preset_name is None else ((preset_name, replicas, shards),)
     cases = [on_paper(*case, method=method, ratio=ratio, rank=rank) for case in grids]
-    return {"benchmark": "distributed, on paper", "cases": cases, "environment": versions()}
+    return record("distributed, on paper", {"method": method}, cases, torch.device("cpu"))
 
 
 def on_paper(

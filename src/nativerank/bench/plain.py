@@ -1,4 +1,4 @@
-"""What Spectron's algebra in r x r is compared with: the forms that are published, one matrix after the other.
+"""What Spectron's algebra in r x r is compared with: the forms that are published.
 
     Newton-Schulz on the tall matrix   five times X <- a X + (b A + c A A) X,   A = X X^T
     PlainSpectron                      that for every factor, and one power iteration for its norm
@@ -8,6 +8,7 @@ bfloat16 on GPUs, and so does this; on a CPU it is float32.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from nativerank.linalg.norms import power_iteration
 from nativerank.linalg.orthogonalize import MUON
 
 MOMENTUM = 0.95
+Pair = tuple[Tensor, Tensor]
 
 
 def plain_newton_schulz(M: Tensor, steps: int = 5) -> Tensor:
@@ -57,30 +59,35 @@ class PlainSpectron:
 
     Args:
         pairs: weights of `up` (d_out, r) and `down` (r, d_in) of every layer.
+        stacked: layers of equal shape as one batch, instead of one after the other.
     """
 
-    def __init__(self, pairs: Sequence[tuple[Tensor, Tensor]], lr: float):
-        self.pairs, self.lr = pairs, lr
-        self.averages = [[torch.zeros_like(X) for X in tall(pair)] for pair in pairs]
-        self.vectors = [[X[:, 0].detach().clone() for X in tall(pair)] for pair in pairs]
+    def __init__(self, pairs: Sequence[Pair], lr: float, stacked: bool = False):
+        groups: dict[Any, list[Pair]] = {}
+        for index, (up, down) in enumerate(pairs):
+            groups.setdefault((up.shape, down.shape) if stacked else index, []).append((up, down))
+        self.groups, self.lr = list(groups.values()), lr
+        self.averages = [[torch.zeros_like(X) for X in stacks(group)] for group in self.groups]
+        self.vectors = [[X[..., 0] for X in stacks(group)] for group in self.groups]
 
     @torch.no_grad()
     def step(self) -> None:
-        for pair, averages, vectors in zip(self.pairs, self.averages, self.vectors, strict=True):
-            factors, gradients = tall(pair), tall([p.grad for p in pair])
+        for group, averages, vectors in zip(self.groups, self.averages, self.vectors, strict=True):
+            gradients = stacks([(up.grad, down.grad) for up, down in group])
             directions, norms = [], []
-            for side, (X, G, M) in enumerate(zip(factors, gradients, averages, strict=True)):
+            for side, (X, G, M) in enumerate(zip(stacks(group), gradients, averages, strict=True)):
                 M.lerp_(G, 1 - MOMENTUM)
                 directions.append(plain_newton_schulz(M.to(product_dtype(M.device))))
                 sigma, vectors[side] = power_iteration(X, vectors[side])
                 norms.append(sigma)
             rho = self.lr / (norms[0] + norms[1] + 1)
-            for X, O in zip(factors, directions, strict=True):
-                X.sub_(rho * O)
+            O_A, O_B = ((rho[:, None, None] * O).unbind() for O in directions)
+            torch._foreach_sub_([up for up, _ in group], list(O_A))
+            torch._foreach_sub_([down for _, down in group], [O.mT for O in O_B])
 
 
-def tall(pair: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
-    """(A, B) of the weights, or gradients, of `up` and `down`."""
-    up, down = pair
-    assert up is not None and down is not None
-    return up, down.mT
+def stacks(group: Sequence[tuple[Tensor | None, Tensor | None]]) -> tuple[Tensor, Tensor]:
+    """A (n, d_out, r) and B (n, d_in, r) of weights, or gradients, of equal shape."""
+    up = torch.stack([up.detach() for up, _ in group if up is not None])
+    down = torch.stack([down.detach().mT for _, down in group if down is not None])
+    return up, down

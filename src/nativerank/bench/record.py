@@ -1,11 +1,12 @@
 """What every `nativerank bench NAME --json` holds, whatever it measures.
 
     {"benchmark": NAME, "settings": {flag: value}, "environment": {versions, commit, processor, cores, threads, memory,
-     GPU, load}, "cases": [{"case": {what differs from its neighbours}, ...figures}]}
+     GPU, load}, "cases": [{...figures}], ...what belongs to no case}
 
-A case in which contestants took turns also has
+A case in which contestants took turns has
 
-    "reference": name    "seconds": {name: median}    "spread": {name: [least, most]}
+    "case": {what differs from its neighbours}    "reference": name
+    "seconds": {name: median}                     "spread": {name: [least, most]}
     "ratio": {name: median over rounds of its seconds / the reference's}
 
 so a ratio below 1 is faster than the reference. Ratios of one process are what stands in texts; seconds belong to the
@@ -18,24 +19,27 @@ from typing import Any
 
 import torch
 
+from nativerank.accounting.hardware import memory_of_machine
 from nativerank.bench.measure import medians, ratio
 from nativerank.hub.forms import processor
 from nativerank.train.setup import versions
 
 
 def record(
-    benchmark: str, settings: Mapping[str, Any], cases: Sequence[dict[str, Any]], device: torch.device
+    benchmark: str, settings: Mapping[str, Any], cases: Sequence[dict[str, Any]], device: torch.device, **more: Any
 ) -> dict[str, Any]:
     """The result of a benchmark.
 
     Args:
         settings: its flags. cases: what it found. device: where it ran.
+        more: what belongs to no case.
     """
     return {
         "benchmark": benchmark,
         "settings": dict(settings),
         "environment": environment(device),
         "cases": list(cases),
+        **more,
     }
 
 
@@ -54,17 +58,10 @@ def environment(device: torch.device) -> dict[str, Any]:
         "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "memory_bytes": memory_bytes(),
+        "memory_bytes": memory_of_machine(),
         **gpu,
         "load_average": [round(value, 2) for value in os.getloadavg()] if hasattr(os, "getloadavg") else None,
     }
-
-
-def memory_bytes() -> int | None:
-    """Of the machine; None where the system does not tell."""
-    names = getattr(os, "sysconf_names", {})
-    known = "SC_PHYS_PAGES" in names and "SC_PAGE_SIZE" in names
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else None
 
 
 def raced(

@@ -23,10 +23,10 @@ from torch.optim.adamw import adamw
 
 from nativerank.accounting.memory import LEFT_OUT, SCT_RANK, llama_shapes, sct_table, state_of
 from nativerank.bench.measure import check_sizes, rounds
+from nativerank.bench.record import record
 from nativerank.bench.stack70b import PHASES, PRESET, STATES, Session, Variant
 from nativerank.models import find_preset
 from nativerank.optim.roles import factor_modules
-from nativerank.train.setup import versions
 
 RECORD: tuple[dict[str, Any], ...] = (
     {},
@@ -66,18 +66,20 @@ def bench_step70b(
     preset = find_preset(PRESET)
     assert preset.kv_heads
     grouped = preset.d_model * preset.kv_heads // preset.heads
-    return {
-        "benchmark": "step70b",
-        "variants": [in_a_fresh_process(variant) for variant in chosen],
-        "literal": race_literal(Variant(layers=layers), repeats) if literal or everything else [],
-        "arithmetic": {
-            "matrices": sct_table(),
-            "stack": state_of(shapes_of(preset, layers, preset.d_model), SCT_RANK),
-            "stack_gqa": state_of(shapes_of(preset, layers, grouped), SCT_RANK),
-            "left_out": LEFT_OUT,
-        },
-        "environment": versions(),
+    arithmetic = {
+        "matrices": sct_table(),
+        "stack": state_of(shapes_of(preset, layers, preset.d_model), SCT_RANK),
+        "stack_gqa": state_of(shapes_of(preset, layers, grouped), SCT_RANK),
+        "left_out": LEFT_OUT,
     }
+    return record(
+        "step70b",
+        {"layers": layers, "repeats": repeats},
+        [in_a_fresh_process(variant) for variant in chosen],
+        torch.device("cpu"),
+        literal=race_literal(Variant(layers=layers), repeats) if literal or everything else [],
+        arithmetic=arithmetic,
+    )
 
 
 def shapes_of(preset: Any, layers: int, kv_width: int) -> list[tuple[int, int]]:

@@ -13,7 +13,7 @@ import torch
 
 from nativerank.accounting.flops import flops_per_token
 from nativerank.bench.contestants import HF_DENSE, PHASES, Contestant, Ours, check_batch, make, split_name
-from nativerank.bench.measure import check_sizes, medians, rounds
+from nativerank.bench.measure import check_sizes, check_threads, measured_by, medians, rounds, with_threads
 from nativerank.bench.measure import ratio as paired
 from nativerank.bench.record import raced, record
 from nativerank.config import TrainConfig
@@ -38,6 +38,8 @@ def bench_train(
     vocab_size: int | None = None,
     ratio: float | None = None,
     repeats: int = 7,
+    threads: int | None = None,
+    clock: str = "wall",
     device: str = "cpu",
 ) -> dict[str, Any]:
     """Steps of every contestant by turns.
@@ -48,12 +50,14 @@ def bench_train(
         tokens: of a step; None takes the preset's sequences.
         ratio: rank over d_in, by the rank rule; None takes the preset's ranks.
         repeats: recorded steps of each, after two unrecorded ones.
+        threads: None takes what PyTorch uses. clock: "cpu" takes processor time, of one thread.
         device: cpu, cuda or mps.
 
     Raises:
         ValueError: an unknown or repeated contestant, fewer than two, or a size below 1.
     """
     check_sizes(repeats=repeats, d_model=d_model, layers=layers, context=context, vocab_size=vocab_size, tokens=tokens)
+    check_threads([threads] if threads is not None else None)
     names = list(methods)
     if len(names) < 2 or len(set(names)) < len(names):
         raise ValueError(f"--methods takes two contestants at least, each once, got {' '.join(names) or 'none'}")
@@ -63,12 +67,16 @@ def bench_train(
     check_batch(tokens, preset.context)
     tokens = tokens or preset.batch_size * preset.context
     where = pick_device(device)
-    sides = [make(name, preset, where) for name in names]
-    seconds, probes = run(sides, preset, tokens, repeats, where)
+    (count,) = counts = [threads or torch.get_num_threads()]
+    with measured_by(clock, counts, where):
+        for _ in with_threads(counts, where):
+            sides = [make(name, preset, where) for name in names]
+            seconds, probes = run(sides, preset, tokens, repeats, where)
     settings = {"preset": preset_name, "methods": names, "d_model": preset.d_model, "layers": preset.layers}
     settings |= {"context": preset.context, "tokens": tokens, "vocab_size": preset.vocab_size}
-    settings |= {"ratio": preset.ratio, "rank": preset.value, "repeats": repeats}
-    return record("train", settings, [summary(sides, seconds, probes, tokens, preset.context)], where)
+    settings |= {"ratio": preset.ratio, "rank": preset.value, "repeats": repeats, "clock": clock}
+    case = {"tokens": tokens, "threads": count}
+    return record("train", settings, [summary(case, sides, seconds, probes, preset.context)], where)
 
 
 def shapes(
@@ -123,10 +131,10 @@ def probed_step(side: Contestant, batch: Batch, device: torch.device) -> tuple[d
 
 
 def summary(
+    case: dict[str, int],
     sides: Sequence[Contestant],
     seconds: dict[str, dict[str, list[float]]],
     probes: Seconds,
-    tokens: int,
     context: int,
 ) -> dict[str, Any]:
     """The record's case.
@@ -142,11 +150,11 @@ def summary(
     flops = {side.name: flops_per_token(side.model, context).training for side in sides}
     interval = TrainConfig().probe_every
     return raced(
-        {"tokens": tokens, "threads": torch.get_num_threads()},
+        case,
         first,
         whole,
         phases={name: medians(parts) for name, parts in seconds.items()},
-        tokens_per_second={name: tokens / value for name, value in middle.items()},
+        tokens_per_second={name: case["tokens"] / value for name, value in middle.items()},
         optimizer_share={name: paired(parts["optimizer"], whole[name]) for name, parts in seconds.items()},
         optimizer_adds=optimizer_adds(seconds, whole),
         probe_share={name: value / (interval * middle[name]) for name, value in medians(probes).items()},

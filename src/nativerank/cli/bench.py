@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -160,12 +159,14 @@ def show_frames(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    title = f"{result['preset']}, {result['micro_batches']} micro-batches, {result['tokens_per_step']:,} tokens a step"
+    (case,) = result["cases"]
+    title = "{micro_batches} micro-batches, {tokens_per_step:,} tokens a step".format(**case["case"])
+    title = f"{result['settings']['preset']}, {title}"
     table = Table(title=title)
     for column in ("", "ms a step", "beyond free factors"):
         table.add_column(column, justify="right" if column else "left")
-    for side, times in result["seconds"].items():
-        table.add_row(side, f"{1e3 * statistics.median(times):,.0f}", f"{result['share'][side]:.1%}")
+    for side, seconds in case["seconds"].items():
+        table.add_row(side, f"{1e3 * seconds:,.0f}", f"{case['share'][side]:.1%}")
     Console(highlight=False).print(table)
 
 
@@ -174,10 +175,10 @@ def show_bound(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"largest ||dW|| / eta over {result['adversarial'][0]['cases']:,} adversarial steps")
+    table = Table(title=f"largest ||dW|| / eta over {result['cases'][0]['cases']:,} adversarial steps")
     for column in ("form", "any power vector", "exact", "cold", "stale", "above 1"):
         table.add_column(column, justify="left" if column == "form" else "right")
-    for row in result["adversarial"]:
+    for row in result["cases"]:
         by_vector = row["max_ratio_by_power_vector"]
         figures = [f"{value:.3f}" for value in (row["max_ratio"], *(by_vector[k] for k in ("exact", "cold", "stale")))]
         table.add_row(row["form"], *figures, f"{row['violations']:,}")
@@ -187,7 +188,7 @@ def show_bound(result: dict[str, Any]) -> None:
         console.print(
             f"in training, {run['form']}: largest {run['max_ratio']:.3f}, mean {run['mean_ratio']:.3f}, "
             f"{run['violations']} of {run['measurements']:,} measurements above 1 "
-            f"({result['preset']}, {run['steps']} steps, validation loss {run['val_loss']:.3f})"
+            f"({result['settings']['preset']}, {run['steps']} steps, validation loss {run['val_loss']:.3f})"
         )
 
 
@@ -201,7 +202,7 @@ def show_conditioning(result: dict[str, Any]) -> None:
     table.add_column("runs")
     for column in figures:
         table.add_column(column, justify="right")
-    for row in result["summary"]:
+    for row in result["cases"]:
         run = f"{row['method']} {row['lr']}" if row["method"] else "model"
         name = f"{run}, {row['seeds']} seed{'s' * (row['seeds'] > 1)}"
         cells = [f"{row['median'][c]:.3g} ({row['worst'][c]:.3g})" for c in figures.values()]

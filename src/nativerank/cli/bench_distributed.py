@@ -40,7 +40,7 @@ def show_distributed(result: dict[str, Any]) -> None:
     from rich.console import Console
 
     console = Console(highlight=False)
-    if "cases" in result:
+    if "once" not in result:
         for case in result["cases"]:
             console.print(_paper(case))
             console.print(_rest(case))
@@ -54,11 +54,11 @@ def show_distributed(result: dict[str, Any]) -> None:
 def _steps(result: dict[str, Any]) -> Any:
     from rich.table import Table
 
-    table = Table(title=f"{result['preset']} with {result['method']}, {result['tokens_per_step']:,} tokens a step")
+    table = Table(title="{preset} with {method}, {tokens_per_step:,} tokens a step".format(**result["settings"]))
     table.add_column("processes", no_wrap=True)
     for column in ("step ms", "optimizer ms", "gradients MB", "optimizer MB", "calls"):
         table.add_column(column, justify="right")
-    for row in result["steps"]:
+    for row in result["cases"]:
         sent = (
             [f"{row['bytes'][part] / 1e6:.2f}" for part in ("gradients", "optimizer")] if "bytes" in row else ["", ""]
         )
@@ -66,7 +66,8 @@ def _steps(result: dict[str, Any]) -> Any:
         kind = f"{row['mode']} {row['algebra']}" if "algebra" in row else ""
         seconds = [f"{1e3 * row['seconds'][part]:.1f}" for part in ("step", "optimizer")]
         table.add_row(f"{row['processes']} {kind}".strip(), *seconds, *sent, calls)
-    table.caption = f"medians of {result['repeats']}; MB sent by one process; calls: collectives of the optimizer"
+    repeats = result["settings"]["repeats"]
+    table.caption = f"medians of {repeats}; MB sent by one process; calls: collectives of the optimizer"
     return table
 
 

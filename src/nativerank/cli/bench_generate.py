@@ -75,19 +75,19 @@ def _speed(result: dict[str, Any], phase: str, what: str) -> str:
     """A row for each form, a column for each batch; then how many times as fast as merged the factors are."""
     where = result["place"]
     threads = f", {where['threads']} thread{'s' * (where['threads'] != 1)}" if where["threads"] else ""
-    clock = ", processor time" if result["clock"] == "cpu" else ""
+    clock = ", processor time" if result["settings"]["clock"] == "cpu" else ""
     speeds = {
         name_of(side): [f"{row[f'{phase}_tokens_per_second']:,.0f}" for row in side["batches"]]
-        for side in result["sides"]
+        for side in result["cases"]
     }
     times = {f"{name_of(one)} / merged": [f"{row[phase]:.2f}x" for row in one["batches"]] for one in result["speedup"]}
-    heads = [str(row["batch"]) for row in result["sides"][0]["batches"]]
+    heads = [str(row["batch"]) for row in result["cases"][0]["batches"]]
     return _table(f"{phase}: tokens/s {what}{threads}{clock}", "batch", heads, speeds | times)
 
 
 def _memory(result: dict[str, Any]) -> str:
     """Weights, then cache and peak at the smallest and the largest batch where they were measured."""
-    sides = result["sides"]
+    sides = result["cases"]
     measured, last = "base_bytes" in sides[0], len(sides[0]["batches"]) - 1
     ends = sorted({0, last}) if measured else []
     wanted = [(what, i) for what in ("cache", "peak") for i in ends]

@@ -13,6 +13,7 @@ def add_layer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--d_out", type=int, default=11008)
     parser.add_argument("--rank", type=int, default=1024)
     parser.add_argument("--tokens", type=int, default=2048, help="that go through the layer")
+    add_clock(parser)
     add_rounds(parser, 9, "recorded passes of each layer", threads=True)
 
 
@@ -31,6 +32,8 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, help="of a step (default: the preset's sequences of one pass)")
     parser.add_argument("--vocab_size", type=int, help="default: the preset's; 64 leaves little but the blocks")
     parser.add_argument("--rank.ratio", dest="ratio", type=float, metavar="R", help="default: the preset's ranks")
+    parser.add_argument("--threads", type=int, help="default: PyTorch's own")
+    add_clock(parser)
     add_rounds(parser, 7, "recorded steps of each contestant")
 
 
@@ -47,6 +50,12 @@ def add_retraction(parser: argparse.ArgumentParser) -> None:
     """Of `bench retraction`."""
     parser.add_argument("--layers", type=int, default=2, help="layers of the 70B shape at rank 32")
     add_rounds(parser, 7, "recorded rounds", threads=True)
+
+
+def add_clock(parser: argparse.ArgumentParser) -> None:
+    """What tells the time."""
+    help = "cpu: processor time, for a busy machine and one thread"
+    parser.add_argument("--clock", default="wall", choices=["wall", "cpu"], help=help)
 
 
 def add_size(parser: argparse.ArgumentParser) -> None:

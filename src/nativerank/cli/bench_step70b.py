@@ -50,7 +50,7 @@ def show_step70b(result: dict[str, Any]) -> None:
     from rich.console import Console
 
     console = Console(highlight=False)
-    console.print(_variants(result["variants"]))
+    console.print(_variants(result["cases"]))
     for race in result["literal"]:
         console.print(
             f"plain step over its literal form (foreach AdamW, one QR after the other), threads: {race['threads']}: "

@@ -16,6 +16,7 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from nativerank.layers.base import Gemm, merge
 from nativerank.layers.grouped import grouped_product, row_counts
@@ -144,9 +145,9 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
         x, weight = (t.to(torch.get_autocast_dtype("cuda")) for t in (x, weight))
     if x.is_cuda and kernel_fits(x, weight):
         return F.grouped_mm(x, weight.mT, offs=offsets)  # one kernel, no wait for the offsets
-    if torch.compiler.is_compiling():
-        compiled: Tensor = grouped_product(x, weight.mT, offsets)
-        return compiled
+    if torch.compiler.is_compiling() or isinstance(x, FakeTensor):  # neither knows how many rows an expert has
+        whole: Tensor = grouped_product(x, weight.mT, offsets)
+        return whole
     # unbind and not weight[e]: its backward writes the stacked gradient once instead of E times.
     parts = zip(x.split(row_counts(offsets)), weight.unbind(), strict=True)
     return torch.cat([F.linear(part, w) for part, w in parts])

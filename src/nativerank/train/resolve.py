@@ -78,10 +78,10 @@ def resolve(config: RunConfig) -> RunConfig:
     train = resolve_train(config, preset)
     if optim.layerwise:
         check_layerwise(optim, train)
-    check_distill(replace(config, train=train))
-    check_recompute(train, method_name)
     if train.loss == "chunked" and config.distill.teacher:
         raise ValueError("train.loss chunked cannot go with a teacher, which is compared with all logits; leave it out")
+    check_distill(replace(config, train=train))
+    check_recompute(train, method_name)
     rank = resolve_rank(config, preset, method_name)
     check_float8(train, rank)
     return replace(

@@ -87,6 +87,20 @@ def test_the_model_takes_context_and_vocabulary_of_the_data(prepared):
     assert built.model.training
 
 
+@pytest.mark.parametrize("method", ["spectron", "sct", "dense-adamw"])
+def test_layers_that_read_one_input_make_one_product(run_config, method):
+    config = resolve(run_config(out="x", method=method))
+    for block in build(config, open_data(config)).model.model.layers:
+        for part, names in ((block.self_attn, ("q_proj", "k_proj", "v_proj")), (block.mlp, ("gate_proj", "up_proj"))):
+            layers = [getattr(part, name) for name in names]
+            if method == "dense-adamw":
+                assert not any(hasattr(layer, "shared") for layer in layers)
+            else:
+                assert layers[0].shared.layers == layers
+        if method != "dense-adamw":
+            assert block.self_attn.o_proj.shared is block.mlp.down_proj.shared is None
+
+
 def test_the_end_of_text_of_the_data_is_the_models(prepared, run_config, tmp_path, listen):
     """As padding it would never be trained, though it is what every document begins with."""
     config = resolved(

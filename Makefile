@@ -40,7 +40,7 @@ test: lint
 test-slow: $(TESTABLE)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2 --dist loadfile -m slow
 
-STEPS := spectron spectron+compile lowrank-adamw dense-adamw hf-dense
+STEPS := spectron spectron+compile lowrank-adamw+compile dense-adamw hf-dense
 RECORDS := benchmarks/results
 
 bench: install

@@ -44,7 +44,6 @@ def count_flops(planned: Subject, model: nn.Module, groups: Sequence[Mapping[str
         },
         "optimizer_per_step": step,
         "optimizer_by_rule": rules,
-        "optimizer_over_exact": step / (flops.training * planned.tokens_per_step),
         "per_step": {"exact": flops.training * planned.tokens_per_step, "6nd": nd * planned.tokens_per_step},
         "run": {
             "exact": flops.training * tokens,

@@ -91,7 +91,10 @@ def side(planned: Subject, device: Device, request: Request) -> tuple[dict[str, 
     return {
         "method": planned.config.method,
         "params": found.params,
-        "flops": found.flops,
+        "flops": {
+            **found.flops,
+            "optimizer_over_exact": found.flops["optimizer_per_step"] / found.flops["per_step"]["exact"],
+        },
         "bytes": bytes_of(planned, found),
         "sent_bytes": found.sent,
         "time": time,
@@ -128,7 +131,7 @@ def rank_bytes(planned: Subject, rank: int) -> int:
     """The peak of a plan at this one rank."""
     r = replace(planned.config.rank, ratio=None, energy=None, value=rank)
     other = replace(planned, config=replace(planned.config, rank=r))
-    return bytes_of(other, figures(other))["peak"]
+    return bytes_of(other, figures(other, (planned.sequences,)))["peak"]
 
 
 def described(planned: Subject, device: Device) -> dict[str, Any]:

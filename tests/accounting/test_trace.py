@@ -1,0 +1,52 @@
+"""A step on tensors without numbers: what it holds and does is what the shapes say."""
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from nativerank.accounting.trace import BACKWARD, FORWARD, OPTIMIZER, trace_step
+
+N, D, H = 8, 16, 32
+
+
+def traced(adam=False, gradients=False):
+    """Of two linear maps with a sigmoid between them, and the sum as loss."""
+    with FakeTensorMode():
+        model = nn.Sequential(nn.Linear(D, H, bias=False), nn.Sigmoid(), nn.Linear(H, D, bias=False))
+        x = torch.empty(N, D)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1) if adam else None
+        for p in model.parameters() if gradients else ():
+            p.grad = torch.empty_like(p)
+        return trace_step(model, lambda m: m(x).sum(), optimizer)
+
+
+def test_what_waits_for_the_backward_pass():
+    found = traced()
+    assert found.before == 4 * 2 * D * H
+    # The sigmoid's output waits, and the loss itself; so does x, which the tracer first sees when it is read: not made.
+    assert found.held == 4 * (N * H + 1)
+    assert found.peak[FORWARD] >= 4 * (2 * N * H) and found.peak_bytes == found.before + max(found.peak.values())
+
+
+def test_gradients_are_new_or_there_before():
+    new, there = traced(), traced(gradients=True)
+    assert there.before == 2 * new.before
+    assert new.peak[BACKWARD] >= 4 * 2 * D * H
+    assert there.held == new.held
+
+
+def test_flops_and_bytes_of_products():
+    ops = {(op.phase, op.name): op for op in traced(adam=True).ops}
+    assert ops[FORWARD, "mm"].flops == 2 * 2 * N * D * H and ops[FORWARD, "mm"].calls == 2
+    assert ops[FORWARD, "mm"].bytes == 2 * 4 * (N * D + D * H + N * H)
+    assert ops[BACKWARD, "mm"].flops == 3 * 2 * N * D * H  # x wants no gradient
+    assert any(phase == OPTIMIZER for phase, _ in ops) and ("forward", "t") not in ops
+
+
+@pytest.mark.parametrize("width", [64, 128])
+def test_autocast_keeps_copies_of_weights_in_half_the_bytes(width):
+    with FakeTensorMode():
+        model, x = nn.Linear(width, width, bias=False), torch.empty(N, width)
+        found = trace_step(model, lambda m: m(x).float().sum(), autocast_bf16=True)
+    assert found.held == 2 * N * width + 4  # the narrow input, and the loss; x itself wants no gradient, so no weight

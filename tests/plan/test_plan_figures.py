@@ -1,0 +1,129 @@
+"""A plan from two and three blocks is that of the whole model; what it calls largest fits, and the next does not."""
+
+from dataclasses import replace
+
+import pytest
+
+from nativerank.accounting.hardware import DEVICES
+from nativerank.config import ModelConfig, OptimConfig, ParallelConfig, RankConfig, RunConfig, TrainConfig
+from nativerank.plan import figures as room
+from nativerank.plan.figures import FEW, MORE, Figures, figures, look, resident
+from nativerank.plan.make import largest_rank, rank_bytes
+from nativerank.plan.memory import bytes_of, largest_batch
+from nativerank.plan.roofline import phase_seconds, run_time, step_time
+from nativerank.plan.subject import dense_twin, subject
+
+
+def planned(preset="pocket", device="cpu", devices=None, **groups):
+    train = {"steps": 10, "batch_size": 4, **groups.pop("train", {})}
+    changes = {"method": groups.pop("method", None)}
+    return subject(
+        RunConfig(model=ModelConfig(preset=preset), device=device, train=TrainConfig(**train), **changes, **groups),
+        devices,
+    )
+
+
+def near(found, whole, tolerance=0.0):
+    """Equal nested numbers, those of the worst moment of the backward pass up to a gradient."""
+    if isinstance(whole, dict):
+        assert set(found) == set(whole)
+        for key in whole:
+            near(found[key], whole[key], 0.02 if key == "peak" else tolerance)
+    else:
+        assert found == pytest.approx(whole, rel=tolerance or 1e-12)
+
+
+@pytest.mark.parametrize("method", ["spectron", "sct", "dense-adamw"])
+def test_two_blocks_and_a_third_say_what_all_of_them_cost(method):
+    one = planned(method=method)
+    assert one.equal_blocks() == 4
+    whole, few = Figures(*look(one, None, (4,))), figures(one)
+    near(few.params, whole.params)
+    near(few.flops, whole.flops)
+    near(few.held, whole.held)
+    near(few.update, whole.update)
+    near(few.at(4), whole.at(4))
+
+
+@pytest.mark.parametrize("recompute", ["none", "up", "blocks"])
+def test_less_waits_the_more_is_made_again(recompute):
+    found = figures(planned(train={"recompute": recompute}))
+    none = figures(planned())
+    waits, more = found.at(4)["activations"], none.at(4)["activations"]
+    assert waits == more if recompute == "none" else waits < 0.7 * more
+
+
+def test_depth_does_not_change_how_many_models_are_looked_at(monkeypatch):
+    looked = []
+    monkeypatch.setattr(
+        room, "look", lambda planned, depth, counts: looked.append(depth) or look(planned, depth, counts)
+    )
+    figures(planned("llama3-70b", "cuda", 8, train={"batch_size": 1}))
+    assert looked == [FEW, MORE]
+
+
+def test_shards_divide_what_is_held():
+    alone, eight = (
+        planned("spectron-s", "cuda", train={"batch_size": 8}),
+        planned("spectron-s", "cuda", 8, train={"batch_size": 8}),
+    )
+    whole, shard = figures(alone), figures(eight)
+    assert eight.processes.shards == 8 and resident(eight)
+    for name in ("weights", "gradients"):
+        assert shard.held[name] == pytest.approx(whole.held[name] / 8, rel=1e-3)
+    assert shard.held["gathered"] > 0 == whole.held["gathered"] and shard.sent["gradient_exchange"] > 0
+    assert shard.params == whole.params and shard.flops["per_token"] == whole.flops["per_token"]
+
+
+def test_ddp_on_a_cpu_has_buckets_and_whole_weights():
+    found = figures(planned(parallel=ParallelConfig(mode="ddp", replicas=2)))
+    assert found.held["buckets"] == found.held["gradients"] == found.held["weights"]
+
+
+def test_narrow_state_and_layerwise_updates_hold_less():
+    plain = figures(planned()).held
+    assert figures(planned(optim=OptimConfig(state_dtype="bf16"))).held["optimizer"] < 0.7 * plain["optimizer"]
+    layerwise = figures(planned(optim=OptimConfig(layerwise=True, clip=0), train={"accumulation": 1})).held
+    assert layerwise["gradients"] < 0.5 * plain["gradients"]
+
+
+def test_the_largest_batch_fits_and_the_next_does_not():
+    one, memory = planned(), 200_000_000
+    n = largest_batch(one, figures(one), memory)
+    assert n > 4
+
+    def replanned(size):
+        again = replace(one, sequences=size)
+        return bytes_of(again, figures(again, (size,)))["peak"]
+
+    assert replanned(n) <= 1.01 * memory and memory < replanned(n + 1)  # chunks of unequal size are not reckoned with
+
+
+def test_the_largest_rank_fits_and_the_next_does_not():
+    one = planned(rank=RankConfig(value=8))
+    memory = (rank_bytes(one, 40) + rank_bytes(one, 41)) // 2
+    assert largest_rank(one, 128, memory) == 40
+    assert largest_rank(one, 128, rank_bytes(one, 128)) == 128
+
+
+def test_the_twin_is_the_same_run_with_dense_matrices():
+    config = RunConfig(method="sct", rank=RankConfig(ratio=0.5), train=TrainConfig(recompute="up", batch_size=2))
+    twin = dense_twin(config)
+    assert twin is not None and twin.method == "dense-adamw" and twin.rank == RankConfig()
+    assert twin.train == replace(config.train, recompute="blocks")
+    assert dense_twin(twin) is None
+
+
+def test_the_roofline_is_the_slower_of_two_bounds():
+    device = DEVICES["h200"]
+    ops = [
+        room.Op("forward", "mm", 1, flops=device.bf16_flops, bytes=1.0),
+        room.Op("forward", "add", 1, bytes=2 * device.bytes_per_second),
+        room.Op("optimizer", "mm", 1, flops=device.fp32_flops, bytes=0.0),
+    ]
+    assert phase_seconds(ops, device) == {"forward": 3.0, "optimizer": 1.0}
+    found = step_time(ops, device, passes=2, tokens_per_step=70, exact_flops=1e14, world=2, efficiency=0.5)
+    assert found["seconds_per_step"] == 14.0 and found["tokens_per_second"] == 5.0
+    assert found["optimizer_share"] == pytest.approx(1 / 7)
+    assert found["mfu"] == pytest.approx(1e14 * 70 / (14 * 2 * device.bf16_flops))
+    assert run_time(36.0, 100, 4, 2.5) == {"hours": 1.0, "device_hours": 4.0, "cost": 10.0}

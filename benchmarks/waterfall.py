@@ -3,7 +3,8 @@
     python benchmarks/waterfall.py --d_model 512 --threads 1
 
 Both sides train in one process with the loop's own step, AdamW on the dense side, in turns: plain steps, whose paired
-ratios are what counts, and profiled steps, whose parts (`nativerank.train.parts`) explain it. With T and F the time and
+ratios are what counts, and profiled steps, whose parts (`nativerank.train.parts`) explain it: every event counts as in
+the step in which it was fastest, since other programs strike other events each time. With T and F the time and
 the exact FLOP of a part, d dense, l low rank, and e = F_d / T_d of the dense matrices:
 
     FLOP ratio                    sum F_l / sum F_d
@@ -17,7 +18,7 @@ import argparse
 import json
 import statistics
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from nativerank.layers import join_products
 from nativerank.methods import build_optimizer, factorize, find_method
 from nativerank.models import Preset, find_preset, hf_config, materialize, scaled, skeleton
-from nativerank.train.parts import ATTENTION, DENSE, DOWN, HEAD, STEP, UP, Names, gflop_of, parts_of, times
+from nativerank.train.parts import ATTENTION, DENSE, DOWN, HEAD, STEP, UP, Names, gflop_of, listed, parts_of
 from nativerank.train.setup import versions
 from nativerank.train.step import train_step
 
@@ -48,7 +49,7 @@ class Side:
         join_products(self.model)
         self.optimizer = build_optimizer(self.model, method)
         self.seconds: list[tuple[float, float]] = []  # on the clock, and of CPU time
-        self.parts: list[dict[str, float]] = []
+        self.events: list[list[tuple[str, float]]] = []
 
     def step(self, ids: torch.Tensor) -> tuple[float, float]:
         began = time.perf_counter(), time.process_time()
@@ -60,22 +61,32 @@ class Side:
         with profile(activities=[ProfilerActivity.CPU]) as watching, record_function(STEP):
             self.step(ids)
         names.remove()
-        found, _, steps = times(watching.events() or [], False)
-        grouped: dict[str, float] = defaultdict(float)
-        for (part, _way), milliseconds in found.items():
-            name = "optimizer" if part.startswith("optimizer") else GROUPS.get(part, "all else")
-            grouped[name] += milliseconds / steps
-        self.parts.append(grouped)
+        found, _ = listed(watching.events() or [], False)
+        self.events.append([(group(part), milliseconds) for (part, _), milliseconds in found])
 
-    def median(self, name: str) -> float:
-        return statistics.median(parts.get(name, 0.0) for parts in self.parts)
+    def parts(self) -> dict[str, float]:
+        """Milliseconds by group: every event at its fastest over all profiled steps of equal course.
+
+        Other programs on the machine strike other events each time.
+        """
+        course = Counter(tuple(name for name, _ in events) for events in self.events).most_common(1)[0][0]
+        alike = [events for events in self.events if tuple(name for name, _ in events) == course]
+        grouped: dict[str, float] = defaultdict(float)
+        for name, *all_of_one in zip(course, *alike, strict=True):
+            grouped[name] += min(milliseconds for _, milliseconds in all_of_one)
+        return grouped
+
+
+def group(part: str) -> str:
+    """What a part counts to in the waterfall."""
+    return "optimizer" if part.startswith("optimizer") else GROUPS.get(part, "all else")
 
 
 def waterfall(low: Side, dense: Side, context: int, tokens: int) -> list[tuple[str, float]]:
     """(what, share of the dense step): the first is the FLOP ratio, the others are added to it."""
     F_l, F_d = (gflop_of(side.model, context, tokens, False) for side in (low, dense))
-    names = sorted({name for side in (low, dense) for parts in side.parts for name in parts})
-    T_l, T_d = ({name: side.median(name) for name in names} for side in (low, dense))
+    T_l, T_d = low.parts(), dense.parts()
+    names = sorted(set(T_l) | set(T_d))
     whole, shared = sum(T_d.values()), T_d["attention"] + T_d["head and loss"]
     products_l, products_d = (sum(F.get(name, 0.0) for name in MATRICES) for F in (F_l, F_d))
     at_dense_speed = products_l / products_d * T_d["matrices"]
@@ -122,8 +133,7 @@ def main() -> None:
         },
         "waterfall": dict(rows),
         "milliseconds": {
-            label: {name: side.median(name) for name in sorted(side.parts[0])}
-            for label, side in (("low_rank", low), ("dense", dense))
+            label: dict(sorted(side.parts().items())) for label, side in (("low_rank", low), ("dense", dense))
         },
         "environment": versions(),
     }

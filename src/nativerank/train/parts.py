@@ -124,7 +124,16 @@ def gflop_of(model: nn.Module, context: int, tokens: float, compiled: bool) -> d
 
 
 def times(events: Sequence[Any], on_device: bool) -> tuple[Times, float, int]:
-    """(milliseconds by part and way, of the wall, number of steps) of all recorded steps together.
+    """(milliseconds by part and way, of the wall, number of steps) of all recorded steps together; see `listed`."""
+    each, roots = listed(events, on_device)
+    found: Times = defaultdict(float)
+    for where, milliseconds in each:
+        found[where] += milliseconds
+    return dict(found), sum(root.cpu_time_total for root in roots) / 1e3, len(roots)
+
+
+def listed(events: Sequence[Any], on_device: bool) -> tuple[list[tuple[Where, float]], list[Any]]:
+    """What every event of the recorded steps took, (where it belongs, milliseconds) in their order, and the steps.
 
     Args:
         events: `torch.profiler.profile.events()`.
@@ -134,7 +143,7 @@ def times(events: Sequence[Any], on_device: bool) -> tuple[Times, float, int]:
     roots = [event for event in begun if any(child.name.startswith(MARK) for child in event.cpu_children)]
     of_threads = {root.thread for root in roots}
     by_number = numbered(roots)
-    found: Times = defaultdict(float)
+    found: list[tuple[Where, float]] = []
 
     def own(event: Any) -> float:
         return float(event.self_device_time_total if on_device else event.self_cpu_time_total) / 1e3
@@ -149,7 +158,7 @@ def times(events: Sequence[Any], on_device: bool) -> tuple[Times, float, int]:
             where = EXCHANGE, way
         elif name.startswith(EVALUATE):
             where = by_number.get(event.sequence_nr, GRADIENTS), "backward"
-        found[where] += own(event)
+        found.append((where, own(event)))
         for child, phase in phased(event.cpu_children):
             visit(child, where if phase != "optimizer" else (UPDATE, "forward"))
 
@@ -158,13 +167,13 @@ def times(events: Sequence[Any], on_device: bool) -> tuple[Times, float, int]:
         for child, phase in phased(root.cpu_children):
             visit(child, default(phase))
         for phase, share in shares(root).items():
-            found[default(phase)] += 0.0 if on_device else gaps * share
+            found.append((default(phase), 0.0 if on_device else gaps * share))
     if on_device:  # the backward pass has a thread of its own
         for event in events:
             top = event.cpu_parent is None and event.thread not in of_threads and not on_kernel(event)
             if top and event.name.startswith(EVALUATE):
                 visit(event, (GRADIENTS, "backward"))
-    return dict(found), sum(root.cpu_time_total for root in roots) / 1e3, len(roots)
+    return found, roots
 
 
 def on_kernel(event: Any) -> bool:

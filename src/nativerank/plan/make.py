@@ -117,9 +117,14 @@ def largest_rank(planned: Subject, most: int, memory: int) -> int:
 
     What a run takes is a polynomial of the rank, of second degree where r x r matrices are kept.
     """
-    if rank_bytes(planned, most) <= memory:
+    points = {most: rank_bytes(planned, most)}
+    if points[most] <= memory:
         return most
-    peak = parabola({r: rank_bytes(planned, r) for r in sorted({1, max(2, most // 2), max(3, most)})})
+    for rank in sorted({1, max(2, most // 2)} - {most}):
+        points[rank] = rank_bytes(planned, rank)
+        if rank == 1 and points[rank] > memory:
+            return 0
+    peak = parabola(points)
     low, high = 0, most
     while high - low > 1:
         middle = (low + high) // 2

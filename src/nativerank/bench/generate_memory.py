@@ -7,15 +7,11 @@ what they take before there is a model. Batches come in ascending order; before 
 it can be, and memory that merging has freed is handed back before the first.
 """
 
-import ctypes
 import dataclasses
-import gc
 import json
 import subprocess
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +19,7 @@ from torch import nn
 
 from nativerank.accounting.memory import weights_bytes
 from nativerank.bench.generate_sides import Side, Source, random_prompts, write_once
-from nativerank.train.closing import peak_memory_bytes
+from nativerank.train.closing import forget_peak, peak_memory_bytes
 from nativerank.train.setup import pick_device
 
 MODULE = "nativerank.bench.generate_memory"
@@ -88,18 +84,6 @@ def cache_bytes(cache: Any) -> int:
     """Of the keys and values of all layers."""
     tensors = [t for layer in cache.layers for t in (layer.keys, layer.values) if t is not None]
     return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def forget_peak(device: torch.device) -> None:
-    """Sets the mark of the peak to what is in use now, as far as the system lets us."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    elif sys.platform == "linux":
-        with suppress(AttributeError):  # musl has none
-            ctypes.CDLL(None).malloc_trim(0)
-        with suppress(OSError):  # closed in some containers: the peak is then the largest since the process began
-            Path("/proc/self/clear_refs").write_text("5")
 
 
 if __name__ == "__main__":

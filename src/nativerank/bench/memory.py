@@ -20,12 +20,11 @@ from typing import Any
 import torch
 
 from nativerank.bench.contestants import make, split_name
-from nativerank.bench.generate_memory import forget_peak
 from nativerank.bench.measure import check_sizes, rounds
 from nativerank.bench.record import raced, record
 from nativerank.methods import find_method
 from nativerank.models import DENSE, Preset, find_preset, scaled
-from nativerank.train.closing import peak_memory_bytes
+from nativerank.train.closing import forget_peak, peak_memory_bytes
 from nativerank.train.setup import pick_device
 
 MODULE = "nativerank.bench.memory"

@@ -1,10 +1,13 @@
 """What a run leaves and says at its end besides its loss: the model, a sample, what a compressor needs for the same
 text, its memory."""
 
+import ctypes
+import gc
 import hashlib
 import math
 import re
-from contextlib import nullcontext
+import sys
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -106,3 +109,15 @@ def peak_memory_bytes(device: torch.device) -> int | None:
     status = Path("/proc/self/status")  # getrusage counts the process that started this one too
     found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
     return int(found[1]) * 1024 if found else None
+
+
+def forget_peak(device: torch.device) -> None:
+    """Sets the mark of the peak to what is in use now, as far as the system lets us."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux":
+        with suppress(AttributeError):  # musl has none
+            ctypes.CDLL(None).malloc_trim(0)
+        with suppress(OSError):  # closed in some containers: the peak is then the largest since the process began
+            Path("/proc/self/clear_refs").write_text("5")

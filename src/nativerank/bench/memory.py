@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from nativerank.allocator import give_back_freed_memory
 from nativerank.bench.contestants import make, split_name
 from nativerank.bench.measure import check_sizes, rounds
 from nativerank.bench.record import raced, record
@@ -130,4 +131,5 @@ def _preset(job: dict[str, Any]) -> Preset:
 
 
 if __name__ == "__main__":
+    give_back_freed_memory()  # as every command does
     print(json.dumps(measure(json.loads(sys.argv[1]))))

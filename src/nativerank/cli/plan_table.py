@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 Cell = Callable[[dict[str, Any]], str]
+VERDICTS = {"will_not_pay": "will not pay", "pays_little": "pays little", "saves_less": "saves less here"}
 
 
 def show_plan(plan: dict[str, Any]) -> None:
@@ -34,7 +35,8 @@ def sentences(plan: dict[str, Any]) -> list[str]:
     if "rank" in largest:
         limit = " (any rank)" if largest["rank"] == largest["rank_limit"] else ""
         lines.append(f"largest rank.value that fits at this batch: {largest['rank']}{limit}")
-    lines += [f"low rank will not pay: {reason}" for reason in plan["will_not_pay"]]
+    for key, words in VERDICTS.items():
+        lines += [f"low rank {words}: {reason}" for reason in plan[key]]
     lines.append(f"{device['name']}: {device['source']}. Time is a bound by its peaks, not a forecast.")
     lines.append(f"left out of bytes: {plan['left_out']}.")
     return lines

@@ -1,13 +1,15 @@
-"""When low rank will not pay, and what to change where a run does not fit: plain sentences, each with its number."""
+"""Whether low rank pays, why it saves less, and what to change where a run does not fit: plain sentences, each with its number."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from nativerank.accounting.hardware import Device
 from nativerank.layers import FactorizeReport
+from nativerank.layers.report import FactorizeEntry
 from nativerank.plan.memory import largest_component
 from nativerank.plan.subject import Subject
 
-DOMINATED, OPTIMIZER_SHARE, SMALL_GAIN = 0.5, 0.05, 0.9  # shares above which something is said
+DOMINATED, OPTIMIZER_SHARE, LITTLE = 0.5, 0.05, 0.9  # shares above which something is said
 
 REMEDIES = {
     "activations": "smaller train.batch_size, or train.recompute",
@@ -22,36 +24,72 @@ REMEDIES = {
 }
 
 
-def will_not_pay(planned: Subject, report: FactorizeReport | None, plan: dict[str, Any], device: Device) -> list[str]:
-    """Reasons against low rank for this plan, beside its dense twin where that is known; empty if none was found."""
-    found: list[str] = []
+def verdict(
+    planned: Subject, report: FactorizeReport | None, plan: dict[str, Any], device: Device
+) -> dict[str, list[str]]:
+    """Whether low rank pays by time beside its dense twin, and why it saves less than it could.
+
+    Returns:
+        `will_not_pay`: a step takes the twin's time or more, with ranks at or above break-even named there; also these
+        ranks where there is no twin. `pays_little`: it takes above 0.9. `saves_less`: causes, whatever they cost.
+    """
+    found: dict[str, list[str]] = {"will_not_pay": [], "pays_little": [], "saves_less": []}
+    if planned.dense:
+        return found
     entries = report.entries if report else ()
-    larger = [entry for entry in entries if entry.larger]
-    if larger:
-        found.append(
-            f"{len(larger)} of {len(entries)} kinds of matrices have ranks at or above break-even, the first "
-            f"{larger[0].name} with rank {larger[0].rank}: their factors are no smaller than the matrix"
-        )
-    token = plan["flops"]["per_token"]
-    outside = (token["of_forward"]["attention"] + token["of_forward"]["head"]) / token["forward"]
-    if outside > DOMINATED:
-        found.append(
-            f"attention and head are {outside:.0%} of the exact FLOPs of a forward pass, which no rank makes smaller"
-        )
-    found += optimizer_share(planned, plan)
+    ratio, outside = ratio_to_twin(plan), outside_of_matrices(plan)
+    if ratio is not None and ratio > LITTLE:
+        found["will_not_pay" if ratio >= 1 else "pays_little"].append(beside_twin(planned, plan, ratio, device))
+    elif outside > DOMINATED:
+        found["saves_less"].append(head_share(outside))
+    found["will_not_pay" if ratio is None or ratio >= 1 else "saves_less"] += above_break_even(entries)
+    found["saves_less"] += optimizer_share(planned, plan)
     thin = thin_products(entries, device)
-    found += [thin] if thin else []
-    dense = plan.get("dense")
-    if dense:
-        ratio = plan["time"]["seconds_per_step"] / dense["time"]["seconds_per_step"]
-        flops = token["exact"] / dense["flops"]["per_token"]["exact"]
-        if ratio > SMALL_GAIN:
-            found.append(
-                f"by the roofline of {device.name} a step takes {ratio:.2f} of its dense twin's time, though exact "
-                f"FLOPs are {flops:.2f} of the twin's: width {planned.width()} and {planned.sequences} sequences "
-                "of a pass are too small for it"
-            )
+    found["saves_less"] += [thin] if thin else []
     return found
+
+
+def ratio_to_twin(plan: dict[str, Any]) -> float | None:
+    """Seconds of a step over those of the dense twin; None where there is none."""
+    dense = plan.get("dense")
+    return plan["time"]["seconds_per_step"] / dense["time"]["seconds_per_step"] if dense else None
+
+
+def outside_of_matrices(plan: dict[str, Any]) -> float:
+    """Share of attention and head in the exact FLOPs of a forward pass."""
+    token = plan["flops"]["per_token"]
+    return float((token["of_forward"]["attention"] + token["of_forward"]["head"]) / token["forward"])
+
+
+def head_share(outside: float) -> str:
+    """What no rank changes."""
+    return f"attention and head are {outside:.0%} of the exact FLOPs of a forward pass, which no rank makes smaller"
+
+
+def beside_twin(planned: Subject, plan: dict[str, Any], ratio: float, device: Device) -> str:
+    """One sentence for a step that takes about as long as its dense twin's, with the reason."""
+    flops = plan["flops"]["per_token"]["exact"] / plan["dense"]["flops"]["per_token"]["exact"]
+    outside = outside_of_matrices(plan)
+    why = (
+        head_share(outside)
+        if outside > DOMINATED
+        else f"width {planned.width()} and {planned.sequences} sequences of a pass are too small for it"
+    )
+    takes = (
+        f"takes {ratio:.2f} of its dense twin's time" if ratio >= 1 else f"is {1 - ratio:.0%} shorter than its twin's"
+    )
+    return f"by the roofline of {device.name} a step {takes}, with {flops:.2f} of the twin's exact FLOPs: {why}"
+
+
+def above_break_even(entries: Sequence[FactorizeEntry]) -> list[str]:
+    """Matrices whose factors are no smaller than they were."""
+    larger = [entry for entry in entries if entry.larger]
+    if not larger:
+        return []
+    return [
+        f"{len(larger)} of {len(entries)} kinds of matrices have ranks at or above break-even, the first "
+        f"{larger[0].name} with rank {larger[0].rank}: their factors are no smaller than the matrix"
+    ]
 
 
 def optimizer_share(planned: Subject, plan: dict[str, Any]) -> list[str]:
@@ -67,7 +105,7 @@ def optimizer_share(planned: Subject, plan: dict[str, Any]) -> list[str]:
     ]
 
 
-def thin_products(entries: Any, device: Device) -> str | None:
+def thin_products(entries: Sequence[FactorizeEntry], device: Device) -> str | None:
     """Products (tokens, d) times (d, r) do at most r FLOPs per byte in bfloat16, r / 2 in float32, at any batch."""
     if not entries:
         return None

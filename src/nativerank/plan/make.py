@@ -6,7 +6,7 @@ from typing import Any
 from nativerank.accounting.hardware import THIS_CPU, Device, find_device, present_device, read_devices, split_count
 from nativerank.config import RunConfig
 from nativerank.layers import FactorizeReport
-from nativerank.plan.advice import what_to_change, will_not_pay
+from nativerank.plan.advice import verdict, what_to_change
 from nativerank.plan.figures import MORE, Figures, figures
 from nativerank.plan.memory import LEFT_OUT, bytes_of, largest_batch, parabola
 from nativerank.plan.roofline import run_time, step_time
@@ -54,7 +54,7 @@ def make_plan(config: RunConfig, request: Request) -> dict[str, Any]:
     plan["fits"] = plan["bytes"]["peak"] <= device.memory_bytes
     plan["largest"] = largest(planned, found, report, device, request.search)
     plan["change"] = what_to_change(planned, plan["bytes"], device.memory_bytes)
-    plan["will_not_pay"] = [] if planned.dense else will_not_pay(planned, report, plan, device)
+    plan |= verdict(planned, report, plan, device)
     return {**described(planned, device), **plan, "conventions": CONVENTIONS, "left_out": LEFT_OUT}
 
 

@@ -1,4 +1,4 @@
-"""Whether low rank pays, why it saves less, and what to change where a run does not fit: plain sentences, each with its number."""
+"""Whether low rank pays, why it saves less, what to change where a run does not fit: plain sentences with numbers."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -44,3 +44,11 @@ def test_contestants_find_the_same_frames():
 def test_sizes_below_one_are_one_line(name, cli):
     result = cli("bench", "retraction", f"--{name}", "0")
     assert (result.code, result.err) == (2, f"nativerank: error: --{name} must be at least 1, got 0\n")
+
+
+def test_processor_time_is_of_one_thread(tiny, cli):
+    sizes = ("bench", "retraction", "--repeats", "1", "--clock", "cpu")
+    result = cli(*sizes, "--threads", "1", "--json")
+    assert result.code == 0 and json.loads(result.out)["settings"]["clock"] == "cpu"
+    refused = cli(*sizes, "--threads", "2")
+    assert refused.code == 2 and "--clock cpu adds up the time of all threads" in refused.err

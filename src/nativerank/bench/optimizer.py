@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from nativerank.accounting.algebra import algebra_flops
-from nativerank.bench.measure import check_sizes, check_threads, race, with_threads
+from nativerank.bench.measure import check_sizes, check_threads, measured_by, race, with_threads
 from nativerank.bench.plain import OneAtATime, PlainSpectron, plain_newton_schulz
 from nativerank.bench.record import raced, record
 from nativerank.evaluate.loss import autocast
@@ -48,6 +48,7 @@ def bench_optimizer(
     repeats: int = 5,
     threads: list[int] | None = None,
     device: str = "cpu",
+    clock: str = "wall",
 ) -> dict[str, Any]:
     """Runs all parts.
 
@@ -57,7 +58,7 @@ def bench_optimizer(
         tokens_per_step: tokens that go through `layer`.
         repeats: recorded calls of everything, after one unrecorded.
         threads: numbers of threads to measure with; None takes one, and what PyTorch uses.
-        device: cpu, cuda or mps.
+        device: cpu, cuda or mps. clock: "cpu" takes processor time, of one thread.
     """
     check_sizes(d_model=d_model, layers=layers, tokens_per_step=tokens_per_step, repeats=repeats)
     check_threads(threads)
@@ -68,13 +69,14 @@ def bench_optimizer(
     one_layer = layer_preset(d_model)
     tall = [(d_model, d_model // 4), (2 * d_model, d_model // 2)]
     cases = []
-    for count in with_threads(threads, where):
-        found = [time_orthogonalize(d, r, repeats, where) for d, r in tall]
-        found += [time_layer(one_layer, tokens_per_step, repeats, where), time_step(preset, repeats, where)]
-        cases += [{**one, "case": one["case"] | {"threads": count}} for one in found]
+    with measured_by(clock, threads or [torch.get_num_threads()], where):
+        for count in with_threads(threads, where):
+            found = [time_orthogonalize(d, r, repeats, where) for d, r in tall]
+            found += [time_layer(one_layer, tokens_per_step, repeats, where), time_step(preset, repeats, where)]
+            cases += [{**one, "case": one["case"] | {"threads": count}} for one in found]
     settings = {"preset": preset_name, "layers": preset.layers, "d_model": d_model, "tokens_per_step": tokens_per_step}
     return {
-        **record("optimizer", settings | {"repeats": repeats}, cases, where),
+        **record("optimizer", settings | {"repeats": repeats, "clock": clock}, cases, where),
         "flops": {
             "layer": algebra_flops(low_rank_skeleton(one_layer), CONTEXT),
             "preset": algebra_flops(low_rank_skeleton(preset), preset.context),

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nativerank.bench.measure import check_sizes, check_threads, race, with_threads
+from nativerank.bench.measure import check_sizes, check_threads, measured_by, race, with_threads
 from nativerank.bench.record import raced, record
 from nativerank.linalg.retract import WAYS, retract
 from nativerank.train.setup import pick_device
@@ -32,25 +32,26 @@ LOOP = "loop"
 
 
 def bench_retraction(
-    layers: int = 2, repeats: int = 7, threads: list[int] | None = None, device: str = "cpu"
+    layers: int = 2, repeats: int = 7, threads: list[int] | None = None, device: str = "cpu", clock: str = "wall"
 ) -> dict[str, Any]:
     """Both cases for each number of threads.
 
     Args:
         layers: of the 70B shape. repeats: recorded rounds, after one unrecorded.
         threads: numbers of threads to measure with; None takes one, and what PyTorch uses.
-        device: cpu, cuda or mps.
+        device: cpu, cuda or mps. clock: "cpu" takes processor time, of one thread.
     """
     check_sizes(layers=layers, repeats=repeats)
     check_threads(threads)
     where = pick_device(device)
     stacks = {"70b": [(layers * n, d, r) for n, d, r in LAYER_70B], "wide": list(WIDE)}
-    cases = [
-        measure({"stacks": name, "threads": count}, shapes, repeats, where)
-        for count in with_threads(threads, where)
-        for name, shapes in stacks.items()
-    ]
-    return record("retraction", {"layers": layers, "repeats": repeats}, cases, where)
+    with measured_by(clock, threads or [torch.get_num_threads()], where):
+        cases = [
+            measure({"stacks": name, "threads": count}, shapes, repeats, where)
+            for count in with_threads(threads, where)
+            for name, shapes in stacks.items()
+        ]
+    return record("retraction", {"layers": layers, "repeats": repeats, "clock": clock}, cases, where)
 
 
 def measure(

@@ -43,12 +43,14 @@ def add_optimizer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=int, help="another depth of the preset")
     parser.add_argument("--d_model", type=int, default=1024, help="width of the single layer, ranks a quarter of it")
     parser.add_argument("--tokens_per_step", type=int, default=8192, help="tokens through the single layer")
+    add_clock(parser)
     add_rounds(parser, 5, "recorded calls of everything", threads=True)
 
 
 def add_retraction(parser: argparse.ArgumentParser) -> None:
     """Of `bench retraction`."""
     parser.add_argument("--layers", type=int, default=2, help="layers of the 70B shape at rank 32")
+    add_clock(parser)
     add_rounds(parser, 7, "recorded rounds", threads=True)
 
 

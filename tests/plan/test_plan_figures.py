@@ -7,9 +7,10 @@ import pytest
 from nativerank.accounting.hardware import DEVICES
 from nativerank.config import ModelConfig, OptimConfig, ParallelConfig, RankConfig, RunConfig, TrainConfig
 from nativerank.plan import figures as room
-from nativerank.plan.figures import FEW, MORE, Figures, figures, look, resident
+from nativerank.plan.figures import FEW, MORE, Figures, figures, look
 from nativerank.plan.make import largest_rank, rank_bytes
 from nativerank.plan.memory import bytes_of, largest_batch
+from nativerank.plan.passes import resident
 from nativerank.plan.roofline import phase_seconds, run_time, step_time
 from nativerank.plan.subject import dense_twin, subject
 

@@ -130,9 +130,7 @@ def trace_step(
         optimizer: of the model, with its state.
         autocast_bf16: products in bfloat16, as on CUDA.
     """
-    state = [t for kept in optimizer.state.values() for t in kept.values()] if optimizer else []
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
-    tracer = Tracer([*model.parameters(), *model.buffers(), *grads, *(t for t in state if isinstance(t, Tensor))])
+    tracer = Tracer(tensors_of(model, optimizer))
     with tracer:
         tracer.begin(FORWARD)
         with torch.autocast("cpu", torch.bfloat16) if autocast_bf16 else nullcontext():
@@ -145,3 +143,19 @@ def trace_step(
             tracer.begin(OPTIMIZER)
             optimizer.step()
     return Trace(list(tracer.rows.values()), tracer.before, held, tracer.peak)
+
+
+def trace_update(model: nn.Module, optimizer: torch.optim.Optimizer) -> Trace:
+    """One step of the optimizer on gradients that are there; within a FakeTensorMode. Its `held` is 0."""
+    tracer = Tracer(tensors_of(model, optimizer))
+    with tracer:
+        tracer.begin(OPTIMIZER)
+        optimizer.step()
+    return Trace(list(tracer.rows.values()), tracer.before, 0, tracer.peak)
+
+
+def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> list[Tensor]:
+    """Parameters, buffers, gradients that are there and optimizer state."""
+    state = [t for kept in optimizer.state.values() for t in kept.values()] if optimizer else []
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    return [*model.parameters(), *model.buffers(), *grads, *(t for t in state if isinstance(t, Tensor))]

@@ -3,6 +3,7 @@
 nativerank plan                                                        # the demo, on this machine
 nativerank plan --model.preset spectron-l --on h200 --price 3          # hours and cost on one H200
 nativerank plan --model.preset llama3-70b --on h100-sxmx64 --train.recompute blocks
+nativerank plan --train.batch_size 32 --check                          # beside two real steps
 """
 
 import argparse
@@ -17,6 +18,7 @@ EXAMPLE = """examples:
   nativerank plan
   nativerank plan --model.preset spectron-l --on h200 --price 3
   nativerank plan --model.preset llama3-70b --on h100-sxmx64 --train.recompute blocks --json plan.json
+  nativerank plan --train.batch_size 32 --check
 
 Times are a bound by the device's peaks, not a forecast; docs/plan.md says what is counted and what is left out.
 """
@@ -36,6 +38,7 @@ def add_flags(parser: Any) -> None:
     group.add_argument("--table", metavar="FILE", help="YAML file with more devices, see docs/plan.md")
     group.add_argument("--price", type=float, metavar="P", help="of a device hour, in any currency")
     group.add_argument("--efficiency", type=float, default=1.0, help="share of the roofline to reckon with")
+    group.add_argument("--check", action="store_true", help="make two real steps in a process of their own and compare")
 
 
 def run(argv: list[str]) -> int:
@@ -44,7 +47,7 @@ def run(argv: list[str]) -> int:
     check_json(flags.json)
     from nativerank.plan.make import Request, make_plan
 
-    plan = make_plan(config, Request(flags.on, flags.table, flags.price, flags.efficiency))
+    plan = make_plan(config, Request(flags.on, flags.table, flags.price, flags.efficiency, flags.check))
     if not flags.quiet and flags.json != STDOUT:
         from nativerank.cli.plan_table import show_plan
 

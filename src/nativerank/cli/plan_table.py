@@ -39,7 +39,21 @@ def sentences(plan: dict[str, Any]) -> list[str]:
         lines += [f"low rank {words}: {reason}" for reason in plan[key]]
     lines.append(f"{device['name']}: {device['source']}. Time is a bound by its peaks, not a forecast.")
     lines.append(f"left out of bytes: {plan['left_out']}.")
-    return lines
+    return lines + checked(plan.get("check"))
+
+
+def checked(found: dict[str, Any] | None) -> list[str]:
+    """What two real steps showed, if they were made."""
+    if found is None:
+        return []
+    peak, beyond, speed = (found[name] for name in ("peak_bytes", "beyond_base_bytes", "tokens_per_second"))
+    return [
+        f"checked by {found['steps']} real steps: peak {gigabytes(peak['predicted'])} predicted, "
+        f"{gigabytes(peak['measured'])} measured, of which {gigabytes(found['base_bytes'])} is the process without a "
+        f"model; without that {gigabytes(beyond['predicted'])} and {gigabytes(beyond['measured'])}",
+        f"as a run has it, with freed blocks that are kept: {gigabytes(found['kept_peak_bytes'])}",
+        f"tokens per second: {count(speed['predicted'])} at most, {count(speed['measured'])} measured",
+    ]
 
 
 def _table(plan: dict[str, Any]) -> Any:

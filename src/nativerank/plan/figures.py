@@ -8,26 +8,22 @@ and of the sequences of a pass, activations and traffic alike, at full chunks of
 and at three, whatever the depth; models whose blocks differ are looked at whole. Nothing in it is fitted.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nativerank.accounting.rule_flops import optimizer_ops
-from nativerank.accounting.trace import OPTIMIZER, Op, trace_step
+from nativerank.accounting.trace import OPTIMIZER, Op
 from nativerank.accounting.traffic import exchanged_bytes, optimizer_scale, padded_shard
 from nativerank.distributed.grid import SINGLE, Grid
 from nativerank.distributed.pretend import pretended
 from nativerank.distributed.wrap import DTYPES, blocks
-from nativerank.evaluate import head_loss
-from nativerank.evaluate.loss import mean_loss
 from nativerank.models import count_parameters
 from nativerank.optim.optimizer import LowRankOptimizer
 from nativerank.plan.counts import count_flops
+from nativerank.plan.passes import chunk, resident, trace, update_bytes
 from nativerank.plan.subject import Subject
 from nativerank.train.setup import gradient_grid, optimizer_for, precisions, spread
 
@@ -96,11 +92,6 @@ def traced_sequences(planned: Subject) -> tuple[int, ...]:
     return tuple(sorted({min(planned.sequences, fewest), fewest, 2 * fewest}))
 
 
-def chunk(planned: Subject) -> int:
-    """Tokens of a chunk of the loss on the device that is planned for."""
-    return head_loss.CHUNK_TOKENS.get(str(planned.config.device), head_loss.CHUNK_TOKENS_OF_GPUS)
-
-
 def look(planned: Subject, depth: int | None, counts: tuple[int, ...]) -> tuple[Any, ...]:
     """(params, flops, held, sent, traced, update) of a model of so many blocks; None is all of them."""
     model, _ = planned.build(depth)
@@ -108,6 +99,10 @@ def look(planned: Subject, depth: int | None, counts: tuple[int, ...]) -> tuple[
     optimizer = optimizer_for(planned.config, model)
     flops = count_flops(planned, model, optimizer.param_groups)
     traced = {n: trace(planned, depth, n) for n in counts}
+    new = 0 if resident(planned) else sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    working = update_bytes(planned, depth)
+    for found in traced.values():
+        found["peak"][OPTIMIZER] = new + working
     shape = planned.processes
     update = {
         op.name: {"calls": op.calls, "flops": op.flops, "bytes": op.bytes}
@@ -175,41 +170,3 @@ def sent_bytes(planned: Subject, model: nn.Module, optimizer: LowRankOptimizer, 
     moved = optimizer_scale(optimizer.param_groups, grid, p.algebra)["bytes"]["total"]
     once = gradients["replica_all_reduce"]
     return {"gradient_exchange": (gradients["total"] - once) * planned.passes + once, "optimizer": moved}
-
-
-def trace(planned: Subject, depth: int | None, sequences: int) -> Numbers:
-    """One forward and backward pass, run on tensors without numbers."""
-    model, _ = planned.build(depth)
-    config, shape = planned.config, Grid(replicas=planned.processes.replicas, shards=planned.processes.shards)
-    wide = DTYPES[precisions(config, shape)["precision"]]
-    if shape.shards > 1 and wide is not None:
-        model.to(wide)  # weights are gathered so; the shards are in `held`
-    with FakeTensorMode(allow_non_fake_inputs=True), chunks_of(planned):
-        model.to_empty(device="cpu")
-        ids = torch.zeros(sequences, planned.context, dtype=torch.long)
-        for p in model.parameters() if resident(planned) else ():
-            p.grad = torch.empty_like(p) if p.requires_grad else None
-        chunked = config.train.loss != "whole"
-        found = trace_step(
-            model, lambda m: mean_loss(m, ids, ids, chunked=chunked), autocast_bf16=config.device == "cuda"
-        )
-    ops: Numbers = {}
-    for op in found.ops:
-        ops.setdefault(op.phase, {})[op.name] = {"calls": op.calls, "flops": op.flops, "bytes": op.bytes}
-    return {"activations": found.held, "peak": found.peak, "ops": ops}
-
-
-def resident(planned: Subject) -> bool:
-    """Whether gradients are counted beside a pass: they are there from the pass before, in shards, or go at once."""
-    return planned.passes > 1 or planned.processes.world > 1 or planned.config.optim.layerwise
-
-
-@contextmanager
-def chunks_of(planned: Subject) -> Iterator[None]:
-    """The loss in chunks as the planned device would have them."""
-    before = dict(head_loss.CHUNK_TOKENS)
-    head_loss.CHUNK_TOKENS["cpu"] = chunk(planned)
-    try:
-        yield
-    finally:
-        head_loss.CHUNK_TOKENS.update(before)

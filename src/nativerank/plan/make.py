@@ -7,6 +7,7 @@ from nativerank.accounting.hardware import THIS_CPU, Device, find_device, presen
 from nativerank.config import RunConfig
 from nativerank.layers import FactorizeReport
 from nativerank.plan.advice import verdict, what_to_change
+from nativerank.plan.check import check, check_here
 from nativerank.plan.figures import MORE, Figures, figures
 from nativerank.plan.memory import LEFT_OUT, bytes_of, largest_batch, parabola
 from nativerank.plan.roofline import run_time, step_time
@@ -27,6 +28,7 @@ class Request:
         table: YAML file with more devices.
         price: of a device hour, in any currency.
         efficiency: share of the roofline that is reckoned with.
+        check: make two real steps, too.
         search: look for the largest rank that fits, too.
     """
 
@@ -34,6 +36,7 @@ class Request:
     table: str | None = None
     price: float | None = None
     efficiency: float = 1.0
+    check: bool = False
     search: bool = True
 
 
@@ -46,6 +49,8 @@ def make_plan(config: RunConfig, request: Request) -> dict[str, Any]:
     device, count = chosen_device(request)
     config = replace(config, device=config.device or ("cpu" if device.on_cpu else "cuda"))
     planned = subject(config, count)
+    if request.check:
+        check_here(planned)
     plan, found = side(planned, device, request)
     report = planned.build(MORE if planned.equal_blocks() else None)[1]
     twin = dense_twin(config)
@@ -55,6 +60,8 @@ def make_plan(config: RunConfig, request: Request) -> dict[str, Any]:
     plan["largest"] = largest(planned, found, report, device, request.search)
     plan["change"] = what_to_change(planned, plan["bytes"], device.memory_bytes)
     plan |= verdict(planned, report, plan, device)
+    if request.check:
+        plan["check"] = check(planned, plan)
     return {**described(planned, device), **plan, "conventions": CONVENTIONS, "left_out": LEFT_OUT}
 
 

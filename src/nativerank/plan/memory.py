@@ -17,14 +17,16 @@
 Not all components are there at once, so they add up to more than the peak. Left out: what `LEFT_OUT` says.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
-from nativerank.plan.figures import Figures, chunk, resident
+from nativerank.plan.figures import Figures
+from nativerank.plan.passes import chunk, resident
 from nativerank.plan.subject import Subject
 
 LEFT_OUT = (
-    "the framework itself, communication buffers, what an allocator rounds up, temporary tensors of the optimizer, a "
-    "teacher"
+    "the framework itself, communication buffers, what an allocator rounds up or keeps, temporary tensors of the "
+    "optimizer on many processes, a teacher"
 )
 PERMANENT = ("weights", "optimizer", "buffers", "gathered", "buckets", "diloco")
 
@@ -75,7 +77,7 @@ def largest_component(parts: dict[str, int]) -> str:
     return max((name for name in parts if name not in ("peak", "logits")), key=parts.__getitem__)
 
 
-def parabola(points: dict[int, float]) -> Any:
+def parabola(points: Mapping[int, float]) -> Any:
     """The polynomial through three points."""
 
     def value(x: int) -> float:

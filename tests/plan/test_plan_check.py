@@ -1,0 +1,85 @@
+"""What a plan says of a step's memory is what a process takes that makes real steps."""
+
+import pytest
+
+from nativerank.cli.plan_table import checked
+from nativerank.config import ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
+from nativerank.plan import check as room
+from nativerank.plan.check import check
+from nativerank.plan.figures import figures
+from nativerank.plan.memory import bytes_of
+from nativerank.plan.subject import subject
+from nativerank.train.closing import peak_memory_bytes
+
+# Large enough for tensors to outweigh the process without a model; (preset, sequences of 256 tokens).
+SIZES = [("pocket", 64), ("demo", 32), ("llama-60m", 2)]
+METHODS = ["spectron", "sct", "dense-adamw"]
+LINUX = pytest.mark.skipif(peak_memory_bytes(room.torch.device("cpu")) is None, reason="the system does not say")
+
+
+def planned(preset, method, sequences, context=256, devices=None, **groups):
+    train = {"steps": 10, "batch_size": sequences, "accumulation": 1, "context": context, **groups.pop("train", {})}
+    model = ModelConfig(preset=preset)
+    return subject(RunConfig(model=model, method=method, device="cpu", train=TrainConfig(**train), **groups), devices)
+
+
+def compared(one):
+    """Predicted and measured peak beyond the base, and the base."""
+    job = {"config": room.to_dict(one.config), "vocab_size": one.vocab_size}
+    found = room.in_a_process(job, room.GIVE_BACK)
+    return bytes_of(one, figures(one))["peak"], found["peak_bytes"] - found["base_bytes"], found["base_bytes"]
+
+
+@LINUX
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("preset, sequences", SIZES)
+def test_peaks_are_within_a_tenth(preset, sequences, method):
+    expected, seen, base = compared(planned(preset, method, sequences))
+    assert expected + base == pytest.approx(seen + base, rel=0.1)
+    assert expected == pytest.approx(seen, rel=0.1)  # without what both have anyway
+    assert seen > 0.6 * base
+
+
+@LINUX
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "groups",
+    [
+        {"train": {"loss": "whole"}},
+        {"train": {"accumulation": 2}},
+        {"train": {"recompute": "blocks"}},
+        {"train": {"recompute": "up"}},
+        {"optim": OptimConfig(layerwise=True, clip=0.0)},
+    ],
+    ids=["whole", "accumulation", "blocks", "up", "layerwise"],
+)
+def test_so_they_are_under_other_policies(groups):
+    expected, seen, base = compared(planned("demo", "spectron", 16, **groups))
+    assert expected + base == pytest.approx(seen + base, rel=0.1)
+
+
+def test_a_check_compares_and_says_so(monkeypatch):
+    said = {"bytes": {"peak": 900}, "time": {"tokens_per_second": 50.0}}
+    answers = {
+        True: {"base_bytes": 90, "peak_bytes": 1090, "kept_peak_bytes": 1090, "seconds": 99.0},
+        False: {"base_bytes": 80, "peak_bytes": 1500, "kept_peak_bytes": 1500, "seconds": 64.0},
+    }
+    monkeypatch.setattr(room, "in_a_process", lambda job, environment: answers[bool(environment)])
+    found = check(planned("pocket", "spectron", 1), said)
+    assert found["peak_bytes"] == {"predicted": 990, "measured": 1090, "ratio": 990 / 1090}
+    assert found["beyond_base_bytes"] == {"predicted": 900, "measured": 1000, "ratio": 0.9}
+    assert found["tokens_per_second"]["measured"] == 256 / 64 and found["kept_peak_bytes"] == 1500
+    assert len(checked(found)) == 3 and checked(None) == []
+
+
+def test_what_cannot_be_checked_here():
+    many = planned("pocket", "spectron", 4, devices=2, parallel=ParallelConfig(mode="ddp"))
+    with pytest.raises(ValueError, match="one process, and this plan has 2"):
+        check(many, {})
+
+
+def test_a_process_that_ends_early_says_why():
+    one = planned("pocket", "spectron", 1)
+    with pytest.raises(ValueError, match="steps ended with 1: .*no causal language model"):
+        room.in_a_process({"config": room.to_dict(one.config), "vocab_size": -1}, {})

@@ -1,11 +1,13 @@
 """From the FLOP ratio of a low-rank step to its measured ratio: where each percent of the dense twin's step goes.
 
-    python benchmarks/waterfall.py --d_model 512 --threads 1
+    python benchmarks/waterfall.py --d_model 512 --json FILE
 
-Both sides train in one process with the loop's own step, AdamW on the dense side, in turns: plain steps, whose paired
-ratios are what counts, and profiled steps, whose parts (`nativerank.train.parts`) explain it: every event counts as in
-the step in which it was fastest, since other programs strike other events each time. With T and F the time and
-the exact FLOP of a part, d dense, l low rank, and e = F_d / T_d of the dense matrices:
+Both sides train in one process with the loop's own step, AdamW on the dense side, in turns, by the processor time of
+one thread: plain steps, whose phases count, and watched ones, which time every operator of the forward and backward
+pass by itself and tell the part of the model (`nativerank.train.parts`) that called it or whose gradient it computes.
+Parts are medians over the watched steps; what a plain forward and backward pass takes beyond them is "outside of
+operators": Python, the dispatcher, autograd. So the parts of a side add up to its plain step. With T and F the
+time and the exact FLOP of a part, d dense, l low rank, and e = F_d / T_d of the dense matrices:
 
     FLOP ratio                    sum F_l / sum F_d
     slower parts count more       the same with attention, head and loss weighed by the dense side's seconds
@@ -18,28 +20,74 @@ import argparse
 import json
 import statistics
 import time
-from collections import Counter, defaultdict
+from bisect import bisect_right
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from nativerank.bench.measure import measured_by, rounds
+from nativerank.bench.record import raced, record
 from nativerank.layers import join_products
 from nativerank.methods import build_optimizer, factorize, find_method
 from nativerank.models import Preset, find_preset, hf_config, materialize, scaled, skeleton
-from nativerank.train.parts import ATTENTION, DENSE, DOWN, HEAD, STEP, UP, Names, gflop_of, listed, parts_of
-from nativerank.train.setup import versions
+from nativerank.train.parts import ATTENTION, DENSE, DOWN, GRADIENTS, HEAD, UP, gflop_of, parts_of
 from nativerank.train.step import train_step
 
 MATRICES = (DOWN, UP, DENSE)
-GROUPS = {ATTENTION: "attention", HEAD: "head and loss", "clip": "clip"}
-GROUPS |= {name: "matrices" for name in MATRICES}
-GROUPS |= {name: "norms, activation, residuals" for name in ("norms", "activation, residuals")}
+WITH_FLOPS = (*MATRICES, ATTENTION, HEAD)
+OUTSIDE = "outside of operators"
+
+
+class Watch(TorchDispatchMode):
+    """Processor seconds of every operator of a forward and backward pass while it is entered, by part of the model.
+
+    An operator of the backward pass runs for a node of the graph, whose number tells during which part it was made.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.stack, self.backward = [HEAD], False  # outside of the base model all is head and loss
+        self.numbers, self.names = [0], [HEAD]
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.handles: list[Any] = []
+        for module, part in parts_of(model, compiled=False).items():
+            self.handles.append(module.register_forward_pre_hook(lambda *_, part=part: self._go([*self.stack, part])))
+            self.handles.append(module.register_forward_hook(lambda *_: self._go(self.stack[:-1])))
+
+    def _go(self, stack: list[str]) -> None:
+        self.stack = stack
+        self.numbers.append(torch.autograd._get_sequence_nr())
+        self.names.append(stack[-1])
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        node = torch._C._current_autograd_node()
+        self.backward |= node is not None
+        began = time.thread_time()
+        out = function(*args, **(kwargs or {}))
+        took = time.thread_time() - began
+        if node is not None:
+            self.seconds[self._made(node._sequence_nr())] += took
+        elif not self.backward:  # what comes after the backward pass has a phase of its own
+            self.seconds[self.stack[-1]] += took
+        return out
+
+    def _made(self, number: int) -> str:
+        """The part during which this node was made; those that add gradients up have a number beyond all."""
+        if number >= self.numbers[-1]:
+            return HEAD if number < 2**62 else GRADIENTS
+        return self.names[bisect_right(self.numbers, number) - 1]
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
 
 
 class Side:
-    """A model with its optimizer, the seconds of its plain steps, and what its profiled ones took by part."""
+    """A model with its optimizer, the seconds of its plain steps by phase, and of its watched ones by part."""
 
     def __init__(self, preset: Preset, method: str):
         model = skeleton(hf_config(preset))
@@ -48,56 +96,46 @@ class Side:
         self.model = materialize(model, seed=0, init_scale=1.0, init="sampled").train()
         join_products(self.model)
         self.optimizer = build_optimizer(self.model, method)
-        self.seconds: list[tuple[float, float]] = []  # on the clock, and of CPU time
-        self.events: list[list[tuple[str, float]]] = []
+        self.phases: list[dict[str, float]] = []
+        self.watched: list[dict[str, float]] = []
 
-    def step(self, ids: torch.Tensor) -> tuple[float, float]:
-        began = time.perf_counter(), time.process_time()
-        train_step(self.model, self.optimizer, [(ids[:, :-1], ids[:, 1:], None)], 1, clip=1.0)
-        return time.perf_counter() - began[0], time.process_time() - began[1]
+    def step(self, ids: torch.Tensor) -> dict[str, float]:
+        return train_step(self.model, self.optimizer, [(ids[:, :-1], ids[:, 1:], None)], 1, clip=1.0).seconds
 
-    def profiled_step(self, ids: torch.Tensor) -> None:
-        names = Names(parts_of(self.model, compiled=False))
-        with profile(activities=[ProfilerActivity.CPU]) as watching, record_function(STEP):
+    def watched_step(self, ids: torch.Tensor) -> None:
+        watch = Watch(self.model)
+        with watch:
             self.step(ids)
-        names.remove()
-        found, _ = listed(watching.events() or [], False)
-        self.events.append([(group(part), milliseconds) for (part, _), milliseconds in found])
+        watch.remove()
+        self.watched.append(dict(watch.seconds))
 
     def parts(self) -> dict[str, float]:
-        """Milliseconds by group: every event at its fastest over all profiled steps of equal course.
-
-        Other programs on the machine strike other events each time.
-        """
-        course = Counter(tuple(name for name, _ in events) for events in self.events).most_common(1)[0][0]
-        alike = [events for events in self.events if tuple(name for name, _ in events) == course]
-        grouped: dict[str, float] = defaultdict(float)
-        for name, *all_of_one in zip(course, *alike, strict=True):
-            grouped[name] += min(milliseconds for _, milliseconds in all_of_one)
-        return grouped
+        """Milliseconds by part, which add up to the plain step."""
+        plain = {name: 1e3 * statistics.median(step[name] for step in self.phases) for name in self.phases[0]}
+        names = sorted({name for step in self.watched for name in step})
+        found = {name: 1e3 * statistics.median(step.get(name, 0.0) for step in self.watched) for name in names}
+        found[OUTSIDE] = plain["forward"] + plain["backward"] - sum(found.values())
+        return found | {name: plain[name] for name in ("clip", "optimizer")}
 
 
-def group(part: str) -> str:
-    """What a part counts to in the waterfall."""
-    return "optimizer" if part.startswith("optimizer") else GROUPS.get(part, "all else")
-
-
-def waterfall(low: Side, dense: Side, context: int, tokens: int) -> list[tuple[str, float]]:
-    """(what, share of the dense step): the first is the FLOP ratio, the others are added to it."""
+def waterfall(low: Side, dense: Side, context: int, tokens: int) -> dict[str, float]:
+    """{what: share of the dense step}: the first is the FLOP ratio, to which all others but the last are added."""
     F_l, F_d = (gflop_of(side.model, context, tokens, False) for side in (low, dense))
     T_l, T_d = low.parts(), dense.parts()
-    names = sorted(set(T_l) | set(T_d))
-    whole, shared = sum(T_d.values()), T_d["attention"] + T_d["head and loss"]
-    products_l, products_d = (sum(F.get(name, 0.0) for name in MATRICES) for F in (F_l, F_d))
-    at_dense_speed = products_l / products_d * T_d["matrices"]
+    products_l, products_d, milliseconds_l, milliseconds_d = (
+        sum(found.get(name, 0.0) for name in MATRICES) for found in (F_l, F_d, T_l, T_d)
+    )
+    whole, shared = sum(T_d.values()), T_d[ATTENTION] + T_d[HEAD]
+    at_dense_speed = products_l / products_d * milliseconds_d
     flops = sum(F_l.values()) / sum(F_d.values())
-    by_time = (at_dense_speed + shared) / (T_d["matrices"] + shared)
-    with_rest = (at_dense_speed + whole - T_d["matrices"]) / whole
-    rows = [("exact FLOP ratio", flops), ("attention and head weigh more in time", by_time - flops)]
-    rows += [("parts without FLOPs, as on the dense side", with_rest - by_time)]
-    rows += [("thin products are slower per FLOP", (T_l["matrices"] - at_dense_speed) / whole)]
-    rows += [(f"{name}: low rank minus dense", (T_l[name] - T_d[name]) / whole) for name in names if name != "matrices"]
-    return [*rows, ("profiled steps", sum(T_l.values()) / whole)]
+    by_time = (at_dense_speed + shared) / (milliseconds_d + shared)
+    with_rest = (at_dense_speed + whole - milliseconds_d) / whole
+    rows = {"exact FLOP ratio": flops, "attention and head weigh more in time": by_time - flops}
+    rows["parts without FLOPs, as on the dense side"] = with_rest - by_time
+    rows["thin products are slower per FLOP"] = (milliseconds_l - at_dense_speed) / whole
+    for name in sorted((set(T_l) | set(T_d)) - set(MATRICES)):
+        rows[f"{name}: low rank minus dense"] = (T_l.get(name, 0.0) - T_d.get(name, 0.0)) / whole
+    return rows | {"step": sum(T_l.values()) / whole}
 
 
 def main() -> None:
@@ -107,42 +145,38 @@ def main() -> None:
     parser.add_argument("--d_model", type=int)
     parser.add_argument("--layers", type=int)
     parser.add_argument("--batch_size", type=int)
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--json", type=Path)
     a = parser.parse_args()
-    torch.set_num_threads(a.threads)
+    torch.set_num_threads(1)
+    device = torch.device("cpu")
     preset = scaled(find_preset(a.preset), a.d_model, a.layers)
     batch_size, generator = a.batch_size or preset.batch_size, torch.Generator().manual_seed(0)
-    low, dense = Side(preset, a.method), Side(preset, "dense-adamw")
-    for round_ in range(a.repeats + 1):
-        ids = torch.randint(preset.vocab_size, (batch_size, preset.context + 1), generator=generator)
-        for side in (low, dense) if round_ % 2 else (dense, low):
-            seconds = side.step(ids)
-            if round_:
-                side.seconds.append(seconds)
-                side.profiled_step(ids)
-    pairs = list(zip(low.seconds, dense.seconds, strict=True))
-    ratios = {name: sorted(x[i] / y[i] for x, y in pairs) for i, name in enumerate(("clock", "cpu_time"))}
-    rows = waterfall(low, dense, preset.context, batch_size * preset.context)
-    found: dict[str, Any] = {
-        "settings": {key: value for key, value in vars(a).items() if key != "json"},
-        "plain_ratio": {
-            name: {"median": statistics.median(values), "min": values[0], "max": values[-1]}
-            for name, values in ratios.items()
-        },
-        "waterfall": dict(rows),
-        "milliseconds": {
-            label: dict(sorted(side.parts().items())) for label, side in (("low_rank", low), ("dense", dense))
-        },
-        "environment": versions(),
-    }
-    for what, share in rows:
-        print(f"{what:<55}{share:+8.3f}")
-    for name, values in found["plain_ratio"].items():
-        print(f"{f'plain steps, median of paired ratios, {name}':<55}{values['median']:+8.3f}")
-    for label, values in found["milliseconds"].items():
-        print(label, {name: round(value, 1) for name, value in values.items()})
+    tokens = batch_size * preset.context
+    sides = {a.method: Side(preset, a.method), "dense-adamw": Side(preset, "dense-adamw")}
+    with measured_by("cpu", [1], device):
+        for names, counts in rounds(list(sides), a.repeats, warmup=1):
+            ids = torch.randint(preset.vocab_size, (batch_size, preset.context + 1), generator=generator)
+            for side in map(sides.__getitem__, names):
+                phases = side.step(ids)
+                if counts:
+                    side.phases.append(phases)
+                    side.watched_step(ids)
+    low, dense = sides.values()
+    rows = waterfall(low, dense, preset.context, tokens)
+    gflop = {name: gflop_of(side.model, preset.context, tokens, False) for name, side in sides.items()}
+    milliseconds = {name: side.parts() for name, side in sides.items()}
+    steps = {name: [sum(phases.values()) for phases in side.phases] for name, side in sides.items()}
+    case = {"d_model": preset.d_model, "layers": preset.layers, "tokens": tokens, "threads": 1}
+    figures = {"waterfall": rows, "milliseconds": milliseconds, "gflop": gflop}
+    settings = {key: value for key, value in vars(a).items() if key != "json"} | {"clock": "cpu"}
+    found = record("waterfall", settings, [raced(case, "dense-adamw", steps, **figures)], device)
+    for what, share in rows.items():
+        print(f"{what:<60}{share:+8.3f}")
+    print(f"{'plain steps, median of paired ratios':<60}{found['cases'][0]['ratio'][a.method]:+8.3f}")
+    print(f"{'milliseconds':<30}" + "".join(f"{name:>14}" for name in sides))
+    for name in sorted(set().union(*milliseconds.values())):
+        print(f"{name:<30}" + "".join(f"{values.get(name, 0.0):14.1f}" for values in milliseconds.values()))
     if a.json:
         a.json.write_text(json.dumps(found, indent=1) + "\n")
 

@@ -19,15 +19,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from nativerank.accounting.trace import OPTIMIZER, Op, Tracer
-from nativerank.optim.directions import New, Product, Stack, formed
+from nativerank.optim.directions import New, Stack, formed
 from nativerank.optim.precision import kept_as, state_dtype
 from nativerank.optim.rules import RULES, initial_state
 from nativerank.optim.units import turned, units_of
 
 Shape = tuple[int, ...]
+NAMES_OF_GROUPS = ("params", "param_names", "name")  # what a rule does not read
+_LOOKED_AT: dict[tuple[Any, str], list[Op]] = {}
 
 
 def optimizer_flops(groups: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -72,7 +73,16 @@ def adamw_bytes(p: Any, group: Mapping[str, Any]) -> float:
 
 
 def unit_ops(shapes: Sequence[Shape], options: Mapping[str, Any]) -> list[Op]:
-    """The operators of one step of a unit, as `unit_flops` counts them; the subtraction of the step included."""
+    """The operators of one step of a unit, looked at once for these shapes and options; not to be changed."""
+    own = {name: value for name, value in options.items() if name not in NAMES_OF_GROUPS}
+    key = (tuple(shapes), repr(sorted(own.items())))
+    if key not in _LOOKED_AT:
+        _LOOKED_AT[key] = look_at(shapes, own)
+    return _LOOKED_AT[key]
+
+
+def look_at(shapes: Sequence[Shape], options: Mapping[str, Any]) -> list[Op]:
+    """The operators of one step of a unit, the subtraction of the step included."""
     rule = RULES[options["rule"]]
     assert rule.update is not None
     sides = [stack_of(position, shape, options) for position, shape in enumerate(shapes)]
@@ -91,15 +101,7 @@ def unit_ops(shapes: Sequence[Shape], options: Mapping[str, Any]) -> list[Op]:
 
 def unit_flops(shapes: Sequence[Shape], options: Mapping[str, Any]) -> float:
     """FLOPs of one step of a unit: a matrix (rows, cols), or factors as they are stored, with their s."""
-    rule = RULES[options["rule"]]
-    assert rule.update is not None
-    sides = [stack_of(position, shape, options) for position, shape in enumerate(shapes)]
-    with FlopCounterMode(display=False, custom_mapping=SOLVERS) as counter, torch.no_grad():
-        found = rule.update(*sides, {**options, "initial_lr": options["lr"]})
-        for change in found if isinstance(found, tuple) else ():
-            if isinstance(change, Product):
-                formed(change)  # as the shell does
-    return float(counter.get_total_flops())
+    return float(sum(op.flops for op in unit_ops(shapes, options)))
 
 
 def stack_of(position: int, shape: Shape, options: Mapping[str, Any]) -> Stack:

@@ -55,7 +55,8 @@ def make_plan(config: RunConfig, request: Request) -> dict[str, Any]:
     report = planned.build(MORE if planned.equal_blocks() else None)[1]
     twin = dense_twin(config)
     if twin is not None:
-        plan["dense"] = side(subject(twin, count), device, request)[0]
+        other = subject(twin, count)
+        plan["dense"] = side(other, device, request, (other.sequences,))[0]
     plan["fits"] = plan["bytes"]["peak"] <= device.memory_bytes
     plan["largest"] = largest(planned, found, report, device, request.search)
     plan["change"] = what_to_change(planned, plan["bytes"], device.memory_bytes)
@@ -82,9 +83,11 @@ def chosen_device(request: Request) -> tuple[Device, int | None]:
     return (device if request.price is None else replace(device, price_per_hour=request.price)), count
 
 
-def side(planned: Subject, device: Device, request: Request) -> tuple[dict[str, Any], Figures]:
-    """What one model costs, low rank or dense."""
-    found = figures(planned)
+def side(
+    planned: Subject, device: Device, request: Request, sequences: tuple[int, ...] | None = None
+) -> tuple[dict[str, Any], Figures]:
+    """What one model costs, low rank or dense; `sequences` of a pass that are looked at, as in `figures`."""
+    found = figures(planned, sequences)
     time = step_time(
         found.ops(planned.sequences),
         device,

@@ -158,9 +158,9 @@ def main() -> None:
         for names, counts in rounds(list(sides), a.repeats, warmup=1):
             ids = torch.randint(preset.vocab_size, (batch_size, preset.context + 1), generator=generator)
             for side in map(sides.__getitem__, names):
-                phases = side.step(ids)
+                side.step(ids)  # the other side's memory was another
                 if counts:
-                    side.phases.append(phases)
+                    side.phases.append(side.step(ids))
                     side.watched_step(ids)
     low, dense = sides.values()
     rows = waterfall(low, dense, preset.context, tokens)

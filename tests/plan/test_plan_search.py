@@ -1,12 +1,18 @@
 """A plan looks at few models; what it calls largest is what a run takes, fits, and is the largest."""
 
+from dataclasses import replace
+
+import pytest
+
 from nativerank.accounting import rule_flops
-from nativerank.config import ModelConfig, RunConfig, TrainConfig
+from nativerank.config import ModelConfig, RankConfig, RunConfig, TrainConfig
 from nativerank.plan import figures as room
-from nativerank.plan.make import Request, make_plan
+from nativerank.plan.make import Request, batch_of, largest_ratio, make_plan, peak_at_ratio, peak_of
 from nativerank.plan.passes import trace
+from nativerank.plan.subject import subject
 
 
+@pytest.mark.slow
 def test_a_plan_runs_eight_passes_whatever_the_depth(monkeypatch):
     traced = []
     monkeypatch.setattr(room, "trace", lambda *args: traced.append(args) or trace(*args))
@@ -28,3 +34,40 @@ def test_an_update_rule_is_looked_at_once(monkeypatch):
     assert rule_flops.unit_flops([(48, 32)], {**options, "orthogonalizer_steps": 6}) > rule_flops.unit_flops(
         [(48, 32)], options
     )
+
+
+def tiny(ratio=0.1, **train):
+    train = {"steps": 10, "batch_size": 4, **train}
+    return RunConfig(
+        model=ModelConfig(preset="pocket"), device="cpu", rank=RankConfig(ratio=ratio), train=TrainConfig(**train)
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("now", [0.1, 0.8])
+def test_the_largest_ratio_fits_and_the_next_does_not(now):
+    one = subject(tiny(now))
+    report = one.build(3)[1]
+    memory = (peak_at_ratio(one, 0.4) + peak_at_ratio(one, 0.41)) // 2
+    peak = peak_at_ratio(one, now)
+    assert peak_at_ratio(one, 0.41) > peak_at_ratio(one, 0.4)
+    assert largest_ratio(one, report, peak, memory) == 0.4
+    assert largest_ratio(one, report, peak, peak_at_ratio(one, 1.0)) == 1.0
+    assert largest_ratio(one, report, peak, peak_at_ratio(one, 0.01) - 1) == 0.0
+
+
+@pytest.mark.parametrize(("fit", "size"), [(0, 0), (5, 4), (7, 6), (100, 12)])
+def test_the_largest_batch_is_one_that_a_run_takes(fit, size):
+    one = subject(tiny(batch_size=2, accumulation=12), 2)  # 24 sequences, 12 of a process
+    found = batch_of(one, fit, 10**12)
+    assert found["batch_size"] == size
+    if size:
+        again = subject(tiny(**found), 2)
+        assert (again.sequences, again.tokens_per_step) == (size, one.tokens_per_step)
+
+
+def test_a_smaller_batch_has_gradients_beside_its_passes():
+    one = subject(tiny(batch_size=4, accumulation=1))
+    smaller = peak_of(replace(one, sequences=2, passes=2))
+    assert batch_of(one, 3, smaller)["batch_size"] == 2
+    assert batch_of(one, 3, smaller - 1)["batch_size"] == 1

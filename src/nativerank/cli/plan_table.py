@@ -31,10 +31,10 @@ def sentences(plan: dict[str, Any]) -> list[str]:
     """What the figures mean, one sentence each."""
     device, largest, memory = plan["device"], plan["largest"], plan["device"]["memory_bytes"]
     fits = f"fits: {gigabytes(plan['bytes']['peak'])} of {gigabytes(memory)} per device"
-    lines = [plan["change"] or fits, f"largest train.batch_size of a process that fits: {largest['batch_size']}"]
+    lines = [plan["change"] or fits, batch_line(largest)]
     if "rank" in largest:
-        limit = " (any rank)" if largest["rank"] == largest["rank_limit"] else ""
-        lines.append(f"largest rank.value that fits at this batch: {largest['rank']}{limit}")
+        limit = " (any)" if largest["rank"] == largest["rank_limit"] else ""
+        lines.append(f"largest {largest['rank_key']} that fits at this batch: {largest['rank']}{limit}")
     for key, words in VERDICTS.items():
         lines += [f"low rank {words}: {reason}" for reason in plan[key]]
     lines.append(f"{device['name']}: {device['source']}. Time is a bound by its peaks, not a forecast.")
@@ -54,6 +54,15 @@ def checked(found: dict[str, Any] | None) -> list[str]:
         f"as a run has it, with freed blocks that are kept: {gigabytes(found['kept_peak_bytes'])}",
         f"tokens per second: {count(speed['predicted'])} at most, {count(speed['measured'])} measured",
     ]
+
+
+def batch_line(largest: dict[str, Any]) -> str:
+    """The batch that a run of as many sequences per step takes; and how many sequences would fit."""
+    fits = f"up to {largest['sequences']} sequences of a pass fit"
+    if not largest["batch_size"]:
+        return f"no train.batch_size fits that keeps the sequences of a step ({fits})"
+    batch = f"--train.batch_size {largest['batch_size']} --train.accumulation {largest['accumulation']}"
+    return f"largest batch of a process with the sequences of this step: {batch} ({fits})"
 
 
 def _table(plan: dict[str, Any]) -> Any:

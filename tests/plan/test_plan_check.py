@@ -12,7 +12,7 @@ from nativerank.plan.subject import subject
 from nativerank.train.closing import peak_memory_bytes
 
 # Large enough for tensors to outweigh the process without a model; (preset, sequences of 256 tokens).
-SIZES = [("pocket", 64), ("demo", 32), ("llama-60m", 2)]
+SIZES = [("pocket", 32), ("demo", 16), ("llama-60m", 1)]
 METHODS = ["spectron", "sct", "dense-adamw"]
 LINUX = pytest.mark.skipif(peak_memory_bytes(room.torch.device("cpu")) is None, reason="the system does not say")
 
@@ -46,16 +46,14 @@ def test_peaks_are_within_a_tenth(preset, sequences, method):
 @pytest.mark.parametrize(
     "groups",
     [
-        {"train": {"loss": "whole"}},
-        {"train": {"accumulation": 2}},
-        {"train": {"recompute": "blocks"}},
+        {"train": {"loss": "whole", "accumulation": 2}},
         {"train": {"recompute": "up"}},
         {"optim": OptimConfig(layerwise=True, clip=0.0)},
     ],
-    ids=["whole", "accumulation", "blocks", "up", "layerwise"],
+    ids=["whole", "up", "layerwise"],
 )
 def test_so_they_are_under_other_policies(groups):
-    expected, seen, base = compared(planned("demo", "spectron", 16, **groups))
+    expected, seen, base = compared(planned("demo", "spectron", 8, **groups))
     assert expected + base == pytest.approx(seen + base, rel=0.1)
 
 
@@ -79,7 +77,7 @@ def test_what_cannot_be_checked_here():
         check(many, {})
 
 
-def test_a_process_that_ends_early_says_why():
-    one = planned("pocket", "spectron", 1)
-    with pytest.raises(ValueError, match="steps ended with 1: .*no causal language model"):
-        room.in_a_process({"config": room.to_dict(one.config), "vocab_size": -1}, {})
+def test_a_process_that_ends_early_says_why(monkeypatch):
+    monkeypatch.setattr(room, "MODULE", "nativerank.absent")
+    with pytest.raises(ValueError, match=r"two steps ended with 1: .*No module named nativerank.absent"):
+        room.in_a_process({}, {})

@@ -3,11 +3,11 @@
     python benchmarks/waterfall.py --d_model 512 --json FILE
 
 Both sides train in one process with the loop's own step, AdamW on the dense side, in turns, by the processor time of
-one thread: a step that does not count, a plain one, whose phases do, and a watched one, which time every operator of the forward and backward
-pass by itself and tell the part of the model (`nativerank.train.parts`) that called it or whose gradient it computes.
-Parts are medians over the watched steps; what a plain forward and backward pass takes beyond them is "outside of
-operators": Python, the dispatcher, autograd. So the parts of a side add up to its plain step. With T and F the
-time and the exact FLOP of a part, d dense, l low rank, and e = F_d / T_d of the dense matrices:
+one thread: a step that does not count, a plain one, whose phases do, and a watched one. That times every operator of
+the forward and backward pass by itself and tells the part of the model (`nativerank.train.parts`) that called it or
+whose gradient it computes. Parts are medians over the watched steps; what a plain forward and backward pass takes
+beyond them is "outside of operators": Python, the dispatcher, autograd. So the parts of a side add up to its plain
+step. With T and F the time and the exact FLOP of a part, d dense, l low rank, and e = F_d / T_d of the dense matrices:
 
     FLOP ratio                    sum F_l / sum F_d
     slower parts count more       the same with attention, head and loss weighed by the dense side's seconds

@@ -5,9 +5,11 @@ from dataclasses import replace
 import pytest
 
 from nativerank.accounting import rule_flops
-from nativerank.config import ModelConfig, RankConfig, RunConfig, TrainConfig
+from nativerank.accounting.hardware import DEVICES, THIS_CPU
+from nativerank.config import ModelConfig, ParallelConfig, RankConfig, RunConfig, TrainConfig
 from nativerank.plan import figures as room
-from nativerank.plan.make import Request, batch_of, largest_ratio, make_plan, peak_at_ratio, peak_of
+from nativerank.plan import make
+from nativerank.plan.make import Request, batch_of, largest_ratio, make_plan, peak_at_ratio, peak_of, shared
 from nativerank.plan.passes import trace
 from nativerank.plan.subject import subject
 
@@ -71,3 +73,19 @@ def test_a_smaller_batch_has_gradients_beside_its_passes():
     smaller = peak_of(replace(one, sequences=2, passes=2))
     assert batch_of(one, 3, smaller)["batch_size"] == 2
     assert batch_of(one, 3, smaller - 1)["batch_size"] == 1
+
+
+def test_processes_of_one_machine_share_it():
+    alone = DEVICES["l4"]
+    part = shared(alone, 4)
+    for name in ("memory_bytes", "fp32_flops", "bytes_per_second"):
+        assert getattr(part, name) == getattr(alone, name) / 4
+    assert "divided by its 4 processes" in part.source and shared(alone, 1) is alone
+
+
+def test_a_plan_without_on_divides_this_machine(monkeypatch):
+    monkeypatch.setattr(make, "present_device", lambda: None)
+    own = replace(DEVICES["l4"], name=THIS_CPU)
+    monkeypatch.setattr(make, "find_device", lambda name: own)
+    config = replace(tiny(), parallel=ParallelConfig(mode="fsdp", shards=2))
+    assert make_plan(config, Request(search=False))["device"]["memory_bytes"] == own.memory_bytes // 2

@@ -128,7 +128,7 @@ def split_count(text: str) -> tuple[str, int]:
     Raises:
         ValueError: a count below 1.
     """
-    found = re.fullmatch(r"(.+?)x(\d+)", text)
+    found = re.fullmatch(r"(.+?)x(-?\d+)", text)
     if found is None:
         return text, 1
     if int(found[2]) < 1:

@@ -131,6 +131,7 @@ def optimizer_scale(groups: Groups, grid: Grid, algebra: str) -> dict[str, Any]:
         "largest_bytes": total.max().item(),
         "state_bytes": state.mean().item(),
         "largest_state_bytes": state.max().item(),
+        "owned_copies_bytes": owned_copies(units, grid).mean().item(),
         "r_by_r_flops": flops.mean().item(),
         "largest_r_by_r_flops": flops.max().item(),
         "matrices": dict(Counter(unit.algebra for unit in units)),
@@ -205,9 +206,17 @@ def state_bytes(groups: Groups, units: Iterable[Unit], grid: Grid) -> Tensor:
                     spread(p, size)
             if gram and position == 2:
                 everywhere += p.numel() * p.element_size()
-            elif not gram and cut_along(p) is not None:
-                by_rank[unit.owner] += p.numel() * p.element_size()
-    return everywhere + by_shard.repeat(grid.replicas) + by_rank
+    return everywhere + by_shard.repeat(grid.replicas) + by_rank + owned_copies(units, grid)
+
+
+def owned_copies(units: Iterable[Unit], grid: Grid) -> Tensor:
+    """Bytes on every process (N,) of whole weights beside their shards: with `owner` it keeps what it steps."""
+    found = torch.zeros(grid.world, dtype=torch.float64)
+    for unit in units:
+        if unit.algebra != GRAM:
+            whole = (p for p in unit.members if cut_along(p) is not None)
+            found[unit.owner] += sum(p.numel() * p.element_size() for p in whole)
+    return found
 
 
 def kept_bytes(name: str, p: Tensor, options: Mapping[str, Any]) -> int:

@@ -45,6 +45,8 @@ def run(argv: list[str]) -> int:
     """Plans, shows, writes."""
     config, flags = parse(argv, build_parser(DESCRIPTION, EXAMPLE, "nativerank plan", "[--on DEVICE] ", add_flags))
     check_json(flags.json)
+    if flags.quiet and flags.json is None:
+        raise ValueError("--quiet leaves nothing of a plan; add --json, or drop it")
     from nativerank.plan.make import Request, make_plan
 
     plan = make_plan(config, Request(flags.on, flags.table, flags.price, flags.efficiency, flags.check))

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+LABELS = {"owned_copies": "  of which owned weights"}
 Cell = Callable[[dict[str, Any]], str]
 VERDICTS = {"will_not_pay": "will not pay", "pays_little": "pays little", "saves_less": "saves less here"}
 
@@ -51,7 +52,6 @@ def checked(found: dict[str, Any] | None) -> list[str]:
         f"checked by {found['steps']} real steps: peak {gigabytes(peak['predicted'])} predicted, "
         f"{gigabytes(peak['measured'])} measured, of which {gigabytes(found['base_bytes'])} is the process without a "
         f"model; without that {gigabytes(beyond['predicted'])} and {gigabytes(beyond['measured'])}",
-        f"as a run has it, with freed blocks that are kept: {gigabytes(found['kept_peak_bytes'])}",
         f"tokens per second: {count(speed['predicted'])} at most, {count(speed['measured'])} measured",
     ]
 
@@ -81,7 +81,7 @@ def _table(plan: dict[str, Any]) -> Any:
         cells = [shown(own)]
         if dense:
             twin = value(dense)
-            cells += [shown(twin), f"{own / twin:.2f}" if twin else ""]
+            cells += [shown(twin), f"{own / twin:.2f}" if twin else "-"]
         table.add_row(label, *cells)
     return table
 
@@ -92,7 +92,7 @@ def rows(plan: dict[str, Any]) -> list[tuple[Any, Any, Any]]:
     forward = lambda key: lambda p: p["flops"]["per_token"]["of_forward"][key]  # noqa: E731
     empty: tuple[Any, Any, Any] = (None, None, None)
     components = [
-        (name, lambda p, name=name: p["bytes"][name], gigabytes)
+        (LABELS.get(name, name), lambda p, name=name: p["bytes"][name], gigabytes)
         for name in plan["bytes"]
         if name not in ("peak", "logits", "buffers") and plan["bytes"][name]
     ]
@@ -107,7 +107,7 @@ def rows(plan: dict[str, Any]) -> list[tuple[Any, Any, Any]]:
         ("    of which head", forward("head"), count),
         ("  made again, not in exact", token("recomputed"), count),
         ("FLOPs per token, 6ND", token("6nd"), count),
-        ("optimizer per step", lambda p: p["flops"]["optimizer_per_step"], count),
+        ("optimizer's products per step", lambda p: p["flops"]["optimizer_per_step"], count),
         ("run, exact", lambda p: p["flops"]["run"]["exact"], count),
         ("run, 6ND", lambda p: p["flops"]["run"]["6nd"], count),
         empty,

@@ -125,10 +125,12 @@ def held_bytes(planned: Subject, model: nn.Module, optimizer: LowRankOptimizer, 
     parameters = list(model.parameters())
     trained = [p for p in parameters if p.requires_grad]
     config = planned.config
+    scale = optimizer_scale(optimizer.param_groups, grid, config.parallel.algebra)
     found: Numbers = {
         "weights": sum(padded_shard(p, grid.shards) * p.element_size() for p in parameters),
         "gradients": sum(padded_shard(p, grid.shards) * p.element_size() for p in trained),
-        "optimizer": optimizer_scale(optimizer.param_groups, grid, config.parallel.algebra)["state_bytes"],
+        "optimizer": scale["state_bytes"],
+        "owned_copies": scale["owned_copies_bytes"],
         "buffers": sum(b.nbytes for b in model.buffers()),
         "gathered": gathered_bytes(planned, model, grid) if grid.shards > 1 else 0,
         "buckets": 0,

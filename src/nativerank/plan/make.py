@@ -52,6 +52,8 @@ def make_plan(config: RunConfig, request: Request) -> dict[str, Any]:
     planned = subject(config, count)
     if request.check:
         check_here(planned)
+    if request.on is None and device.on_cpu:
+        device = shared(device, planned.processes.world)
     plan, found = side(planned, device, request)
     report = planned.build(MORE if planned.equal_blocks() else None)[1]
     twin = dense_twin(config)
@@ -82,6 +84,21 @@ def chosen_device(request: Request) -> tuple[Device, int | None]:
         name, number = (request.on, 1) if whole else split_count(request.on)
         device, count = find_device(name, devices) if devices else find_device(name), number if number > 1 else None
     return (device if request.price is None else replace(device, price_per_hour=request.price)), count
+
+
+def shared(device: Device, processes: int) -> Device:
+    """The part of this machine's CPU that each of several processes on it has."""
+    if processes == 1:
+        return device
+    return replace(
+        device,
+        memory_bytes=device.memory_bytes // processes,
+        bf16_flops=device.bf16_flops / processes,
+        fp32_flops=device.fp32_flops / processes,
+        bytes_per_second=device.bytes_per_second / processes,
+        source=f"{device.source}; one machine, divided by its {processes} processes",
+        price_per_hour=None if device.price_per_hour is None else device.price_per_hour / processes,
+    )
 
 
 def side(

@@ -4,7 +4,8 @@
 |---|---|
 | weights, buffers | float32, or its shard |
 | gradients | as the weights; with `optim.layerwise` those of one block |
-| optimizer | moments, momenta, small matrices; the mean of all processes |
+| optimizer | moments, momenta, small matrices, owned copies; the mean of all processes |
+| owned_copies | part of it: with shards and the `owner` algebra, whole weights that a process steps for all |
 | gathered | FSDP: whole weights and gradients of the blocks at work |
 | buckets | DDP on CPU: gradients once more |
 | diloco | weights of the last meeting and outer momentum, spread over all processes |
@@ -14,7 +15,7 @@
 
     peak = everything held + the worst moment of forward, backward and optimizer
 
-Not all components are there at once, so they add up to more than the peak. Left out: what `LEFT_OUT` says.
+Not all components are there at once, so the peak is at most their sum. Left out: what `LEFT_OUT` says.
 """
 
 from collections.abc import Mapping
@@ -74,7 +75,7 @@ def largest_batch(planned: Subject, found: Figures, memory: int) -> int:
 
 def largest_component(parts: dict[str, int]) -> str:
     """What takes most."""
-    return max((name for name in parts if name not in ("peak", "logits")), key=parts.__getitem__)
+    return max((name for name in parts if name not in ("peak", "logits", "owned_copies")), key=parts.__getitem__)
 
 
 def parabola(points: Mapping[int, float]) -> Any:

@@ -7,8 +7,10 @@ import pytest
 from nativerank.accounting import rule_flops
 from nativerank.accounting.hardware import DEVICES, THIS_CPU
 from nativerank.config import ModelConfig, ParallelConfig, RankConfig, RunConfig, TrainConfig
+from nativerank.optim.roles import factor_modules
 from nativerank.plan import figures as room
 from nativerank.plan import make
+from nativerank.plan.figures import figures
 from nativerank.plan.make import Request, batch_of, largest_ratio, make_plan, peak_at_ratio, peak_of, shared
 from nativerank.plan.passes import trace
 from nativerank.plan.subject import subject
@@ -89,3 +91,13 @@ def test_a_plan_without_on_divides_this_machine(monkeypatch):
     monkeypatch.setattr(make, "find_device", lambda name: own)
     config = replace(tiny(), parallel=ParallelConfig(mode="fsdp", shards=2))
     assert make_plan(config, Request(search=False))["device"]["memory_bytes"] == own.memory_bytes // 2
+
+
+@pytest.mark.parametrize("algebra", ["owner", "gram"])
+def test_owners_keep_whole_weights_beside_their_shards(algebra):
+    one = subject(replace(tiny(), parallel=ParallelConfig(mode="fsdp", shards=2, algebra=algebra)))
+    found = figures(one, (one.sequences,)).held
+    layers = [m for _, m in factor_modules(one.build()[0])]
+    whole = sum(p.nbytes for layer in layers for p in layer.parameters())
+    assert found["owned_copies"] == pytest.approx(whole / 2 if algebra == "owner" else 0)
+    assert found["optimizer"] >= found["owned_copies"] + whole / 2  # the momentum of each factor

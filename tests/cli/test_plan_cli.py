@@ -69,6 +69,7 @@ def test_the_vocabulary_is_that_of_the_data(cli, table, prepared):
     [
         (("--on", "h20"), "unknown device 'h20'; did you mean h200"),
         (("--on", "h200x-2"), "--on h200x-2: at least one device is needed"),
+        (("--price", "nan"), "Expected a float. Got value: nan"),
         (("--quiet",), "--quiet leaves nothing of a plan"),
         (("--on", "h200x0"), "--on h200x0: at least one device is needed"),
         (("--on", "h200", "--price", "-1"), "--price must be positive, got -1.0"),

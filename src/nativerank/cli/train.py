@@ -100,7 +100,7 @@ def explain(message: str, known: Collection[str], prog: str) -> str:
     wrong = re.search(r'[Pp]arser key "([\w.]+)".*(?:Given|Got) value: (.*)$', flat)
     if wrong and (hint := hint_of(wrong.group(1))) is not None:
         return f"config key {wrong.group(1)} must be {described(hint)}, got {wrong.group(2)}"
-    return flat.removeprefix('Parser key "config": ')
+    return re.sub(r"<class '(\w+)'>", r"\1", flat.removeprefix('Parser key "config": '))
 
 
 def spelled_out(argv: list[str]) -> Iterator[str]:

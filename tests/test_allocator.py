@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from nativerank.allocator import HUGE_PAGES, OWN_CHOICE
+from nativerank.allocator import GIVE_BACK, HUGE_PAGES, OWN_CHOICE
 
 # Tensors of 8 MB, each beside one of 64 KB that stays: in a heap the small ones would keep the large ones' pages.
 SCRIPT = """
@@ -43,6 +43,7 @@ def left_over(how, **environment):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc")
 def test_freed_tensors_go_back_to_the_system():
     assert left_over("asked") < 0.1
+    assert left_over("not asked", **GIVE_BACK) < 0.1
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc")

@@ -386,6 +386,11 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
 
+def saves_memory(config: RunConfig) -> bool:
+    """Whether a run takes less memory for more time."""
+    return config.train.recompute != "none" or config.optim.layerwise
+
+
 def check_keys(values: Any, prefix: str = "") -> None:
     """Raises a ValueError that names the nearest key, in full, for a key in nested mappings that RunConfig lacks."""
     known = list(keys(RunConfig))

@@ -5,7 +5,11 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from nativerank.accounting.flops import flops_per_token
 from nativerank.accounting.trace import BACKWARD, FORWARD, OPTIMIZER, trace_step
+from nativerank.config import ModelConfig, RunConfig, TrainConfig
+from nativerank.plan.passes import Stage
+from nativerank.plan.subject import subject
 
 N, D, H = 8, 16, 32
 
@@ -38,10 +42,24 @@ def test_gradients_are_new_or_there_before():
 
 def test_flops_and_bytes_of_products():
     ops = {(op.phase, op.name): op for op in traced(adam=True).ops}
-    assert ops[FORWARD, "mm"].flops == 2 * 2 * N * D * H and ops[FORWARD, "mm"].calls == 2
-    assert ops[FORWARD, "mm"].bytes == 2 * 4 * (N * D + D * H + N * H)
-    assert ops[BACKWARD, "mm"].flops == 3 * 2 * N * D * H  # x wants no gradient
+    assert ops[FORWARD, "mm"].flops == 2 * N * D * H and ops[FORWARD, "mm"].calls == 2
+    assert ops[FORWARD, "mm"].bytes == 4 * (N * D + D * H + N * H)
+    backward = [op for op in traced().ops if (op.phase, op.name) == (BACKWARD, "mm")]
+    assert sum(op.calls * op.flops for op in backward) == 3 * 2 * N * D * H  # x wants no gradient
     assert any(phase == OPTIMIZER for phase, _ in ops) and ("forward", "t") not in ops
+
+
+@pytest.mark.parametrize("method", ["spectron", "dense-adamw"])
+def test_a_pass_of_a_model_does_the_exact_flops(method):
+    """The chunked loss makes the head's gradients on the way forward; attention its scores again on the way back."""
+    train = TrainConfig(steps=1, batch_size=2, accumulation=1, context=64)
+    planned = subject(RunConfig(model=ModelConfig(preset="pocket"), method=method, device="cpu", train=train))
+    exact, tokens = flops_per_token(planned.build()[0], 64), 2 * 64
+    flops = dict.fromkeys((FORWARD, BACKWARD), 0.0)
+    for op in Stage(planned, None).run(2).ops:
+        flops[op.phase] += op.calls * op.flops
+    assert flops[FORWARD] == tokens * (exact.forward + 2 * exact.head)
+    assert flops[BACKWARD] == tokens * (2 * (exact.forward - exact.head) + exact.attention / 2)
 
 
 @pytest.mark.parametrize("width", [64, 128])

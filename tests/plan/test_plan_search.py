@@ -8,21 +8,21 @@ from nativerank.accounting import rule_flops
 from nativerank.accounting.hardware import DEVICES, THIS_CPU
 from nativerank.config import ModelConfig, ParallelConfig, RankConfig, RunConfig, TrainConfig
 from nativerank.optim.roles import factor_modules
-from nativerank.plan import figures as room
 from nativerank.plan import make
 from nativerank.plan.figures import figures
-from nativerank.plan.make import Request, batch_of, largest_ratio, make_plan, peak_at_ratio, peak_of, shared
-from nativerank.plan.passes import trace
+from nativerank.plan.make import Request, make_plan, shared
+from nativerank.plan.passes import Stage
+from nativerank.plan.search import batch_of, largest_ratio, peak_at_ratio, peak_of
 from nativerank.plan.subject import subject
 
 
 @pytest.mark.slow
-def test_a_plan_runs_eight_passes_whatever_the_depth(monkeypatch):
-    traced = []
-    monkeypatch.setattr(room, "trace", lambda *args: traced.append(args) or trace(*args))
+def test_a_plan_runs_ten_passes_whatever_the_depth(monkeypatch):
+    traced, run = [], Stage.run
+    monkeypatch.setattr(Stage, "run", lambda stage, n: traced.append(n) or run(stage, n))
     config = RunConfig(model=ModelConfig(preset="llama3-70b"), train=TrainConfig(recompute="blocks"))
     make_plan(config, Request(on="h100-sxmx64"))
-    assert len(traced) == 8  # at 2 and 3 blocks: the run at two batches, its dense twin, the largest rank
+    assert len(traced) == 10  # at 2 and 3 blocks: the run, two other batches, the dense twin, the largest rank
 
 
 def test_an_update_rule_is_looked_at_once(monkeypatch):

@@ -111,13 +111,13 @@ def test_a_run_prints_its_table_also_resumed(tmp_path, cli, flags):
     assert fresh.code == 0 and "GFLOP/s" in fresh.out and DOWN in fresh.out
     text = (out / "profile/parts.txt").read_text()
     assert text in fresh.out
-    resumed = cli("train", *flags(out=out, train__steps=18, resume="auto"), "--profile")
+    resumed = cli("train", *flags(out=out, train__steps=20, resume="auto"), "--profile")
     assert resumed.code == 0 and (out / "profile/parts.txt").read_text() != text
     assert (out / "profile/parts.txt").read_text() in resumed.out
     values = json.loads((out / "profile/parts.json").read_text())
     assert values["steps"] == 5 and values["method"] == "spectron" and "data" in {p["part"] for p in values["parts"]}
     # A few more steps make no profile, and print none that is older.
-    short = cli("train", *flags(out=out, train__steps=20, resume="auto"), "--profile")
+    short = cli("train", *flags(out=out, train__steps=22, resume="auto"), "--profile")
     assert short.code == 0 and "GFLOP/s" not in short.out
 
 

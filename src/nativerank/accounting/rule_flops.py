@@ -16,6 +16,7 @@ is read off values (a matrix that needs more care) takes the ordinary way.
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -55,15 +56,15 @@ def optimizer_ops(groups: Sequence[Mapping[str, Any]], processes: int = 1, shard
     shapes: Counter[tuple[int, tuple[Shape, ...]]] = Counter()
     for unit in units_of([dict(group) for group in groups]):
         shapes[unit.group, tuple(tuple(p.shape) for p in unit.members)] += 1
-    found: dict[str, Op] = {}
+    found: Counter[Op] = Counter()
     for (index, members), count in shapes.items():
         for op in unit_ops(members, groups[index]):
-            known = found.setdefault(op.name, Op(OPTIMIZER, op.name))
-            known.calls += op.calls * count
-            known.flops += op.flops * count / processes
-            known.bytes += op.bytes * count / processes
-    touched = sum(adamw_bytes(p, group) for group in groups for p in group["params"] if group["rule"] == "adamw")
-    return [*found.values(), Op(OPTIMIZER, "adamw", bytes=touched / shards)]
+            found[replace(op, calls=1)] += int(op.calls) * count
+    adamw = Counter(adamw_bytes(p, group) for group in groups for p in group["params"] if group["rule"] == "adamw")
+    return [
+        *(replace(op, calls=calls / processes) for op, calls in found.items()),
+        *(Op(OPTIMIZER, "adamw", 0.0, touched, calls / shards) for touched, calls in adamw.items()),
+    ]
 
 
 def adamw_bytes(p: Any, group: Mapping[str, Any]) -> float:
@@ -96,12 +97,12 @@ def look_at(shapes: Sequence[Shape], options: Mapping[str, Any]) -> list[Op]:
                 side.weight.copy_(change.weight)
             elif side.stored is not None:
                 side.weight.sub_(formed(change))
-    return list(tracer.rows.values())
+    return tracer.ops
 
 
 def unit_flops(shapes: Sequence[Shape], options: Mapping[str, Any]) -> float:
     """FLOPs of one step of a unit: a matrix (rows, cols), or factors as they are stored, with their s."""
-    return float(sum(op.flops for op in unit_ops(shapes, options)))
+    return float(sum(op.calls * op.flops for op in unit_ops(shapes, options)))
 
 
 def stack_of(position: int, shape: Shape, options: Mapping[str, Any]) -> Stack:

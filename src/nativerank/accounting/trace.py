@@ -2,8 +2,8 @@
 
 The very code that trains is run under PyTorch's FakeTensorMode, where tensors have shapes and no memory, and every
 operator is looked at on its way: FLOPs are those of PyTorch's counter, bytes those of the tensors it reads and writes
-(views are free), and every storage is followed from birth to death, so the most that was alive at once is known for
-each phase. Any architecture will do, at any size; a block takes about a tenth of a second.
+(views are free), and every storage is followed from birth to death, so what was alive at once is known after every
+operator. Any architecture will do, at any size; a block takes about a tenth of a second.
 
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
@@ -14,6 +14,7 @@ Attention takes PyTorch's CPU flash kernel, which keeps q, k, v, output and log-
 """
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -23,20 +24,30 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry, shape_wrapper
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop, shape_wrapper
 
 FORWARD, BACKWARD, OPTIMIZER = "forward", "backward", "optimizer"
+aten = torch.ops.aten
+# What PyTorch's counter knows under other names: attention on a CPU, which runs its scores again in the backward pass
+# as that of CUDA does, and products that are added in place.
+COUNTED: dict[Any, Any] = {
+    **flop_registry,
+    aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
+    aten.addmm_: flop_registry[aten.addmm],
+    aten.baddbmm_: flop_registry[aten.baddbmm],
+}
 
 
-@dataclass
+@dataclass(frozen=True)
 class Op:
-    """All calls of one operator in one phase; FLOPs and bytes of all together."""
+    """Equal calls of one operator in one phase; FLOPs and bytes read and written are those of one call."""
 
     phase: str
     name: str
-    calls: int = 0
-    flops: float = 0.0
-    bytes: float = 0.0
+    flops: float
+    bytes: float
+    calls: float = 1
 
 
 @dataclass(frozen=True)
@@ -44,16 +55,22 @@ class Trace:
     """What a step did.
 
     Attributes:
-        ops: by phase and operator.
+        ops: by phase, operator and cost.
         before: bytes of parameters, buffers, gradients that were there and optimizer state.
         held: bytes beyond `before` that wait for the backward pass when the forward pass has ended.
-        peak: by phase the most bytes beyond `before` that were alive at once, new gradients included.
+        course: by phase the operators in order, each with the bytes beyond `before` that were alive after it, new
+            gradients included.
     """
 
     ops: list[Op]
     before: int
     held: int
-    peak: dict[str, int]
+    course: dict[str, list[tuple[str, int]]]
+
+    @property
+    def peak(self) -> dict[str, int]:
+        """By phase the most bytes beyond `before` that were alive at once."""
+        return {phase: max(alive for _, alive in steps) for phase, steps in self.course.items()}
 
     @property
     def peak_bytes(self) -> int:
@@ -71,11 +88,11 @@ class Tracer(TorchDispatchMode):
 
     def __init__(self, there: Iterable[Tensor], solvers: Mapping[Any, Any] | None = None) -> None:
         super().__init__()
-        self.counted = {**flop_registry, **{op: shape_wrapper(count) for op, count in (solvers or {}).items()}}
+        self.counted = {**COUNTED, **{op: shape_wrapper(count) for op, count in (solvers or {}).items()}}
         self.alive: dict[int, int] = {}
         self.now, self.phase = 0, FORWARD
-        self.peak: dict[str, int] = {}
-        self.rows: dict[tuple[str, str], Op] = {}
+        self.course: dict[str, list[tuple[str, int]]] = {}
+        self.calls: Counter[tuple[str, str, float, float]] = Counter()
         for tensor in there:
             self.born(tensor)
         self.before = self.now
@@ -83,7 +100,7 @@ class Tracer(TorchDispatchMode):
     def begin(self, phase: str) -> None:
         """From now on it is this phase."""
         self.phase = phase
-        self.peak[phase] = self.now - self.before
+        self.course[phase] = [("", self.now - self.before)]
 
     def born(self, tensor: Tensor) -> None:
         """Takes up a tensor's storage unless it is known."""
@@ -105,15 +122,18 @@ class Tracer(TorchDispatchMode):
         made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         for tensor in made:
             self.born(tensor)
-        self.peak[self.phase] = max(self.peak[self.phase], self.now - self.before)
+        packet = function._overloadpacket
+        self.course[self.phase].append((packet.__name__, self.now - self.before))
         if not function.is_view:
-            packet = function._overloadpacket
-            op = self.rows.setdefault((self.phase, packet.__name__), Op(self.phase, packet.__name__))
-            op.calls += 1
-            op.bytes += sum(t.nbytes for t in (*tree_leaves((args, kwargs)), *made) if isinstance(t, Tensor))
-            if packet in self.counted:
-                op.flops += self.counted[packet](*args, **kwargs, out_val=out)
+            touched = sum(t.nbytes for t in (*tree_leaves((args, kwargs)), *made) if isinstance(t, Tensor))
+            flops = self.counted[packet](*args, **kwargs, out_val=out) if packet in self.counted else 0
+            self.calls[self.phase, packet.__name__, float(flops), float(touched)] += 1
         return out
+
+    @property
+    def ops(self) -> list[Op]:
+        """What was counted so far."""
+        return [Op(*key, calls) for key, calls in self.calls.items()]
 
 
 def trace_step(
@@ -142,7 +162,7 @@ def trace_step(
         if optimizer is not None:
             tracer.begin(OPTIMIZER)
             optimizer.step()
-    return Trace(list(tracer.rows.values()), tracer.before, held, tracer.peak)
+    return Trace(tracer.ops, tracer.before, held, tracer.course)
 
 
 def trace_update(model: nn.Module, optimizer: torch.optim.Optimizer) -> Trace:
@@ -151,7 +171,7 @@ def trace_update(model: nn.Module, optimizer: torch.optim.Optimizer) -> Trace:
     with tracer:
         tracer.begin(OPTIMIZER)
         optimizer.step()
-    return Trace(list(tracer.rows.values()), tracer.before, 0, tracer.peak)
+    return Trace(tracer.ops, tracer.before, 0, tracer.course)
 
 
 def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> list[Tensor]:

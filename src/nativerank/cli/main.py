@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from nativerank.allocator import give_back_freed_memory
 from nativerank.config import nearest
 from nativerank.version import __version__
 
@@ -54,7 +53,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("torchao", "torch.utils._pytree"):  # transformers imports torchao, which tells what a CPU lacks
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    give_back_freed_memory()
     if "RANK" in os.environ:  # one of many: PyTorch prints a C++ stack for every process that is gone, we print a line
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:

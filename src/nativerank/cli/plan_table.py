@@ -52,6 +52,7 @@ def checked(found: dict[str, Any] | None) -> list[str]:
         f"checked by {found['steps']} real steps: peak {gigabytes(peak['predicted'])} predicted, "
         f"{gigabytes(peak['measured'])} measured, of which {gigabytes(found['base_bytes'])} is the process without a "
         f"model; without that {gigabytes(beyond['predicted'])} and {gigabytes(beyond['measured'])}",
+        f"with what the allocator keeps of freed memory, as in a run: {gigabytes(found['kept_peak_bytes'])}",
         f"tokens per second: {count(speed['predicted'])} at most, {count(speed['measured'])} measured",
     ]
 

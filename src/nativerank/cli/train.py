@@ -15,8 +15,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from nativerank.allocator import give_back_freed_memory
 from nativerank.cli.output import STDOUT, add_json, check_json, write_json
-from nativerank.config import RunConfig, check_keys, described, from_dict, hint_of, keys, nearest, to_dict
+from nativerank.config import RunConfig, check_keys, described, from_dict, hint_of, keys, nearest, saves_memory, to_dict
 
 DESCRIPTION = "Pretrain a model. Values come from the preset, then --config, then flags."
 EXAMPLE = """examples:
@@ -196,6 +197,8 @@ def run(argv: list[str]) -> int:
     """Trains; after a signal says how to go on. Of many processes the first one speaks."""
     config, flags = parse_everywhere(argv)
     first = os.environ.get("RANK", "0") == "0"
+    if saves_memory(config) and config.device in (None, "cpu"):
+        give_back_freed_memory()
     from nativerank.cli.console import TrainConsole
     from nativerank.train.loop import Interrupted, train
 

@@ -74,6 +74,12 @@ def packed(part: Part) -> Tensor:
     return part.tensor.reshape(*part.tensor.shape[:-2], r * r)[..., _triangle(r, part.tensor.device)]
 
 
+def packed_shape(part: Part) -> torch.Size:
+    """That of `packed`."""
+    shape = part.tensor.shape
+    return shape if part.form == "whole" else torch.Size((*shape[:-2], shape[-1] * (shape[-1] + 1) // 2))
+
+
 def unpacked(flat: Tensor, form: Form) -> Tensor:
     """The inverse of `packed`."""
     if form == "whole":

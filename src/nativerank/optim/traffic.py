@@ -22,7 +22,7 @@ from torch import Tensor
 from nativerank.distributed.collectives import padded_bytes
 from nativerank.distributed.grid import Grid
 from nativerank.distributed.pieces import bounds, cut_along
-from nativerank.optim.ask import Ask, Part, packed
+from nativerank.optim.ask import Ask, Part, packed_shape
 from nativerank.optim.directions import Stack
 from nativerank.optim.gram_rules import GRAM_RULES, refusal
 from nativerank.optim.rules import RULES, WEIGHT_SHAPED, initial_state
@@ -100,8 +100,7 @@ def per_unit(rule: str, shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype,
 
 def size(part: Part) -> int:
     """Bytes per unit of a part."""
-    flat = packed(part)
-    return padded_bytes(flat.shape[1:], flat.dtype)
+    return padded_bytes(packed_shape(part)[1:], part.tensor.dtype)
 
 
 def nobody(rule: str, shapes: Any, dtype: torch.dtype, options: Mapping[str, Any]) -> list[Stack]:

@@ -25,7 +25,8 @@ from typing import Any
 
 import torch
 
-from nativerank.config import RunConfig
+from nativerank.allocator import GIVE_BACK
+from nativerank.config import RunConfig, saves_memory
 from nativerank.data.loader import document_positions
 from nativerank.data.shards import Dataset
 from nativerank.distributed.grid import SINGLE
@@ -41,7 +42,7 @@ from nativerank.train.step import Batch, StepResult, layerwise_step, train_step
 MODULE = "nativerank.plan.check"
 STEPS = 2
 WARM_TOKENS = 8
-GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # bytes; read by glibc
+AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # bytes; read by glibc
 
 
 def check(planned: Subject, plan: dict[str, Any]) -> dict[str, Any]:
@@ -56,8 +57,8 @@ def check(planned: Subject, plan: dict[str, Any]) -> dict[str, Any]:
     """
     device = check_here(planned)
     job = {"config": to_dict(planned.config), "vocab_size": planned.vocab_size}
-    as_run = in_a_process(job, {})
-    found = as_run if device.type == "cuda" else in_a_process(job, GIVE_BACK)
+    as_run = in_a_process(job, GIVE_BACK if saves_memory(planned.config) and device.type == "cpu" else {})
+    found = as_run if device.type == "cuda" else in_a_process(job, AT_ONCE)
     base, expected, seconds = found["base_bytes"], plan["bytes"]["peak"], as_run["seconds"]
     rows = {
         "peak_bytes": (expected + base, found["peak_bytes"]),

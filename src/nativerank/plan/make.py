@@ -5,13 +5,13 @@ from typing import Any
 
 from nativerank.accounting.hardware import THIS_CPU, Device, find_device, present_device, read_devices, split_count
 from nativerank.config import RunConfig
-from nativerank.layers import FactorizeReport, rank_from_ratio
 from nativerank.plan.advice import verdict, what_to_change
 from nativerank.plan.check import check, check_here
-from nativerank.plan.figures import MORE, Figures, figures
-from nativerank.plan.memory import LEFT_OUT, bytes_of, largest_batch, parabola
-from nativerank.plan.passes import resident
+from nativerank.plan.figures import Figures, depths, figures
+from nativerank.plan.memory import LEFT_OUT, bytes_of
+from nativerank.plan.passes import full_chunks
 from nativerank.plan.roofline import run_time, step_time
+from nativerank.plan.search import largest
 from nativerank.plan.subject import Subject, dense_twin, subject
 
 CONVENTIONS = {
@@ -54,12 +54,11 @@ def make_plan(config: RunConfig, request: Request) -> dict[str, Any]:
         check_here(planned)
     if request.on is None and device.on_cpu:
         device = shared(device, planned.processes.world)
-    plan, found = side(planned, device, request)
-    report = planned.build(MORE if planned.equal_blocks() else None)[1]
+    plan, found = side(planned, device, request, full_chunks(planned))
+    report = planned.build(depths(planned)[-1])[1]
     twin = dense_twin(config)
     if twin is not None:
-        other = subject(twin, count)
-        plan["dense"] = side(other, device, request, (other.sequences,))[0]
+        plan["dense"] = side(subject(twin, count), device, request)[0]
     plan["fits"] = plan["bytes"]["peak"] <= device.memory_bytes
     plan["largest"] = largest(planned, found, report, device, request.search)
     plan["change"] = what_to_change(planned, plan["bytes"], device.memory_bytes)
@@ -102,10 +101,10 @@ def shared(device: Device, processes: int) -> Device:
 
 
 def side(
-    planned: Subject, device: Device, request: Request, sequences: tuple[int, ...] | None = None
+    planned: Subject, device: Device, request: Request, also: tuple[int, ...] = ()
 ) -> tuple[dict[str, Any], Figures]:
-    """What one model costs, low rank or dense; `sequences` of a pass that are looked at, as in `figures`."""
-    found = figures(planned, sequences)
+    """What one model costs, low rank or dense; passes of `also` sequences are traced, too."""
+    found = figures(planned, sorted({planned.sequences, *also}))
     time = step_time(
         found.ops(planned.sequences),
         device,
@@ -127,105 +126,6 @@ def side(
         "sent_bytes": found.sent,
         "time": time,
     }, found
-
-
-def largest(
-    planned: Subject, found: Figures, report: FactorizeReport | None, device: Device, search: bool
-) -> dict[str, Any]:
-    """What fits one process at most.
-
-    Returns:
-        `sequences` of a pass; `batch_size` and `accumulation`, the most that a run of as many sequences per step takes,
-        0 and None if there is none; at the planned batch the largest `rank` for the key `rank_key`, up to `rank_limit`.
-    """
-    memory = device.memory_bytes
-    sizes: dict[str, Any] = {"sequences": largest_batch(planned, found, memory)}
-    sizes |= batch_of(planned, sizes["sequences"], memory)
-    if not search or report is None or planned.equal_blocks() is None:
-        return sizes
-    if planned.config.rank.ratio is not None:
-        ratio = largest_ratio(planned, report, bytes_of(planned, found)["peak"], memory)
-        return sizes | {"rank_key": "rank.ratio", "rank": ratio, "rank_limit": 1.0}
-    most = min(min(entry.d_in, entry.d_out) for entry in report.entries)
-    return sizes | {"rank_key": "rank.value", "rank": largest_rank(planned, most, memory), "rank_limit": most}
-
-
-def batch_of(planned: Subject, sequences: int, memory: int) -> dict[str, Any]:
-    """The largest train.batch_size, with its accumulation, that shares the sequences of a step evenly and fits."""
-    train = planned.config.train
-    assert train.batch_size and train.accumulation
-    total = train.batch_size * train.accumulation
-    own = total // planned.processes.world
-    for size in range(min(own, sequences), 0, -1):
-        if own % size or (planned.config.optim.layerwise and size < own):
-            continue
-        other = replace(planned, sequences=size, passes=own // size)
-        if resident(other) == resident(planned) or peak_of(other) <= memory:  # else other gradients are there
-            return {"batch_size": size, "accumulation": total // size}
-    return {"batch_size": 0, "accumulation": None}
-
-
-def largest_ratio(planned: Subject, report: FactorizeReport, peak: int, memory: int) -> float:
-    """The largest rank.ratio that fits, in hundredths up to full rank; 0 if not even the least does.
-
-    Bytes go about as the numbers in the factors do, whose count is known for every ratio: so two plans lead to where it
-    must be, and what is found is planned.
-    """
-
-    def numbers(ratio: float) -> int:
-        ranks = ((e, rank_from_ratio(ratio, e.d_in, e.d_out, planned.config.rank.rule)) for e in report.entries)
-        return sum(e.stack * rank * (e.d_in + e.d_out) for e, rank in ranks)
-
-    now = planned.config.rank.ratio
-    assert now is not None
-    end = 1.0 if peak <= memory else 0.01
-    at_end = peak_at_ratio(planned, end)
-    if (at_end <= memory) == (end == 1.0):
-        return end if end == 1.0 else 0.0
-    slope = (at_end - peak) / (numbers(end) - numbers(now)) if numbers(end) != numbers(now) else 0.0
-    guess = 100
-    while guess > 1 and peak + slope * (numbers(guess / 100) - numbers(now)) > memory:
-        guess -= 1
-    while guess > 1 and peak_at_ratio(planned, guess / 100) > memory:
-        guess -= 1
-    return guess / 100
-
-
-def peak_at_ratio(planned: Subject, ratio: float) -> int:
-    """The peak of a plan at this ratio."""
-    config = replace(planned.config, rank=replace(planned.config.rank, ratio=ratio))
-    return peak_of(replace(planned, config=config))
-
-
-def peak_of(planned: Subject) -> int:
-    """The peak of a plan, looked at with the sequences that its passes have."""
-    return bytes_of(planned, figures(planned, (planned.sequences,)))["peak"]
-
-
-def largest_rank(planned: Subject, most: int, memory: int) -> int:
-    """The largest single rank of all matrices that fits, up to that of the smallest matrix; 0 if not even 1 does.
-
-    What a run takes is a polynomial of the rank, of second degree where r x r matrices are kept.
-    """
-    points = {most: rank_bytes(planned, most)}
-    if points[most] <= memory:
-        return most
-    for rank in sorted({1, max(2, most // 2)} - {most}):
-        points[rank] = rank_bytes(planned, rank)
-        if rank == 1 and points[rank] > memory:
-            return 0
-    peak = parabola(points)
-    low, high = 0, most
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if peak(middle) <= memory else (low, middle)
-    return low
-
-
-def rank_bytes(planned: Subject, rank: int) -> int:
-    """The peak of a plan at this one rank."""
-    r = replace(planned.config.rank, ratio=None, energy=None, value=rank)
-    return peak_of(replace(planned, config=replace(planned.config, rank=r)))
 
 
 def described(planned: Subject, device: Device) -> dict[str, Any]:

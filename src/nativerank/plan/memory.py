@@ -1,4 +1,4 @@
-"""From what is held and what was traced to bytes by component, and to what fits.
+"""From what is held and what was traced to bytes by component.
 
 | component | bytes of one process |
 |---|---|
@@ -18,11 +18,8 @@
 Not all components are there at once, so the peak is at most their sum. Left out: what `LEFT_OUT` says.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 from nativerank.plan.figures import Figures
-from nativerank.plan.passes import chunk, resident
+from nativerank.plan.passes import chunk, full_chunks, resident
 from nativerank.plan.subject import Subject
 
 LEFT_OUT = (
@@ -32,61 +29,23 @@ LEFT_OUT = (
 PERMANENT = ("weights", "optimizer", "buffers", "gathered", "buckets", "diloco")
 
 
-def bytes_of(planned: Subject, found: Figures, sequences: int | None = None) -> dict[str, int]:
-    """Bytes by component and the peak, of one process.
-
-    Args:
-        sequences: of a pass; None is the plan's.
-    """
-    n = planned.sequences if sequences is None else sequences
-    traced, held = found.at(n), found.held
+def bytes_of(planned: Subject, found: Figures) -> dict[str, int]:
+    """Bytes by component and the peak, of one process with `planned.sequences` in a pass."""
+    traced, held = found.at(planned.sequences, full_chunks(planned)), found.held
     new = 0 if resident(planned) else held["gradients"]
-    worst = max(*traced["peak"].values(), new)
-    tokens = n * planned.context if planned.config.train.loss == "whole" else min(n * planned.context, chunk(planned))
+    worst = max(traced.peak, found.update, new)
+    tokens = planned.sequences * planned.context
+    tokens = tokens if planned.config.train.loss == "whole" else min(tokens, chunk(planned))
     parts = {
         **held,
-        "activations": traced["activations"],
-        "working": max(0, worst - traced["activations"] - new),
+        "activations": traced.activations,
+        "working": max(0, worst - traced.activations - new),
         "logits": 4 * tokens * found.flops["per_token"]["of_forward"]["head"] / 2 / planned.width(),
         "peak": sum(held[name] for name in PERMANENT) + held["gradients"] - new + worst,
     }
     return {name: round(size) for name, size in parts.items()}
 
 
-def largest_batch(planned: Subject, found: Figures, memory: int) -> int:
-    """The most sequences of a pass of one process that fit; 0 if not even one does.
-
-    Where they do not fill chunks of the loss a pass takes up to 1% more or less than this reckons with.
-    """
-
-    def fits(n: int) -> bool:
-        return bytes_of(planned, found, n)["peak"] <= memory
-
-    if not fits(1):
-        return 0
-    low, high = 1, 2
-    while fits(high):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
-
-
 def largest_component(parts: dict[str, int]) -> str:
     """What takes most."""
     return max((name for name in parts if name not in ("peak", "logits", "owned_copies")), key=parts.__getitem__)
-
-
-def parabola(points: Mapping[int, float]) -> Any:
-    """The polynomial through three points."""
-
-    def value(x: int) -> float:
-        total = 0.0
-        for a, y in points.items():
-            for b in points:
-                y *= (x - b) / (a - b) if a != b else 1.0
-            total += y
-        return total
-
-    return value

@@ -6,8 +6,7 @@ are those of the planned device (`chunks_of`).
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -16,64 +15,73 @@ from nativerank.accounting.trace import OPTIMIZER, Trace, trace_step, trace_upda
 from nativerank.distributed.grid import Grid
 from nativerank.distributed.wrap import DTYPES
 from nativerank.evaluate import head_loss
-from nativerank.evaluate.loss import mean_loss
+from nativerank.evaluate.loss import check_loss, mean_loss
 from nativerank.plan.subject import Subject
 from nativerank.train.setup import optimizer_for, precisions
 
 
-def trace(planned: Subject, depth: int | None, sequences: int) -> dict[str, Any]:
-    """Bytes that wait for the backward pass, the most of each phase, and the operators.
+class Stage:
+    """A model of so many blocks on tensors without numbers, to make passes and an update with.
 
     Args:
         planned: what is planned.
         depth: so many blocks; None is all.
-        sequences: of the pass.
+
+    Raises:
+        ValueError: train.loss asks for chunks of a model that takes none.
     """
-    found = forward_and_backward(planned, depth, sequences)
-    ops: dict[str, Any] = {}
-    for op in found.ops:
-        ops.setdefault(op.phase, {})[op.name] = {"calls": op.calls, "flops": op.flops, "bytes": op.bytes}
-    return {"activations": found.held, "peak": found.peak, "ops": ops}
 
+    def __init__(self, planned: Subject, depth: int | None):
+        self.planned, self.mode = planned, FakeTensorMode(allow_non_fake_inputs=True)
+        self.model, _ = planned.build(depth, to_run=True)
+        config, shape = planned.config, planned.processes
+        wide = DTYPES[precisions(config, Grid(replicas=shape.replicas, shards=shape.shards))["precision"]]
+        if shape.shards > 1 and wide is not None:
+            self.model.to(wide)  # weights are gathered so; the shards are in `held`
+        with self.mode, self._documents():
+            self.model.to_empty(device="cpu")
+            check_loss(self.model, config.train.loss)  # asks the model now: its answer is no part of a pass
 
-def forward_and_backward(planned: Subject, depth: int | None, sequences: int) -> Trace:
-    """One pass; gradients are there before where `resident` says so."""
-    model, _ = planned.build(depth)
-    config, shape = planned.config, Grid(replicas=planned.processes.replicas, shards=planned.processes.shards)
-    wide = DTYPES[precisions(config, shape)["precision"]]
-    if shape.shards > 1 and wide is not None:
-        model.to(wide)  # weights are gathered so; the shards are in `held`
-    documents = nullcontext() if config.data.document_mask else one_document()
-    with FakeTensorMode(allow_non_fake_inputs=True), chunks_of(planned), documents:
-        model.to_empty(device="cpu")
-        ids = torch.zeros(sequences, planned.context, dtype=torch.long)
-        for p in model.parameters() if resident(planned) else ():
-            p.grad = torch.empty_like(p) if p.requires_grad else None
+    def run(self, sequences: int) -> Trace:
+        """One pass of so many sequences; gradients are there before where `resident` says so."""
+        config = self.planned.config
         chunked = config.train.loss != "whole"
-        return trace_step(
-            model, lambda m: mean_loss(m, ids, ids, chunked=chunked), autocast_bf16=config.device == "cuda"
-        )
+        with self.mode, chunks_of(self.planned), self._documents():
+            ids = torch.zeros(sequences, self.planned.context, dtype=torch.long)
+            self._gradients(resident(self.planned))
+            return trace_step(
+                self.model, lambda m: mean_loss(m, ids, ids, chunked=chunked), autocast_bf16=config.device == "cuda"
+            )
 
+    def update_bytes(self) -> int:
+        """The most that a step of the optimizer has beyond weights, gradients and state; one stack after the other.
 
-def update_bytes(planned: Subject, depth: int | None) -> int:
-    """The most that one step of the optimizer has beyond weights, gradients and state; stacks go one after the other.
+        Not of many processes, which share this work, nor of layer-wise updates, which are part of the backward pass.
+        """
+        if self.planned.processes.world > 1 or self.planned.config.optim.layerwise:
+            return 0
+        with self.mode:
+            optimizer = optimizer_for(self.planned.config, self.model)
+            self._gradients(True)
+            return trace_update(self.model, optimizer).peak[OPTIMIZER]
 
-    Not of many processes, which share this work, nor of layer-wise updates, which are part of the backward pass.
-    """
-    if planned.processes.world > 1 or planned.config.optim.layerwise:
-        return 0
-    model, _ = planned.build(depth)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        model.to_empty(device="cpu")
-        optimizer = optimizer_for(planned.config, model)
-        for p in model.parameters():
-            p.grad = torch.empty_like(p) if p.requires_grad else None
-        return trace_update(model, optimizer).peak[OPTIMIZER]
+    def _gradients(self, there: bool) -> None:
+        for p in self.model.parameters():
+            p.grad = torch.empty_like(p) if there and p.requires_grad else None
+
+    def _documents(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.planned.config.data.document_mask else one_document()
 
 
 def chunk(planned: Subject) -> int:
     """Tokens of a chunk of the loss on the device that is planned for."""
     return head_loss.CHUNK_TOKENS.get(str(planned.config.device), head_loss.CHUNK_TOKENS_OF_GPUS)
+
+
+def full_chunks(planned: Subject) -> tuple[int, int]:
+    """Two numbers of sequences, two and three chunks of the loss or more, from which memory is carried on to others."""
+    fewest = max(1, chunk(planned) // planned.context)
+    return 2 * fewest, 3 * fewest
 
 
 def resident(planned: Subject) -> bool:

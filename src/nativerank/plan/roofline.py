@@ -1,6 +1,6 @@
-"""The shortest time that a device could take: for every kind of operator the larger of two bounds.
+"""The shortest time that a device could take: for every call of an operator the larger of two bounds.
 
-    seconds = sum over operators of max(FLOPs / peak, bytes read and written / bandwidth)
+    seconds = sum over calls of max(FLOPs / peak, bytes read and written / bandwidth)
 
 Products of forward and backward meet the bfloat16 peak on a GPU and the float32 peak on a CPU; the optimizer's, which
 run in float32, the float32 peak. A bound, not a forecast: kernels that start late, products that are thin, links
@@ -9,27 +9,10 @@ reckons with; 1 is the bound itself.
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from nativerank.accounting.hardware import Device
-
-OPTIMIZER = "optimizer"
-
-
-class Op(Protocol):
-    """One kind of operator in one phase of a step, all its calls together."""
-
-    @property
-    def phase(self) -> str: ...
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def flops(self) -> float: ...
-
-    @property
-    def bytes(self) -> float: ...
+from nativerank.accounting.trace import OPTIMIZER, Op
 
 
 def phase_seconds(ops: Sequence[Op], device: Device) -> dict[str, float]:
@@ -37,7 +20,8 @@ def phase_seconds(ops: Sequence[Op], device: Device) -> dict[str, float]:
     found: dict[str, float] = {}
     for op in ops:
         peak = device.fp32_flops if op.phase == OPTIMIZER else device.product_flops
-        found[op.phase] = found.get(op.phase, 0.0) + max(op.flops / peak, op.bytes / device.bytes_per_second)
+        seconds = op.calls * max(op.flops / peak, op.bytes / device.bytes_per_second)
+        found[op.phase] = found.get(op.phase, 0.0) + seconds
     return found
 
 

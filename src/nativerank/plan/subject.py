@@ -17,9 +17,8 @@ from nativerank.hub.load import base_config, outline
 from nativerank.layers import FactorizeReport
 from nativerank.methods import find_method
 from nativerank.models import DENSE, find_preset, hf_config, read_hf_config
-from nativerank.train.recompute import recompute_blocks
 from nativerank.train.resolve import check_parallel, resolve, share_of_batch, tokens_per_step
-from nativerank.train.setup import new_skeleton
+from nativerank.train.setup import new_skeleton, set_up_passes
 
 TWIN = "dense-adamw"
 
@@ -103,11 +102,12 @@ class Subject:
             return read_hf_config(m.config)
         return hf_config(find_preset(m.preset), self.vocab_size, self.config.train.context)
 
-    def build(self, depth: int | None = None) -> tuple[nn.Module, FactorizeReport | None]:
-        """The model on the meta device, in training mode, with its recomputation; and what became what.
+    def build(self, depth: int | None = None, to_run: bool = False) -> tuple[nn.Module, FactorizeReport | None]:
+        """The model on the meta device in training mode, and what became what.
 
         Args:
             depth: so many of its blocks; None is all.
+            to_run: its passes run as in training, else they are never run.
         """
         model, report = (
             (outline(Path(self.config.init)), None)
@@ -115,8 +115,8 @@ class Subject:
             else new_skeleton(self.config, self.vocab_size, None, depth)
         )
         model.train()
-        if self.config.train.recompute != "none":
-            recompute_blocks(model, self.config.train.recompute)
+        if to_run:
+            set_up_passes(self.config, model)
         return model, report
 
 

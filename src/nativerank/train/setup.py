@@ -153,10 +153,15 @@ def whole_model(
     model.train()
     if config.train.float8:
         compute_in_float8(model, device, config.train.float8_emulate)
+    set_up_passes(config, model)
+    return model, report
+
+
+def set_up_passes(config: RunConfig, model: nn.Module) -> None:
+    """How forward and backward passes of a model run in training: joint products, recomputation."""
     join_products(model)
     if config.train.recompute != "none":
         recompute_blocks(model, config.train.recompute)
-    return model, report
 
 
 def spread(config: RunConfig, model: nn.Module, grid: Grid) -> tuple[nn.Module, list[str]]:

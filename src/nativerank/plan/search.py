@@ -74,8 +74,8 @@ def batch_of(planned: Subject, sequences: int, memory: int) -> dict[str, Any]:
 def largest_ratio(planned: Subject, report: FactorizeReport, peak: int, memory: int) -> float:
     """The largest rank.ratio that fits, in hundredths up to full rank; 0 if not even the least does.
 
-    Bytes go about as the numbers in the factors do, whose count is known for every ratio: so two plans lead to where it
-    must be, and what is found is planned.
+    Bytes go about as the numbers in the factors do, whose count is known for every ratio: so a line through two plans
+    leads close to the answer, and every guess is planned.
     """
 
     def numbers(ratio: float) -> int:
@@ -84,17 +84,21 @@ def largest_ratio(planned: Subject, report: FactorizeReport, peak: int, memory: 
 
     now = planned.config.rank.ratio
     assert now is not None
-    end = 1.0 if peak <= memory else 0.01
-    at_end = peak_at_ratio(planned, end)
-    if (at_end <= memory) == (end == 1.0):
-        return end if end == 1.0 else 0.0
-    slope = (at_end - peak) / (numbers(end) - numbers(now)) if numbers(end) != numbers(now) else 0.0
-    guess = 100
-    while guess > 1 and peak + slope * (numbers(guess / 100) - numbers(now)) > memory:
-        guess -= 1
-    while guess > 1 and peak_at_ratio(planned, guess / 100) > memory:
-        guess -= 1
-    return guess / 100
+    known = {numbers(now): peak}
+    low, high = 0, 101  # hundredths that fit, and that do not
+    guess = 100 if peak <= memory else 1
+    while high - low > 1:
+        found = known[numbers(guess / 100)] = peak_at_ratio(planned, guess / 100)
+        low, high = (guess, high) if found <= memory else (low, guess)
+        wanted = where_it_meets(known, memory)
+        guess = max((h for h in range(low + 1, high) if numbers(h / 100) <= wanted), default=low + 1)
+    return low / 100
+
+
+def where_it_meets(known: Mapping[int, int], memory: int) -> float:
+    """Where the line through the two points (x, bytes) nearest to the memory meets it."""
+    (a, at_a), (b, at_b) = sorted([*known.items(), (0, 0)], key=lambda point: abs(point[1] - memory))[:2]
+    return a + (memory - at_a) * (b - a) / (at_b - at_a) if at_a != at_b else max(a, b)
 
 
 def peak_at_ratio(planned: Subject, ratio: float) -> int:

@@ -274,6 +274,15 @@ def test_another_run_in_the_folder_is_refused(tmp_path, run_config, listen):
             train(run_config(out=tmp_path / "a", resume="auto", **change), listen())
 
 
+def test_a_run_out_of_memory_goes_on_with_recomputation(tmp_path, run_config, listen, fingerprint):
+    train(run_config(out=tmp_path / "plain", train__checkpoint_every=4), listen())
+    with pytest.raises(Interrupted):
+        listener = listen(at_step={4: lambda: signal.raise_signal(signal.SIGTERM)})
+        train(run_config(out=tmp_path / "a", train__checkpoint_every=4), listener)
+    train(run_config(out=tmp_path / "a", train__checkpoint_every=4, train__recompute="up", resume="auto"), listen())
+    assert fingerprint(tmp_path / "a", 8)[:2] == fingerprint(tmp_path / "plain", 8)[:2]
+
+
 def test_resume_on_other_data_is_refused(tmp_path, run_config, listen, other_prepared, write_hf_config):
     train(run_config(out=tmp_path / "a"), listen())
     with pytest.raises(ValueError, match="was trained on other data"):

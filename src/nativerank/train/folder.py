@@ -43,6 +43,7 @@ FREE: tuple[str, ...] = (
     "train.steps",
     "train.tokens",
     "train.loss",
+    "train.recompute",
 )
 FREE += tuple(
     f"train.{key}"

@@ -18,9 +18,10 @@ def show_plan(plan: dict[str, Any]) -> None:
     grid = s["replicas"] * s["shards"]
     console.print(
         escape(
-            f"{plan['model']} with {plan['method']} on {grid} x {device['name']}: {s['steps']:,} steps of "
-            f"{s['tokens_per_step']:,} tokens, {s['passes']} passes of {s['sequences_per_pass']} x {s['context']} per "
-            f"process ({s['replicas']} replicas x {s['shards']} shards), recompute {s['recompute']}"
+            f"{plan['model']} with {plan['method']} on {grid} x {device['name']}: {several(s['steps'], 'step')} of "
+            f"{s['tokens_per_step']:,} tokens, {several(s['passes'], 'pass')} of {s['sequences_per_pass']} x "
+            f"{s['context']} per process ({several(s['replicas'], 'replica')} x {several(s['shards'], 'shard')}), "
+            f"recompute {s['recompute']}"
         )
     )
     console.print(_table(plan))
@@ -59,7 +60,7 @@ def checked(found: dict[str, Any] | None) -> list[str]:
 
 def batch_line(largest: dict[str, Any]) -> str:
     """The batch that a run of as many sequences per step takes; and how many sequences would fit."""
-    fits = f"up to {largest['sequences']} sequences of a pass fit"
+    fits = f"up to {several(largest['sequences'], 'sequence')} of a pass fit"
     if not largest["batch_size"]:
         return f"no train.batch_size fits that keeps the sequences of a step ({fits})"
     batch = f"--train.batch_size {largest['batch_size']} --train.accumulation {largest['accumulation']}"
@@ -97,7 +98,7 @@ def rows(plan: dict[str, Any]) -> list[tuple[Any, Any, Any]]:
         for name in plan["bytes"]
         if name not in ("peak", "logits", "buffers") and plan["bytes"][name]
     ]
-    cost = [("cost of the run", lambda p: p["time"]["cost"], "{:,.2f}".format)] if "cost" in plan["time"] else []
+    cost = [("cost of the run", lambda p: p["time"]["cost"], amount)] if "cost" in plan["time"] else []
     return [
         ("parameters", lambda p: p["params"]["total"], count),
         ("without embeddings", lambda p: p["params"]["non_embedding"], count),
@@ -120,17 +121,30 @@ def rows(plan: dict[str, Any]) -> list[tuple[Any, Any, Any]]:
         ("  of which optimizer", lambda p: p["time"]["optimizer_seconds"], "{:.3g}".format),
         ("tokens per second, at most", lambda p: p["time"]["tokens_per_second"], count),
         ("MFU at that speed", lambda p: p["time"]["mfu"], "{:.0%}".format),
-        ("hours of the run", lambda p: p["time"]["hours"], "{:,.2f}".format),
+        ("hours of the run", lambda p: p["time"]["hours"], amount),
         *cost,
     ]
 
 
 def count(number: float) -> str:
-    """1234567 -> 1.23M."""
-    for size, unit in ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+    """1234567 -> 1.23M, and from 10^15 on 1.23e+15."""
+    if number >= 1e15:
+        return f"{number:.3g}"
+    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:.2f}{unit}"
     return f"{number:.0f}"
+
+
+def amount(number: float) -> str:
+    """Hours or money, with three digits at least."""
+    return f"{number:,.2f}" if number >= 1 else f"{number:.3g}"
+
+
+def several(number: int, name: str) -> str:
+    """1 pass, 2 passes."""
+    ending = "es" if name.endswith("s") else "s"
+    return f"{number:,} {name}" + ("" if number == 1 else ending)
 
 
 def gigabytes(size: float) -> str:

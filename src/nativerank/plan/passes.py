@@ -1,8 +1,9 @@
 """One pass and one update of a plan, run on tensors without numbers (`accounting.trace`), as one process trains.
 
-Two answers are given that training reads off values: transformers asks the position ids whether a sequence holds
-several documents, and without numbers would take it that it does, and build a mask (`one_document`); chunks of the loss
-are those of the planned device (`chunks_of`).
+Three answers are given that training has otherwise: transformers asks the position ids whether a sequence holds several
+documents, and without numbers would take it that it does, and build a mask (`one_document`); its dense experts are one
+operator of its own, since PyTorch's describes bfloat16 alone (`experts_at_once`); chunks of the loss are those of the
+planned device (`chunks_of`).
 """
 
 from collections.abc import Iterator
@@ -38,7 +39,7 @@ class Stage:
         wide = DTYPES[precisions(config, Grid(replicas=shape.replicas, shards=shape.shards))["precision"]]
         if shape.shards > 1 and wide is not None:
             self.model.to(wide)  # weights are gathered so; the shards are in `held`
-        with self.mode, self._documents():
+        with self.mode, self._documents(), experts_at_once():
             self.model.to_empty(device="cpu")
             check_loss(self.model, config.train.loss)  # asks the model now: its answer is no part of a pass
 
@@ -46,7 +47,7 @@ class Stage:
         """One pass of so many sequences; gradients are there before where `resident` says so."""
         config = self.planned.config
         chunked = config.train.loss != "whole"
-        with self.mode, chunks_of(self.planned), self._documents():
+        with self.mode, chunks_of(self.planned), self._documents(), experts_at_once():
             ids = torch.zeros(sequences, self.planned.context, dtype=torch.long)
             self._gradients(resident(self.planned))
             return trace_step(
@@ -111,3 +112,16 @@ def one_document() -> Iterator[None]:
         yield
     finally:
         masking_utils.find_packed_sequence_indices = before
+
+
+@contextmanager
+def experts_at_once() -> Iterator[None]:
+    """Dense experts as the operator that transformers has for old versions of PyTorch."""
+    from transformers.integrations import moe
+
+    before = moe._can_use_grouped_mm
+    moe._can_use_grouped_mm = lambda input, weight, offs: False
+    try:
+        yield
+    finally:
+        moe._can_use_grouped_mm = before

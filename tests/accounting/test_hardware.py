@@ -29,6 +29,7 @@ def test_every_row_is_whole_and_names_its_source():
         ("NVIDIA L4", "l4"),
         ("NVIDIA A10", "a10"),
         ("NVIDIA GeForce RTX 4090", "rtx-4090"),
+        ("NVIDIA H100 NVL", "h100-nvl"),
         ("AMD Instinct MI300X", "mi300x"),
     ],
 )
@@ -39,9 +40,13 @@ def test_what_pytorch_calls_a_card_finds_one_row(monkeypatch, called, name):
     assert found is not None and found.name == name
 
 
-def test_an_unknown_card_has_no_peak(monkeypatch):
+@pytest.mark.parametrize(
+    "called",
+    ["NVIDIA A10G", "NVIDIA GH200 480GB", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA A100-SXM4-80GB MIG 3g.40gb"],
+)
+def test_an_unknown_card_or_a_part_of_one_has_no_peak(monkeypatch, called):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A10G")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: called)
     assert present_device() is None
 
 
@@ -86,8 +91,35 @@ def test_a_file_that_is_wrong(tmp_path, text, said):
 
 
 def test_this_cpu_is_measured(monkeypatch):
-    monkeypatch.setattr(hardware, "GEMM_SIZE", 64)
-    monkeypatch.setattr(hardware, "COPY_BYTES", 1 << 16)
+    monkeypatch.setattr(hardware, "GEMM_SIZES", (32, 64))
+    monkeypatch.setattr(hardware, "COPY_SIZES", (1 << 12, 1 << 16))
+    monkeypatch.setattr(hardware, "TRIAL_SECONDS", 0.001)
     cpu = find_device(THIS_CPU)
     assert cpu.on_cpu and cpu.product_flops == cpu.fp32_flops > 0 and cpu.bytes_per_second > 0
-    assert cpu.memory_bytes > 1 << 28 and "measured" in cpu.source
+    assert cpu.memory_bytes > 1 << 28 and "products of side 32 to 64" in cpu.source
+
+
+def test_the_peaks_are_those_of_the_fastest_sizes(monkeypatch):
+    """Each trial is known by its size here, and took so many seconds."""
+    seconds = {8: 2.0, 16: 0.5, 32: 64.0, 4096: 2.0, 8192: 8.0}
+    monkeypatch.setattr(hardware, "GEMM_SIZES", (8, 16, 32))
+    monkeypatch.setattr(hardware, "COPY_SIZES", (4096, 8192))
+    for name in ("product", "copy"):
+        monkeypatch.setattr(hardware, name, lambda size: size)
+    monkeypatch.setattr(hardware, "least_seconds", seconds.__getitem__)
+    cpu = hardware.measured_cpu()
+    assert cpu.fp32_flops == 2 * 16**3 / 0.5 and cpu.bytes_per_second == 2 * 4096 / 2.0
+
+
+def test_of_all_repeats_the_shortest_counts(monkeypatch):
+    """By a clock of its own: calls of 5, 2, 4 and 3 seconds, of which the third ends the trial."""
+    now, took = [0.0], iter([5.0, 2.0, 4.0, 3.0])
+
+    def work():
+        now[0] += next(took)
+
+    monkeypatch.setattr(hardware, "TRIAL_SECONDS", 10.0)
+    assert hardware.least_seconds(work, clock=lambda: now[0]) == 2.0 and next(took) == 3.0
+    monkeypatch.setattr(hardware, "TRIAL_SECONDS", 1.0)
+    took = iter([7.0])
+    assert hardware.least_seconds(work, clock=lambda: now[0]) == 7.0

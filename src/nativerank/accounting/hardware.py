@@ -23,7 +23,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -76,7 +75,7 @@ def _device(
 DEVICES: dict[str, Device] = {
     device.name: device
     for device in (
-        _device("h200", 141, 989, 67, 4800, "NVIDIA H200 data sheet, SXM", r"H200(?! NVL)"),
+        _device("h200", 141, 989, 67, 4800, "NVIDIA H200 data sheet, SXM", r"(?<!G)H200(?! NVL)"),
         _device("h200-nvl", 141, 835, 60, 4800, "NVIDIA H200 data sheet, NVL", r"H200 NVL"),
         _device("h100-sxm", 80, 989, 67, 3350, "NVIDIA H100 data sheet, SXM", r"H100 80GB HBM3"),
         _device("h100-pcie", 80, 756, 51, 2000, "NVIDIA H100 PCIe data sheet", r"H100 PCIe"),
@@ -103,7 +102,9 @@ KEYS = {
     "price_per_hour": ("price_per_hour", 1),
 }
 NEEDED = tuple(key for key in KEYS if key != "price_per_hour")
-GEMM_SIZE, COPY_BYTES, REPEATS = 1024, 1 << 27, 5
+# Sides of the products and bytes of the copies that are tried on this machine, and how long each is repeated.
+GEMM_SIZES, COPY_SIZES, TRIAL_SECONDS = (512, 768, 1024, 1536), (1 << 20, 1 << 22, 1 << 26), 0.06
+PART_OF_A_CARD = re.compile(r"\bMIG\b")  # has a part of the card's memory and speed
 
 
 def find_device(name: str, devices: Mapping[str, Device] = DEVICES) -> Device:
@@ -177,26 +178,42 @@ def device_of_row(name: str, row: Any, file: str) -> Device:
 
 
 def present_device() -> Device | None:
-    """The row of this machine's GPU, None for one that the table lacks and where there is none."""
+    """The row of this machine's GPU; None where there is none, for one that the table lacks and for a part of one."""
     if not torch.cuda.is_available():
         return None
     called = torch.cuda.get_device_name()
+    if PART_OF_A_CARD.search(called):
+        return None
     return next((d for d in DEVICES.values() if re.search(d.reported, called)), None)
 
 
 def measured_cpu() -> Device:
     """This machine's CPU: float32 products and copies as fast as they go at PyTorch's present thread count.
 
-    Bandwidth counts bytes read and bytes written. Memory is that of the machine.
+    Peaks, so the fastest of several sizes and of all repeats: whatever else the machine does only makes it slower.
+    Bandwidth counts bytes read and bytes written, and is that of tensors in caches, where those of small models lie:
+    with the slower memory's the roofline would be no bound. Memory is that of the machine.
     """
-    A, B = torch.randn(2, GEMM_SIZE, GEMM_SIZE).unbind()
-    out, source = torch.empty_like(A), torch.zeros(COPY_BYTES // 4)
-    target = torch.zeros_like(source)
-    flops = 2 * GEMM_SIZE**3 / _seconds(lambda: torch.mm(A, B, out=out))
-    bandwidth = 2 * COPY_BYTES / _seconds(lambda: target.copy_(source))
-    threads = torch.get_num_threads()
-    what = f"measured: products of {GEMM_SIZE} x {GEMM_SIZE}, copies of {COPY_BYTES >> 20} MiB, {threads} threads"
+    flops = max(2 * size**3 / least_seconds(product(size)) for size in GEMM_SIZES)
+    bandwidth = max(2 * size / least_seconds(copy(size)) for size in COPY_SIZES)
+    sizes, threads = f"{min(GEMM_SIZES)} to {max(GEMM_SIZES)}", torch.get_num_threads()
+    what = f"measured, the fastest of products of side {sizes} and of copies"
+    what += f", {threads} thread{'s' * (threads > 1)}"
     return Device(THIS_CPU, memory_of_machine(), flops, flops, bandwidth, what)
+
+
+def product(size: int) -> Callable[[], Any]:
+    """A product of two (size, size) matrices into memory that is there."""
+    A, B = torch.randn(2, size, size).unbind()
+    out = torch.empty_like(A)
+    return lambda: torch.mm(A, B, out=out)
+
+
+def copy(size: int) -> Callable[[], Any]:
+    """A copy of this many bytes into memory that is there."""
+    source = torch.zeros(size // 4)
+    target = torch.zeros_like(source)
+    return lambda: target.copy_(source)
 
 
 def memory_of_machine() -> int:
@@ -207,11 +224,12 @@ def memory_of_machine() -> int:
     return min(total, int(held)) if held.isdigit() else total
 
 
-def _seconds(work: Callable[[], Any]) -> float:
-    work()
-    found = []
-    for _ in range(REPEATS):
-        began = time.perf_counter()
+def least_seconds(work: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> float:
+    """The shortest call within TRIAL_SECONDS, which end with the call that exceeds them; at least one is made."""
+    least, began = math.inf, clock()
+    before = began
+    while before - began < TRIAL_SECONDS:
         work()
-        found.append(time.perf_counter() - began)
-    return median(found)
+        after = clock()
+        least, before = min(least, after - before), after
+    return least

@@ -8,6 +8,7 @@ from torch.testing import assert_close
 
 from nativerank.bench import retraction
 from nativerank.linalg import retract
+from nativerank.optim.stacks import members_per_stack
 
 
 @pytest.fixture
@@ -52,3 +53,15 @@ def test_processor_time_is_of_one_thread(tiny, cli):
     assert result.code == 0 and json.loads(result.out)["settings"]["clock"] == "cpu"
     refused = cli(*sizes, "--threads", "2")
     assert refused.code == 2 and "--clock cpu adds up the time of all threads" in refused.err
+
+
+def test_stacks_are_those_of_the_optimizer():
+    """As many matrices as its limit takes, and the rest."""
+    whole = [(880, 8192, 32), (240, 28672, 32), (1, 1 << 20, 32)]
+    found = retraction.as_the_optimizer_does(whole, torch.device("cuda"))
+    assert found[:28] == [(32, 8192, 32)] * 27 + [(16, 8192, 32)]
+    assert found[28:55] == [(9, 28672, 32)] * 26 + [(6, 28672, 32)] and found[55:] == [(1, 1 << 20, 32)]
+    for n, d, r in found:
+        unit = [torch.empty(d, r, device="meta")]
+        assert n <= members_per_stack(unit)
+    assert {n for n, d, _ in found if d == 8192} == {members_per_stack([torch.empty(8192, 32, device="meta")]), 16}

@@ -140,3 +140,44 @@ def test_processor_time_is_of_one_thread_and_only_inside(cli):
     assert Stopwatch.clock is before
     refused = cli("bench", "train", *sizes, "--threads", "2", "--clock", "cpu")
     assert refused.code == 2 and "--clock cpu adds up the time of all threads" in refused.err
+
+
+def test_what_does_not_compile_is_in_the_record_and_not_in_standard_output(monkeypatch, cli):
+    monkeypatch.setattr("nativerank.bench.contestants.compile_blocks", lambda model, say: say("no single graph"))
+    flags = "--model.preset pocket --layers 1 --tokens 256 --repeats 1 --methods spectron+compile dense-adamw"
+    result = cli("bench", "train", *flags.split(), "--json")
+    assert result.code == 0, result.err
+    found = json.loads(result.out)
+    assert found["notes"] == ["spectron+compile: no single graph"] and found["notes"][0] in result.err
+    assert found["settings"]["device"] == "cpu" and found["settings"]["threads"] is None
+
+
+def test_guided_factors_take_part_as_at_the_beginning_of_a_run():
+    side = make("self-guided", scaled(find_preset("pocket"), None, 1), torch.device("cpu"))
+    assert 0 < side.optimizer.guides.guided_steps < find_preset("pocket").steps
+    ids = torch.randint(64, (2, 33), generator=torch.Generator().manual_seed(0))
+    assert set(side.step((ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), None))) == set(PHASES)
+
+
+def test_steps_in_a_row_are_not_waited_for():
+    """The mean of them."""
+    waited = []
+
+    class Side:
+        def step(self, batch, wait=True):
+            waited.append(wait)
+
+    assert 0 < train.in_a_row(Side(), None, torch.device("cpu"), steps=3) < 1
+    assert waited == [False] * 3
+
+
+def test_ratios_are_of_whole_steps_and_shares_of_timed_phases():
+    """On CUDA the two are timed apart."""
+    sides = [
+        make(name, scaled(find_preset("pocket"), None, 1), torch.device("cpu")) for name in ("spectron", "hf-dense")
+    ]
+    phases = {phase: [1.0, 1.0] for phase in PHASES}
+    seconds, whole = {side.name: phases for side in sides}, {"spectron": [1.0, 1.0], "hf-dense": [2.0, 2.0]}
+    case = train.summary({"tokens": 8}, sides, seconds, whole, {"spectron": [0.0, 0.0]}, 256)
+    assert case["ratio"]["spectron"] == 0.5 and case["tokens_per_second"] == {"spectron": 8, "hf-dense": 4}
+    assert case["optimizer_share"]["spectron"] == 0.25

@@ -14,6 +14,7 @@
 Ours run the loop's own `train_step`.
 """
 
+import sys
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -21,6 +22,7 @@ import torch
 from torch import nn
 
 from nativerank.bench.measure import check_sizes
+from nativerank.config import GuideConfig
 from nativerank.evaluate.loss import autocast
 from nativerank.layers import join_products
 from nativerank.methods import build_optimizer, factorize, find_method
@@ -41,8 +43,8 @@ class Contestant(Protocol):
     name: str
     model: nn.Module
 
-    def step(self, batch: Batch) -> dict[str, float]:
-        """One update; seconds per phase."""
+    def step(self, batch: Batch, wait: bool = True) -> dict[str, float]:
+        """One update; seconds per phase, which on CUDA mean something only if each is waited for."""
 
 
 def split_name(name: str) -> tuple[str, list[str]]:
@@ -63,8 +65,13 @@ def split_name(name: str) -> tuple[str, list[str]]:
     return method, switches
 
 
-def make(name: str, preset: Preset, device: torch.device, say: Callable[[str], None] = print) -> Contestant:
-    """The contestant of this name; same name, same weights.
+def to_stderr(message: str) -> None:
+    """Standard output is for results."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def make(name: str, preset: Preset, device: torch.device, say: Callable[[str], None] = to_stderr) -> Contestant:
+    """The contestant of this name; same name, same weights. Guides of self-guided are those of a run's beginning.
 
     Args:
         preset: its shapes. say: told what does not compile as one graph.
@@ -96,12 +103,15 @@ class Ours:
             join_products(self.model)
         for policy in {"up", "blocks"} & set(switches):
             recompute_blocks(self.model, policy)
-        self.optimizer = build_optimizer(self.model, method)
+        guided_steps = round(GuideConfig().share * preset.steps) if row.guided else None
+        self.optimizer = build_optimizer(self.model, method, guided_steps=guided_steps)
         if "compile" in switches:
             compile_blocks(self.model, say)
 
-    def step(self, batch: Batch) -> dict[str, float]:
-        result = train_step(self.model, self.optimizer, [batch], accumulation=1, clip=CLIP, chunked=self.chunked)
+    def step(self, batch: Batch, wait: bool = True) -> dict[str, float]:
+        result = train_step(
+            self.model, self.optimizer, [batch], accumulation=1, clip=CLIP, chunked=self.chunked, time_phases=wait
+        )
         return {phase: result.seconds[phase] for phase in PHASES}
 
 
@@ -119,8 +129,8 @@ class Stock:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, fused=device.type != "mps")
         self.device = device
 
-    def step(self, batch: Batch) -> dict[str, float]:
-        watch = Stopwatch(self.device, wait=True)
+    def step(self, batch: Batch, wait: bool = True) -> dict[str, float]:
+        watch = Stopwatch(self.device, wait=wait)
         self.optimizer.zero_grad(set_to_none=True)
         with autocast(self.device):
             loss = self.model(input_ids=batch[0], labels=batch[0]).loss

@@ -30,16 +30,23 @@ def rounds(contestants: Sequence[T], repeats: int, warmup: int) -> Iterator[tupl
         yield (list(contestants) if turn % 2 else list(reversed(contestants))), turn >= warmup
 
 
-def race(calls: dict[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of `repeats` calls of each, interleaved, after one that does not count."""
+def race(
+    calls: dict[str, Callable[[], Any]], repeats: int, device: torch.device, in_a_row: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of `repeats` calls of each, interleaved, after one that does not count.
+
+    Args:
+        in_a_row: calls of a turn, of which the mean counts; on CUDA only the last is waited for.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for names, counts in rounds(list(calls), repeats, warmup=1):
         for name in names:
             watch = Stopwatch(device, wait=True)
-            calls[name]()
+            for _ in range(in_a_row):
+                calls[name]()
             watch.mark(name)
             if counts:
-                seconds[name].append(watch.seconds[name])
+                seconds[name].append(watch.seconds[name] / in_a_row)
     return seconds
 
 

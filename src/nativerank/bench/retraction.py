@@ -12,7 +12,7 @@ Ratios are medians over rounds in which all contestants take turns; with more th
 small parallel regions wait for each other and the ratios flatter us, so they are also given for one thread.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from nativerank.bench.measure import check_sizes, check_threads, measured_by, race, with_threads
 from nativerank.bench.record import raced, record
 from nativerank.linalg.retract import WAYS, retract
+from nativerank.optim.stacks import STACK_BYTES, STACK_BYTES_CPU
 from nativerank.train.setup import pick_device
 
 RANK = 32
@@ -44,6 +45,7 @@ def bench_retraction(
     check_sizes(layers=layers, repeats=repeats)
     check_threads(threads)
     where = pick_device(device)
+    settings = {"layers": layers, "repeats": repeats, "threads": threads, "clock": clock, "device": device}
     stacks = {"70b": [(layers * n, d, r) for n, d, r in LAYER_70B], "wide": list(WIDE)}
     with measured_by(clock, threads or [torch.get_num_threads()], where):
         cases = [
@@ -51,7 +53,7 @@ def bench_retraction(
             for count in with_threads(threads, where)
             for name, shapes in stacks.items()
         ]
-    return record("retraction", {"layers": layers, "repeats": repeats, "clock": clock}, cases, where)
+    return record("retraction", settings, cases, where)
 
 
 def measure(
@@ -68,6 +70,15 @@ def measure(
     seconds = race(calls, repeats, device)
     off = {name: max(map(off_orthonormal, call())) for name, call in calls.items()}
     return raced(case | {"shapes": [list(shape) for shape in shapes]}, LOOP, seconds, off_orthonormal=off)
+
+
+def as_the_optimizer_does(shapes: Iterable[tuple[int, int, int]], device: torch.device) -> list[tuple[int, int, int]]:
+    """The stacks that an optimizer makes of these, as large as `optim.stacks` lets them be."""
+    limit, found = STACK_BYTES_CPU if device.type == "cpu" else STACK_BYTES, []
+    for n, d, r in shapes:
+        most = max(1, limit // (4 * d * r))
+        found += [(min(most, n - done), d, r) for done in range(0, n, most)]
+    return found
 
 
 def step_of_frames(shape: tuple[int, int, int], device: torch.device) -> tuple[Tensor, Tensor]:

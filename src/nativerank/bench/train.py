@@ -7,12 +7,13 @@ exact ones (`accounting.flops`: ranks, attention and head included, recomputatio
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from nativerank.accounting.flops import flops_per_token
-from nativerank.bench.contestants import HF_DENSE, PHASES, Contestant, Ours, check_batch, make, split_name
+from nativerank.bench.contestants import HF_DENSE, PHASES, Contestant, Ours, check_batch, make, split_name, to_stderr
 from nativerank.bench.measure import check_sizes, check_threads, measured_by, medians, rounds, with_threads
 from nativerank.bench.measure import ratio as paired
 from nativerank.bench.record import raced, record
@@ -25,6 +26,7 @@ from nativerank.train.step import Batch, Stopwatch
 
 METHODS = ("spectron", "lowrank-adamw", "dense-adamw", HF_DENSE)
 WARMUP = 2
+IN_A_ROW = 4  # steps on CUDA
 Seconds = dict[str, list[float]]
 
 
@@ -68,15 +70,22 @@ def bench_train(
     tokens = tokens or preset.batch_size * preset.context
     where = pick_device(device)
     (count,) = counts = [threads or torch.get_num_threads()]
+    notes: list[str] = []
+
+    def note(name: str, message: str) -> None:
+        notes.append(f"{name}: {message}")
+        to_stderr(notes[-1])
+
     with measured_by(clock, counts, where):
         for _ in with_threads(counts, where):
-            sides = [make(name, preset, where) for name in names]
-            seconds, probes = run(sides, preset, tokens, repeats, where)
+            sides = [make(name, preset, where, partial(note, name)) for name in names]
+            found = run(sides, preset, tokens, repeats, where)
     settings = {"preset": preset_name, "methods": names, "d_model": preset.d_model, "layers": preset.layers}
     settings |= {"context": preset.context, "tokens": tokens, "vocab_size": preset.vocab_size}
-    settings |= {"ratio": preset.ratio, "rank": preset.value, "repeats": repeats, "clock": clock}
+    settings |= {"ratio": preset.ratio, "rank": preset.value, "repeats": repeats, "threads": threads}
+    settings |= {"clock": clock, "device": device}
     case = {"tokens": tokens, "threads": count}
-    return record("train", settings, [summary(case, sides, seconds, probes, preset.context)], where)
+    return record("train", settings, [summary(case, sides, *found, preset.context)], where, notes=notes)
 
 
 def shapes(
@@ -96,10 +105,15 @@ def shapes(
 
 def run(
     sides: Sequence[Contestant], preset: Preset, tokens: int, repeats: int, device: torch.device
-) -> tuple[dict[str, dict[str, list[float]]], Seconds]:
-    """Seconds of every recorded step per contestant and phase, and of its probe around it, which is timed apart."""
-    seconds = {side.name: {phase: [] for phase in PHASES} for side in sides}  # type: dict[str, dict[str, list[float]]]
+) -> tuple[dict[str, Seconds], Seconds, Seconds]:
+    """Seconds by contestant and phase, of whole steps, and of the probes around them, for every recorded round.
+
+    Waiting for CUDA after each phase adds to a step what the host needs to launch the next one's kernels. `nativerank
+    train` does not wait, so there whole steps are others than those whose phases are timed, several in a row.
+    """
+    seconds: dict[str, Seconds] = {side.name: {phase: [] for phase in PHASES} for side in sides}
     probes: Seconds = {side.name: [] for side in sides if isinstance(side, Ours)}
+    whole: Seconds = {side.name: [] for side in sides}
     generator = torch.Generator().manual_seed(0)
     for in_order, counts in rounds(sides, repeats, WARMUP):
         ids = torch.randint(preset.vocab_size, (tokens // preset.context, preset.context + 1), generator=generator)
@@ -107,12 +121,23 @@ def run(
         batch: Batch = (ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), None)
         for side in in_order:
             took, probe = probed_step(side, batch, device)
+            step = in_a_row(side, batch, device) if device.type == "cuda" else sum(took.values())
             if counts:
+                whole[side.name].append(step)
                 for phase in PHASES:
                     seconds[side.name][phase].append(took[phase])
                 if side.name in probes:
                     probes[side.name].append(probe)
-    return seconds, probes
+    return seconds, whole, probes
+
+
+def in_a_row(side: Contestant, batch: Batch, device: torch.device, steps: int = IN_A_ROW) -> float:
+    """Seconds of a step, of several that nothing waits for but the last."""
+    watch = Stopwatch(device, wait=True)
+    for _ in range(steps):
+        side.step(batch, wait=False)
+    watch.mark("steps")
+    return watch.seconds["steps"] / steps
 
 
 def probed_step(side: Contestant, batch: Batch, device: torch.device) -> tuple[dict[str, float], float]:
@@ -133,7 +158,8 @@ def probed_step(side: Contestant, batch: Batch, device: torch.device) -> tuple[d
 def summary(
     case: dict[str, int],
     sides: Sequence[Contestant],
-    seconds: dict[str, dict[str, list[float]]],
+    seconds: dict[str, Seconds],
+    whole: Seconds,
     probes: Seconds,
     context: int,
 ) -> dict[str, Any]:
@@ -144,7 +170,7 @@ def summary(
     `flop_share` of the reference's; and `optimizer_adds`: what clipping and the optimizer take beyond those of
     lowrank-adamw with the same switches, over its step.
     """
-    whole = {name: totals(parts) for name, parts in seconds.items()}
+    timed = {name: totals(parts) for name, parts in seconds.items()}
     middle = medians(whole)
     first = reference(list(whole))
     flops = {side.name: flops_per_token(side.model, context).training for side in sides}
@@ -155,8 +181,8 @@ def summary(
         whole,
         phases={name: medians(parts) for name, parts in seconds.items()},
         tokens_per_second={name: case["tokens"] / value for name, value in middle.items()},
-        optimizer_share={name: paired(parts["optimizer"], whole[name]) for name, parts in seconds.items()},
-        optimizer_adds=optimizer_adds(seconds, whole),
+        optimizer_share={name: paired(parts["optimizer"], timed[name]) for name, parts in seconds.items()},
+        optimizer_adds=optimizer_adds(seconds, timed),
         probe_share={name: value / (interval * middle[name]) for name, value in medians(probes).items()},
         parameters={side.name: count_parameters(side.model) for side in sides},
         flops_per_token=flops,

@@ -34,6 +34,7 @@ def test_a_case_for_each_policy_with_medians_beside_the_dense_side(peaks, cli):
         "dense-adamw+whole", "spectron+whole", "spectron+whole", "dense-adamw+whole",
     ]  # fmt: skip
     assert {job["layers"] for job in peaks} == {2} and found["settings"]["repeats"] == 3
+    assert found["settings"]["policies"] == ["whole", "chunked"] and found["settings"]["device"] == "cpu"
     assert {"processor", "threads", "commit"} <= found["environment"].keys()
     table = cli("bench", "memory", "--policies", "chunked", "--repeats", "1").out
     assert "spectron-s, 4 x 512 tokens" in table and "chunked" in table
@@ -47,6 +48,8 @@ def test_a_case_for_each_policy_with_medians_beside_the_dense_side(peaks, cli):
         (["--policies", "up"], "up is for factors"),
         (["--policies", "most"], "most"),
         (["--batch_size", "0"], "--batch_size"),
+        (["--model.preset", "foo"], "unknown preset 'foo'"),
+        (["--d_model", "100"], "--d_model must be a multiple of the preset's head size 64, got 100"),
     ],
 )
 def test_bad_flags_are_one_line(peaks, cli, flags, named):

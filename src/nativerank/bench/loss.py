@@ -52,6 +52,7 @@ def bench_loss(
             seconds = _race(tokens, preset.d_model, preset.vocab_size, sizes, repeats, where)
             cases.append(raced(case, WHOLE, seconds, rule=chunk_tokens(tokens, where)))
     settings = {"presets": list(presets), "tokens": tokens, "chunks": list(chunks), "repeats": repeats}
+    settings |= {"threads": threads, "device": device}
     return record("loss", settings, cases, where)
 
 

@@ -61,7 +61,8 @@ def bench_memory(
         dense side's; besides the times.
 
     Raises:
-        ValueError: methods of the wrong kind, a policy that a side does not have, or a process that ended early.
+        ValueError: an unknown preset, a width that it cannot have, methods of the wrong kind, a policy that a side does
+            not have, or a process that ended early.
     """
     check_sizes(repeats=repeats, d_model=d_model, layers=layers, batch_size=batch_size, context=context)
     if find_method(method).layer is None or find_method(dense_method).layer is not None:
@@ -70,7 +71,9 @@ def bench_memory(
     for name in [name for names in sides.values() for name in names]:
         split_name(name)
     shapes = {"preset": preset_name, "d_model": d_model, "layers": layers, "context": context}
-    settings = shapes | {"batch_size": batch_size, "steps": STEPS, "repeats": repeats}
+    _preset(shapes)  # before the first process
+    settings: dict[str, Any] = {**shapes, "batch_size": batch_size, "steps": STEPS, "repeats": repeats}
+    settings |= {"method": method, "dense_method": dense_method, "policies": list(policies), "device": device}
     cases = []
     for policy, names in sides.items():
         found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}

@@ -75,8 +75,9 @@ def bench_optimizer(
             found += [time_layer(one_layer, tokens_per_step, repeats, where), time_step(preset, repeats, where)]
             cases += [{**one, "case": one["case"] | {"threads": count}} for one in found]
     settings = {"preset": preset_name, "layers": preset.layers, "d_model": d_model, "tokens_per_step": tokens_per_step}
+    settings |= {"repeats": repeats, "threads": threads, "clock": clock, "device": device}
     return {
-        **record("optimizer", settings | {"repeats": repeats, "clock": clock}, cases, where),
+        **record("optimizer", settings, cases, where),
         "flops": {
             "layer": algebra_flops(low_rank_skeleton(one_layer), CONTEXT),
             "preset": algebra_flops(low_rank_skeleton(preset), preset.context),

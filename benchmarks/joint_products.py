@@ -1,26 +1,30 @@
-"""CPU seconds of forward + backward of one Llama block and of its parts: `down` products joined against apart.
+"""Seconds of forward + backward of one Llama block and of its parts: `down` products joined against apart.
 
-    python benchmarks/joint_products.py [--threads 1] [--repeats 20] [--d_model 256 512 1024]
+    python benchmarks/joint_products.py [--threads 1] [--repeats 20] [--d_model 256 512 1024] [--json FILE]
 
-Both run by turns in one process, and the ratio (joined over apart) is the median of pairs, with its quartiles. CPU
-time, so that what else runs on the machine counts less. Heads of 64, ranks d/4, f = 2.75 d, 2048 tokens (8192 at
-d_model 1024 and above).
+Both run by turns in one process, and the ratio (joined over apart) is the median of pairs, with its quartiles: by the
+processor's time, so that what else runs on the machine counts less, and by the clock with more threads than one. Heads
+of 64, ranks d/4, f = 2.75 d, 2048 tokens (8192 at d_model 1024 and above).
 """
 
 import argparse
 import copy
 import statistics
-import time
-from collections.abc import Callable
-from typing import Any
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import nativerank as nr
+from nativerank.bench.measure import check_sizes, measured_by, race
+from nativerank.bench.record import raced, record
+from nativerank.cli.output import STDOUT, add_json, check_json, write_json
 
-CONTEXT = 512
+CONTEXT, HEAD = 512, 64
 
 
 def parts(block: Any, positions: tuple[Tensor, Tensor]) -> dict[str, Callable[[Tensor], Tensor]]:
@@ -33,17 +37,17 @@ def parts(block: Any, positions: tuple[Tensor, Tensor]) -> dict[str, Callable[[T
     }
 
 
-def seconds(model: nn.Module, function: Callable[[Tensor], Tensor], x: Tensor) -> float:
+def once(model: nn.Module, function: Callable[[Tensor], Tensor], x: Tensor) -> None:
+    """Forward and backward."""
     model.zero_grad()
     x.grad = None
-    began = time.process_time()
     function(x * 1).backward()
-    return time.process_time() - began
 
 
-def compare(d_model: int, repeats: int) -> None:
+def compare(d_model: int, repeats: int, threads: int, to: TextIO) -> list[dict[str, Any]]:
+    """A case of the record for each part, and a line as soon as it is known."""
     torch.manual_seed(0)
-    heads, tokens = d_model // 64, 8192 if d_model >= 1024 else 2048
+    heads, tokens = d_model // HEAD, 8192 if d_model >= 1024 else 2048
     config = LlamaConfig(
         vocab_size=64,
         hidden_size=d_model,
@@ -59,34 +63,50 @@ def compare(d_model: int, repeats: int) -> None:
     assert len(nr.join_products(joined)) == 2
     x = torch.randn(tokens // CONTEXT, CONTEXT, d_model, requires_grad=True)
     positions = apart.model.rotary_emb(x, torch.arange(CONTEXT)[None])
-    of_apart, of_joined = (parts(model.model.layers[0], positions) for model in (apart, joined))
-    for name in of_apart:
-        ratios, times = [], []
-        for turn in range(repeats + 2):
-            pair = [(apart, of_apart[name]), (joined, of_joined[name])]
-            order = pair if turn % 2 else pair[::-1]
-            took = {id(model): seconds(model, function, x) for model, function in order}
-            if turn >= 2:  # the first two warm up
-                ratios.append(took[id(joined)] / took[id(apart)])
-                times.append(took[id(apart)])
+    sides = {"apart": apart, "joined": joined}
+    of = {name: parts(model.model.layers[0], positions) for name, model in sides.items()}
+    cases = []
+    for part in of["apart"]:
+        calls = {name: partial(once, model, of[name][part], x) for name, model in sides.items()}
+        found = race(calls, repeats + 1, x.device)
+        seconds = {name: values[1:] for name, values in found.items()}  # one more that warms up
+        ratios = [a / b for a, b in zip(seconds["joined"], seconds["apart"], strict=True)]
         low, _, high = statistics.quantiles(ratios, n=4)
+        case = {"part": part, "d_model": d_model, "tokens": tokens, "threads": threads}
+        cases.append(raced(case, "apart", seconds, ratio_quartiles={"joined": [low, high]}))
         print(
-            f"d_model {d_model:5d}  {name:9s} apart {1e3 * statistics.median(times):8.1f} ms   "
+            f"d_model {d_model:5d}  {part:9s} apart {1e3 * statistics.median(seconds['apart']):8.1f} ms   "
             f"ratio {statistics.median(ratios):.3f}  quartiles {low:.3f} to {high:.3f}",
+            file=to,
             flush=True,
         )
+    return cases
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=20, help="pairs, two at least")
     parser.add_argument("--d_model", type=int, nargs="+", default=[256, 512, 1024])
-    asked = parser.parse_args()
-    torch.set_num_threads(asked.threads)
-    print(f"torch {torch.__version__}, {asked.threads} threads, {asked.repeats} pairs")
-    for d_model in asked.d_model:
-        compare(d_model, asked.repeats)
+    add_json(parser)
+    a = parser.parse_args(arguments)
+    try:
+        check_json(a.json)
+        check_sizes(threads=a.threads)
+        if a.repeats < 2:
+            raise ValueError(f"--repeats must be at least 2, for quartiles, got {a.repeats}")
+        for d_model in a.d_model:
+            if d_model < HEAD or d_model % HEAD:
+                raise ValueError(f"--d_model must be a multiple of {HEAD}, the head size, got {d_model}")
+    except ValueError as error:
+        parser.error(str(error))
+    torch.set_num_threads(a.threads)
+    to = sys.stderr if a.json == STDOUT else sys.stdout
+    clock = "cpu" if a.threads == 1 else "wall"
+    settings = {"threads": a.threads, "repeats": a.repeats, "d_model": a.d_model, "clock": clock}
+    with measured_by(clock, [a.threads], torch.device("cpu")):
+        cases = [case for d_model in a.d_model for case in compare(d_model, a.repeats, a.threads, to)]
+    write_json(record("joint_products", settings, cases, torch.device("cpu")), a.json)
 
 
 if __name__ == "__main__":

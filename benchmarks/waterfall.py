@@ -17,20 +17,20 @@ step. With T and F the time and the exact FLOP of a part, d dense, l low rank, a
 """
 
 import argparse
-import json
 import statistics
 import time
 from bisect import bisect_right
 from collections import defaultdict
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nativerank.bench.measure import measured_by, rounds
+from nativerank.bench.measure import check_sizes, measured_by, rounds
 from nativerank.bench.record import raced, record
+from nativerank.cli.output import add_json, check_json, write_json
 from nativerank.layers import join_products
 from nativerank.methods import build_optimizer, factorize, find_method
 from nativerank.models import Preset, find_preset, hf_config, materialize, scaled, skeleton
@@ -138,7 +138,7 @@ def waterfall(low: Side, dense: Side, context: int, tokens: int) -> dict[str, fl
     return rows | {"step": sum(T_l.values()) / whole}
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="demo")
     parser.add_argument("--method", default="spectron")
@@ -146,11 +146,18 @@ def main() -> None:
     parser.add_argument("--layers", type=int)
     parser.add_argument("--batch_size", type=int)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--json", type=Path)
-    a = parser.parse_args()
+    add_json(parser)
+    a = parser.parse_args(arguments)
+    try:
+        check_json(a.json)
+        check_sizes(d_model=a.d_model, layers=a.layers, batch_size=a.batch_size, repeats=a.repeats)
+        if find_method(a.method).layer is None:
+            raise ValueError(f"--method must be a low-rank method, got {a.method}")
+        preset = scaled(find_preset(a.preset), a.d_model, a.layers)
+    except ValueError as error:
+        parser.error(str(error))
     torch.set_num_threads(1)
     device = torch.device("cpu")
-    preset = scaled(find_preset(a.preset), a.d_model, a.layers)
     batch_size, generator = a.batch_size or preset.batch_size, torch.Generator().manual_seed(0)
     tokens = batch_size * preset.context
     sides = {a.method: Side(preset, a.method), "dense-adamw": Side(preset, "dense-adamw")}
@@ -171,14 +178,14 @@ def main() -> None:
     figures = {"waterfall": rows, "milliseconds": milliseconds, "gflop": gflop}
     settings = {key: value for key, value in vars(a).items() if key != "json"} | {"clock": "cpu"}
     found = record("waterfall", settings, [raced(case, "dense-adamw", steps, **figures)], device)
+    if write_json(found, a.json):
+        return
     for what, share in rows.items():
         print(f"{what:<60}{share:+8.3f}")
     print(f"{'plain steps, median of paired ratios':<60}{found['cases'][0]['ratio'][a.method]:+8.3f}")
     print(f"{'milliseconds':<30}" + "".join(f"{name:>14}" for name in sides))
     for name in sorted(set().union(*milliseconds.values())):
         print(f"{name:<30}" + "".join(f"{values.get(name, 0.0):14.1f}" for values in milliseconds.values()))
-    if a.json:
-        a.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ from torch import nn
 from nativerank.accounting.hardware import present_device
 from nativerank.bench import retraction
 from nativerank.bench.contestants import Ours, make
+from nativerank.bench.gpu_goals import PRESETS, Case, goals, show_goals
 from nativerank.bench.layer import bench_layer
 from nativerank.bench.measure import medians, race
 from nativerank.bench.optimizer import FORMS
@@ -54,7 +55,6 @@ from nativerank.optim.optimizer import LowRankOptimizer
 from nativerank.optim.roles import factor_modules
 
 RESULTS = Path(__file__).parent / "results"
-PRESETS = ("spectron-s", "spectron-m", "spectron-l")
 SIDES = ("spectron", "lowrank-adamw", "dense-adamw")
 SHARES_AT = {"32k": 32_768, "512k": 524_288}  # tokens per step
 FULL = {
@@ -70,7 +70,6 @@ SMOKE |= {"vocab_size": 64, "layer": {"d_in": 32, "d_out": 48, "rank": 8, "token
 MEASURED = ("memory", "train", "optimizer")  # of every preset
 SLICES = ("layer", "retraction", *(f"{what}-{preset}" for preset in PRESETS for what in MEASURED))
 REST = "adamw of the rest"
-Case = dict[str, Any]
 
 
 class Measurement:
@@ -206,53 +205,6 @@ def updates(model: nn.Module) -> dict[str, Callable[[], Any]]:
 def share(part: float, others: float) -> float:
     """Of the whole."""
     return part / (part + others)
-
-
-def goals(found: dict[str, Case]) -> list[Case]:
-    """Every goal that these slices speak of: what it says, the figure, its bound, and by how much it is missed.
-
-    Figures that no goal was set for are reported, without a bound.
-    """
-    rows: list[Case] = []
-
-    def goal(text: str, figure: float, bound: float | None, below: bool = True) -> None:
-        if bound is None:
-            rows.append({"goal": text, "figure": figure, "bound": None, "met": None, "missed": ""})
-            return
-        met = figure < bound if below else figure <= bound
-        by = "" if met else f"missed by {figure / bound - 1:.0%}"
-        rows.append({"goal": text, "figure": figure, "bound": bound, "met": met, "missed": by})
-
-    for preset in PRESETS:
-        if case := found.get(f"train-{preset}"):
-            at = f"at {case['case']['tokens']:,} tokens a step"
-            for name, ratio in case["ratio"].items():
-                if name == case["reference"]:
-                    continue
-                ours = name.partition("+")[0] == "spectron"
-                bound = 1.0 if ours and preset in PRESETS[1:] else None
-                goal(f"{preset}, {at}: {name} no slower than {case['reference']}", ratio, bound, below=False)
-                if ours and preset == PRESETS[-1]:
-                    flops = case["flop_share"][name]
-                    text = f"{preset}, {at}: {name}, time per token (FLOP share {flops:.2f}, aim 0.70)"
-                    goal(text, ratio, 0.80, below=False)
-        if case := found.get(f"optimizer-{preset}"):
-            for label, bound in (("512k", 0.01), ("32k", 0.05)):
-                for form, value in case["share"][label].items():
-                    text = f"{preset}: whole optimizer, {form}, of a step of {label} tokens"
-                    goal(text, value, bound if form in ("published", "spectron") else None)
-    if case := found.get("retraction"):
-        way, least = min(((w, s) for w, s in case["seconds"].items() if w != "loop"), key=lambda pair: pair[1])
-        goal(f"retraction of the 70B stack, seconds ({way})", least, 0.020)
-    return rows
-
-
-def show_goals(rows: list[Case]) -> None:
-    """A line each."""
-    for row in rows:
-        verdict = "reported" if row["met"] is None else "met" if row["met"] else row["missed"]
-        bound = "" if row["bound"] is None else f" (goal {row['bound']:g})"
-        print(f"{row['goal']}: {row['figure']:.4g}{bound}: {verdict}")
 
 
 def write(file: Path, found: dict[str, Case], size: Case, device: torch.device) -> None:

@@ -98,9 +98,9 @@ def show_train(result: dict[str, Any]) -> None:
     """Milliseconds of a step and of its parts."""
     from rich.console import Console
 
-    about = "d_model {d_model}, {layers} layers, context {context}, {tokens:,} tokens a step".format(
-        **result["settings"]
-    )
+    settings = result["settings"]
+    layers = f"{settings['layers']} layer{'s' * (settings['layers'] > 1)}"
+    about = "d_model {d_model}, {0}, context {context}, {tokens:,} tokens a step".format(layers, **settings)
     extra = {
         "FLOPs": lambda case, name: f"{case['flop_share'][name]:.2f}",
         "tokens/s": lambda case, name: f"{case['tokens_per_second'][name]:,.0f}",

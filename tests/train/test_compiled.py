@@ -1,6 +1,7 @@
 """Compiled blocks: one graph each, one compilation for all, and pieces where that cannot be."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -9,9 +10,11 @@ from torch.testing import assert_close
 
 from nativerank.data.loader import document_positions
 from nativerank.evaluate.loss import token_losses
+from nativerank.layers.lowrank import LowRankLinear
+from nativerank.layers.shared import join_products
 from nativerank.methods import factorize
 from nativerank.models import make_hf_config, materialize, skeleton
-from nativerank.train.compiled import Compiler, compile_blocks
+from nativerank.train.compiled import compile_blocks
 from nativerank.train.recompute import recompute_blocks
 
 # Torch's own warnings, which its compiler raises and hides.
@@ -55,16 +58,13 @@ def by(monkeypatch):
     counters.clear()
 
     def choose(backend):
-        def compiled(self, function):
-            return torch.compile(function, fullgraph=self.one_graph, backend=backend)
-
-        monkeypatch.setattr(Compiler, "compile", compiled)
+        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
 
     return choose
 
 
-def make(family="llama", method="spectron"):
-    model = skeleton(make_hf_config({"model_type": family} | OTHERS.get(family, SIZES), "test"))
+def make(family="llama", method="spectron", **sizes):
+    model = skeleton(make_hf_config({"model_type": family} | OTHERS.get(family, SIZES) | sizes, "test"))
     if method != "dense-adamw":
         factorize(model, method, rank=6)
     return materialize(model, seed=0, init_scale=1.0).train()
@@ -86,13 +86,17 @@ CASES |= {
     "recomputed up": ("llama", "spectron", "up", False),
     "recomputed blocks": ("llama", "sct", "blocks", False),
     "documents": ("llama", "spectron", "up", True),
+    "no norm before, recomputed up": ("olmo2", "spectron", "up", False),
+    "no norm before, recomputed blocks": ("olmo2", "spectron", "blocks", False),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_block_is_the_same_single_graph(by, case):
+    """With joint products, as every run has them."""
     family, method, keep, masked = CASES[case]
     model, said = make(family, method), []
+    join_products(model)
     if keep != "none":
         recompute_blocks(model, keep)
     by("eager")
@@ -117,6 +121,38 @@ def test_experts_compile_as_one_operator(by, keep):
     assert counters["stats"]["unique_graphs"] == 1 and said == []
     for name, gradient in gradients(make("mixtral"))[1].items():
         assert_close(found[name], gradient)
+
+
+def ranked(backend, by):
+    """Ten blocks of ten ranks, compiled, and the same ones not compiled."""
+    models = [make(num_hidden_layers=10) for _ in range(2)]
+    for model in models:
+        for number, block in enumerate(model.model.layers):
+            for layer in block.modules():
+                if isinstance(layer, LowRankLinear):
+                    layer.resize(4 + number, torch.Generator().manual_seed(number))
+        join_products(model)
+    said = []
+    by(backend)
+    compile_blocks(models[0], said.append)
+    return *models, said
+
+
+def test_blocks_of_many_shapes_are_one_graph_each(by):
+    model, plain, said = ranked("eager", by)
+    loss, found = gradients(model, passes=2)
+    assert counters["stats"]["unique_graphs"] == 10 and said == []
+    same, expected = gradients(plain)
+    assert_close(loss, same)
+    for name, gradient in expected.items():
+        assert_close(found[name], gradient)
+
+
+def test_too_many_shapes_are_said_once_and_the_run_goes_on(by, monkeypatch):
+    monkeypatch.setattr("nativerank.train.compiled.COMPILATIONS", 0.3)
+    model, plain, said = ranked("eager", by)
+    assert_close(gradients(model, passes=2)[0], gradients(plain)[0])
+    assert len(said) == 1 and "compiled in pieces" in said[0]
 
 
 def broken(forward):

@@ -1,6 +1,7 @@
 """torch.compile of the repeated blocks of a model, each as one graph where that holds.
 
-All blocks of a shape share one compilation, which takes tens of seconds once. What lies between them (embedding, head,
+All blocks of a shape share one compilation, which takes tens of seconds once; where ranks differ from block to block,
+each shape has its own, and PyTorch's limit of compilations (8) is raised to 8 for each block. What lies between them (embedding, head,
 loss) and the optimizer run as ever. A block that does not compile as one graph is compiled in pieces, with Python in
 between; that is said once. Nothing has run when a compilation fails, so the call that found out is simply made again.
 """
@@ -11,9 +12,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+
+from nativerank.distributed.wrap import blocks
 
 Say = Callable[[str], None]
+COMPILATIONS = 8  # of each block: with and without gradients, masks, other lengths, a rank that changes
 
 
 class Compiler:
@@ -21,13 +25,16 @@ class Compiler:
 
     Args:
         say: told in one line when one graph is not possible.
+        number: of blocks.
     """
 
-    def __init__(self, say: Say):
-        self.one_graph, self.say = True, say
+    def __init__(self, say: Say, number: int):
+        self.one_graph, self.say, self.room = True, say, COMPILATIONS * number
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        compiled: Callable[..., Any] = torch.compile(function, fullgraph=self.one_graph)
+        compiled: Callable[..., Any] = torch.compile(
+            function, fullgraph=self.one_graph, recompile_limit=self.room
+        )
         return compiled
 
     def give_up(self, error: Exception) -> None:
@@ -48,7 +55,7 @@ class CompiledForward:
         if self.one_graph and self.compiler.one_graph:
             try:
                 return self.compiled(*args, **kwargs)
-            except TorchDynamoException as error:
+            except (TorchDynamoException, FailOnRecompileLimitHit) as error:
                 self.compiler.give_up(error)
         if self.one_graph:
             self.one_graph, self.compiled = False, self.compiler.compile(self.function)
@@ -59,12 +66,10 @@ class CompiledForward:
 
 
 def compile_blocks(model: nn.Module, say: Say) -> None:
-    """Compiles the members of the first ModuleList, hooks apart; of a sharded block what lies between the gathering
-    of its weights and letting go of them.
+    """Compiles the repeated blocks, hooks apart; of a sharded block what lies between the gathering of its weights and
+    letting go of them.
     """
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList):
-            compiler = Compiler(say)
-            for block in module:
-                block.forward = CompiledForward(block.forward, compiler)
-            return
+    members = list(blocks(model))
+    compiler = Compiler(say, len(members))
+    for block in members:
+        block.forward = CompiledForward(block.forward, compiler)

@@ -197,5 +197,6 @@ def bench_bound(
     if steps is not None and steps < probe_every:
         raise ValueError(f"--steps {steps} ends before the first measurement at step {probe_every}")
     runs = [in_training(f, preset_name, steps, probe_every, seed) for f in ("paper", "certified")] if train_too else []
-    settings = {"eta": ETA, "shape": [D_OUT, D_IN, R], "preset": preset_name, "probe_every": probe_every, "seed": seed}
+    settings: dict[str, Any] = {"eta": ETA, "shape": [D_OUT, D_IN, R], "preset": preset_name, "steps": steps}
+    settings |= {"probe_every": probe_every, "seed": seed, "train_too": train_too}
     return record("bound", settings, adversarial(FORMS), torch.device("cpu"), training=runs)

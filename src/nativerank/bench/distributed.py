@@ -72,7 +72,13 @@ def bench_distributed(
     settings = {"preset": preset_name, "method": method, "tokens_per_step": preset.batch_size * preset.context}
     once = {"shape": [COUNT, D, R], "processes": ONCE_ON, "tasks": [t for g in groups for t in task_rows(g)]}
     steps = [row for group in groups for row in step_rows(group)]
-    return record("distributed", settings | {"repeats": repeats}, steps, torch.device("cpu"), once=once)
+    return record(
+        "distributed",
+        settings | {"processes": list(processes), "repeats": repeats},
+        steps,
+        torch.device("cpu"),
+        once=once,
+    )
 
 
 def step_rows(group: dict[str, Any]) -> list[dict[str, Any]]:

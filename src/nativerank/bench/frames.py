@@ -83,6 +83,12 @@ def bench_frames(
 
     seconds = race({side: steps(side) for side in (FREE, *METHODS, PER_FORWARD)}, repeats, where)
     share = {side: 1 - ratio(seconds[FREE], times) for side, times in seconds.items()}
-    settings = {"preset": preset_name, "d_model": preset.d_model, "layers": preset.layers, "repeats": repeats}
+    settings: dict[str, Any] = {
+        "preset": preset_name,
+        "d_model": preset.d_model,
+        "layers": preset.layers,
+        "repeats": repeats,
+    }
+    settings |= {"batch_size": batch_size, "micro_batches": micro_batches, "device": device}
     case = {"micro_batches": micro_batches, "tokens_per_step": micro_batches * batch_size * preset.context}
     return record("frames", settings, [raced(case, FREE, seconds, share=share)], where)

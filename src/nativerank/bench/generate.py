@@ -80,8 +80,13 @@ def bench_generate(
         **(dict(folder=str(folder)) if folder else dict(preset=preset_name, d_model=source.shapes().d_model)),
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
+        "ratios": list(ratios or []),
+        "layers": layers,
+        "batches": batches,
         "repeats": repeats,
+        "memory": memory,
         "clock": clock,
+        "device": device,
     }
     result = record(
         "generate",

@@ -41,7 +41,9 @@ def bench_paper(
     check_sizes(replicas=replicas, shards=shards, rank=rank)
     grids = CASES + LARGE if preset_name is None else ((preset_name, replicas, shards),)
     cases = [on_paper(*case, method=method, ratio=ratio, rank=rank) for case in grids]
-    return record("distributed, on paper", {"method": method}, cases, torch.device("cpu"))
+    settings: dict[str, Any] = {"preset": preset_name, "method": method, "ratio": ratio, "rank": rank}
+    settings |= {"replicas": replicas, "shards": shards} if preset_name else {}
+    return record("distributed, on paper", settings, cases, torch.device("cpu"))
 
 
 def on_paper(

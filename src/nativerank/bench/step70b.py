@@ -74,7 +74,7 @@ def bench_step70b(
     }
     return record(
         "step70b",
-        {"layers": layers, "repeats": repeats},
+        {"layers": layers, "repeats": repeats, "everything": everything} | ({} if everything else one),
         [in_a_fresh_process(variant) for variant in chosen],
         torch.device("cpu"),
         literal=race_literal(Variant(layers=layers), repeats) if literal or everything else [],

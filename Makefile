@@ -42,19 +42,29 @@ test-slow: $(TESTABLE)
 
 STEPS := spectron spectron+compile lowrank-adamw+compile dense-adamw hf-dense
 RECORDS := benchmarks/results
+CPU := --threads 1 --clock cpu
 
+# The records that texts quote, by the commands of benchmarks/README.md.
 bench: install
-	$(BIN)/nativerank bench layer --json $(RECORDS)/bench-layer.json
-	$(BIN)/nativerank bench train --methods $(STEPS) --json $(RECORDS)/bench-train-demo.json
-	$(BIN)/nativerank bench train --d_model 512 --methods $(STEPS) --json $(RECORDS)/bench-train-512.json
-	$(BIN)/nativerank bench train --d_model 1024 --layers 1 --context 1024 --tokens 8192 --vocab_size 64 --repeats 5 \
+	$(BIN)/nativerank bench layer $(CPU) --repeats 3 --json $(RECORDS)/bench-layer.json
+	$(BIN)/nativerank bench train $(CPU) --methods $(STEPS) --json $(RECORDS)/bench-train-demo.json
+	$(BIN)/nativerank bench train $(CPU) --d_model 512 --repeats 3 --methods spectron lowrank-adamw dense-adamw hf-dense \
+		--json $(RECORDS)/bench-train-512.json
+	$(BIN)/nativerank bench train $(CPU) --d_model 1024 --layers 1 --context 1024 --tokens 8192 --vocab_size 64 --repeats 3 \
 		--methods spectron lowrank-adamw dense-adamw --json $(RECORDS)/bench-train-1024.json
+	$(BIN)/python benchmarks/waterfall.py --preset demo --json $(RECORDS)/waterfall-demo.json
+	$(BIN)/python benchmarks/waterfall.py --d_model 512 --repeats 5 --json $(RECORDS)/waterfall-512.json
+	$(BIN)/nativerank bench memory --policies whole blocks --repeats 2 --json $(RECORDS)/bench-memory.json
+	$(BIN)/nativerank bench loss --threads 1 --repeats 3 --json $(RECORDS)/bench-loss.json
+	$(BIN)/nativerank bench optimizer $(CPU) --json $(RECORDS)/bench-optimizer.json
+	$(BIN)/nativerank bench retraction $(CPU) --json $(RECORDS)/bench-retraction.json
+	$(BIN)/nativerank bench frames --json $(RECORDS)/bench-frames.json
 	$(BIN)/nativerank bench bound --json $(RECORDS)/bench-bound.json
-	$(BIN)/nativerank bench optimizer --json $(RECORDS)/bench-optimizer.json
-	$(BIN)/nativerank bench retraction --json $(RECORDS)/bench-retraction.json
 	$(BIN)/nativerank bench step70b --all --json $(RECORDS)/bench-step70b.json
 	$(BIN)/nativerank bench distributed --json $(RECORDS)/bench-distributed.json
 	$(BIN)/nativerank bench distributed --paper --json $(RECORDS)/bench-distributed-paper.json
+	OMP_NUM_THREADS=1 $(BIN)/nativerank bench generate --model.preset spectron-s --rank.ratio 0.25 0.5 \
+		--prompt_tokens 16 --new_tokens 8 --clock cpu --json $(RECORDS)/bench-generate.json
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache

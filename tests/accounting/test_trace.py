@@ -1,5 +1,7 @@
 """A step on tensors without numbers: what it holds and does is what the shapes say."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -12,6 +14,18 @@ from nativerank.plan.passes import Stage
 from nativerank.plan.subject import subject
 
 N, D, H = 8, 16, 32
+MIXTRAL = {
+    "model_type": "mixtral",
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 64,
+}
 
 
 def traced(adam=False, gradients=False):
@@ -60,6 +74,22 @@ def test_a_pass_of_a_model_does_the_exact_flops(method):
         flops[op.phase] += op.calls * op.flops
     assert flops[FORWARD] == tokens * (exact.forward + 2 * exact.head)
     assert flops[BACKWARD] == tokens * (2 * (exact.forward - exact.head) + exact.attention / 2)
+
+
+@pytest.mark.parametrize("method", ["spectron", "dense-adamw"])
+def test_a_pass_of_experts_does_the_exact_flops(method, tmp_path):
+    """A row for each expert that a token visits, factored or dense; experts without tokens do nothing."""
+    (tmp_path / "config.json").write_text(json.dumps(MIXTRAL))
+    train = TrainConfig(steps=1, batch_size=2, accumulation=1, context=64)
+    chosen = ModelConfig(preset="pocket", config=str(tmp_path))
+    planned = subject(RunConfig(model=chosen, method=method, device="cpu", train=train))
+    model, tokens = planned.build()[0], 2 * 64
+    exact, flops = flops_per_token(model, 64), dict.fromkeys((FORWARD, BACKWARD), 0.0)
+    for op in Stage(planned, None).run(2).ops:
+        flops[op.phase] += op.calls * op.flops
+    router = 2 * model.config.hidden_size * model.config.num_local_experts * model.config.num_hidden_layers
+    assert flops[FORWARD] == tokens * (exact.forward + router + 2 * exact.head)
+    assert flops[BACKWARD] == tokens * (2 * (exact.forward + router - exact.head) + exact.attention / 2)
 
 
 @pytest.mark.parametrize("width", [64, 128])

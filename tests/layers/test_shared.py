@@ -16,7 +16,8 @@ import nativerank as nr
 from nativerank.layers import shared
 from nativerank.layers.guided import GuidedLinear
 from nativerank.layers.lowrank import LowRankLinear
-from nativerank.layers.shared import JointProduct, SharedInput, join_products, recorded, same_inputs
+from nativerank.layers.reads import reads_of, recorded, same_inputs
+from nativerank.layers.shared import JointProduct, SharedInput, join_products
 from nativerank.layers.spectral import SpectralLinear
 
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -94,7 +95,7 @@ def test_asking_draws_no_random_numbers_and_keeps_modes():
     model = Dropped().train()
     model.k.eval()
     before = torch.get_rng_state()
-    assert same_inputs(model, ["q", "k", "v"], (sample(),)) == [("q", "k", "v")]
+    assert same_inputs(reads_of(model, ["q", "k", "v"], (sample(),), {})) == [("q", "k", "v")]
     assert len(recorded(model, ["q", "k", "v"], (sample(),), {})) == 3  # on the model itself
     assert torch.equal(torch.get_rng_state(), before)
     assert model.training and not model.k.training and model.q.training
@@ -171,6 +172,24 @@ def test_flops_are_the_same_and_products_fewer():
 
     apart, joint = pair()
     assert counted(joint) == counted(apart) > 0
+
+
+@pytest.mark.parametrize("rank", [2, 3, 6])
+def test_a_joint_matrix_wider_than_its_input_is_a_product_by_another_name(rank, products):
+    apart, joint = pair()
+    for model in (apart, joint):
+        for seed, layer in enumerate(model.children()):
+            layer.resize(min(rank, 5), torch.Generator().manual_seed(seed))
+    with FlopCounterMode(display=False) as counter:
+        found = outcome(joint)
+    named = {str(op): flops for op, flops in counter.get_flop_counts()["Global"].items()}
+    wide = sum(layer.rank for layer in joint.children()) >= D_IN
+    assert wide == (rank > 2) and wide == ("nativerank.joint_product" in named) and products == [3]
+    with FlopCounterMode(display=False) as separate:
+        wanted = outcome(apart)
+    assert counter.get_total_flops() == separate.get_total_flops()
+    for one, other in zip(found, wanted, strict=True):
+        assert_close(one, other, rtol=0, atol=1e-12)
 
 
 def test_autocast_rounds_as_for_one_linear():
@@ -289,10 +308,54 @@ def test_no_tensor_outlives_the_forward_pass(way, monkeypatch):
 
 def test_a_tensor_that_stays_carries_nothing(products):
     _, joint = pair()
-    x = sample()
+    x = torch.sin(sample())
     for layer in joint.children():
         layer(x)
     assert vars(x) == {} and products == [3]
+
+
+def test_a_leaf_that_wants_a_gradient_is_read_by_each_for_itself(products):
+    """Parts that wait on it would lead back to it through the graph, which no garbage collector sees."""
+    _, joint = pair()
+    x = sample()
+    storage = weakref.ref(x.untyped_storage())
+    joint.q(x).sum().backward()
+    assert vars(x) == {} and products == []
+    del x
+    assert storage() is None
+
+
+class Crossing(nn.Module):
+    """Reads what all blocks read."""
+
+    def __init__(self):
+        super().__init__()
+        self.k, self.v, self.o = (LowRankLinear(D_IN, D_IN, 2, bias=False, dtype=torch.float64) for _ in range(3))
+
+    def forward(self, x, memory):
+        return x + self.o(torch.tanh(self.k(memory)) * self.v(memory) + x)
+
+
+class Decoder(nn.Module):
+    def __init__(self, again):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks, self.again = nn.ModuleList([Crossing(), Crossing()]), again
+
+    def forward(self, x):
+        memory, y = torch.sin(x), torch.cos(x)
+        for block in self.blocks:
+            y = checkpoint(block, y, memory, use_reentrant=False) if self.again else block(y, memory)
+        return y
+
+
+def test_readers_in_two_blocks_are_two_groups(products):
+    """Each block may be run again by itself."""
+    apart, joint = Decoder(False), Decoder(True)
+    assert join_products(joint, sample()) == [("blocks.0.k", "blocks.0.v"), ("blocks.1.k", "blocks.1.v")]
+    for found, wanted in zip(outcome(joint), outcome(apart), strict=True):
+        assert_close(found, wanted, rtol=0, atol=1e-12)
+    assert products == [2] * 4
 
 
 # -- who computes for himself -------------------------------------------------------------------------------------

@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from nativerank.accounting.flops import recomputed_flops
 from nativerank.data.loader import document_positions
 from nativerank.evaluate.loss import token_losses
+from nativerank.layers.shared import join_products
 from nativerank.methods import factorize
 from nativerank.models import make_hf_config, materialize, read_hf_config, skeleton
 from nativerank.train.recompute import recompute_blocks
@@ -20,6 +23,15 @@ MIXTRAL = {
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
     "num_local_experts": 4,
+}
+WIDE = {
+    "model_type": "llama",
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
 }
 GPT2 = {"model_type": "gpt2", "vocab_size": 300, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
 
@@ -101,6 +113,50 @@ def test_up_keeps_what_narrows_and_attention(make):
         waiting[keep], _ = memory(model, ids)
     per_token = 7 * RANK + model.config.hidden_size + model.config.num_attention_heads
     assert waiting["up"] - waiting["blocks"] == model.config.num_hidden_layers * ids.numel() * per_token * 4
+
+
+@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize("ratio", [0.25, 0.4, 0.6])
+def test_up_makes_again_what_is_declared_at_every_rank(ratio, joined):
+    """Joint matrices may be wider than their input; each of their products narrows all the same."""
+    flops, ids = {}, batch()[0]
+    for keep in ("none", "up"):
+        model = skeleton(make_hf_config(WIDE, "test"))
+        factorize(model, "spectron", rank_ratio=ratio)
+        declared = recomputed_flops(model, TOKENS[1], keep)
+        materialize(model, seed=0, init_scale=1.0).train()
+        if joined:
+            assert len(join_products(model)) == 2 * model.config.num_hidden_layers
+        if keep == "up":
+            recompute_blocks(model, keep)
+        # Attention is no product for this counter on a CPU, neither at first nor again.
+        with FlopCounterMode(display=False) as counter:
+            model.model(input_ids=ids, use_cache=False).last_hidden_state.sum().backward()
+        flops[keep] = counter.get_total_flops()
+    assert flops["up"] - flops["none"] == declared * ids.numel() > 0
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, which its compiler raises and hides
+@pytest.mark.parametrize("autocast", [False, True])
+def test_wide_joint_products_stay_when_compiled(autocast):
+    """In the compiler's partition nothing but them waits that waits not for separate products, casts included."""
+    waiting, found = {}, {}
+    for joined in (False, True):
+        model = skeleton(make_hf_config(WIDE, "test"))
+        factorize(model, "spectron", rank_ratio=0.6)
+        materialize(model, seed=0, init_scale=1.0).train()
+        if joined:
+            join_products(model)
+        recompute_blocks(model, "up")
+        for block in model.model.layers:
+            block.compile(backend="aot_eager_decomp_partition", fullgraph=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            memory(model, batch()[0])
+            waiting[joined], _ = memory(model, batch()[0])
+        found[joined] = {name: p.grad for name, p in model.model.named_parameters()}
+    assert waiting[True] == waiting[False] > 0
+    for name, gradient in found[False].items():
+        assert (found[True][name] - gradient).norm() < (0.05 if autocast else 1e-5) * gradient.norm()
 
 
 def test_each_choice_holds_less_than_the_one_before(write_hf_config):

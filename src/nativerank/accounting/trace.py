@@ -1,7 +1,8 @@
 """One training step on tensors without numbers: what it computes, what it moves, what it holds.
 
 The very code that trains is run under PyTorch's FakeTensorMode, where tensors have shapes and no memory, and every
-operator is looked at on its way: FLOPs are those of PyTorch's counter, bytes those of the tensors it reads and writes
+operator is looked at on its way: FLOPs are those of PyTorch's counter (experts by the rows
+they get in all: tokens times the experts that each visits), bytes those of the tensors it reads and writes
 (views are free), and every storage is followed from birth to death, so what was alive at once is known after every
 operator. Any architecture will do, at any size; a block takes about a tenth of a second.
 
@@ -32,11 +33,27 @@ aten = torch.ops.aten
 # What PyTorch's counter knows under other names: attention on a CPU, which runs its scores again in the backward pass
 # as that of CUDA does, and products that are added in place.
 COUNTED: dict[Any, Any] = {
-    **flop_registry,
     aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
     aten.addmm_: flop_registry[aten.addmm],
     aten.baddbmm_: flop_registry[aten.baddbmm],
+}
+
+
+def dense_experts_flop(x: torch.Size, matrices: torch.Size, *rest: Any, **kwargs: Any) -> int:
+    """x (S, k), matrices (E, k, n), a row for each expert that a token visits: 2 S k n, whichever these are."""
+    return 2 * x[0] * x[1] * matrices[2]
+
+
+def dense_experts_backward_flop(*args: Any, **kwargs: Any) -> int:
+    """The gradients of both."""
+    return 2 * dense_experts_flop(*args, **kwargs)
+
+
+# Of transformers, which defines them when it is imported; ours are in PyTorch's registry (`layers.grouped`).
+DENSE_EXPERTS = {
+    "grouped_mm_fallback": dense_experts_flop,
+    "grouped_mm_fallback_backward": dense_experts_backward_flop,
 }
 
 
@@ -89,7 +106,10 @@ class Tracer(TorchDispatchMode):
 
     def __init__(self, there: Iterable[Tensor], solvers: Mapping[Any, Any] | None = None) -> None:
         super().__init__()
-        self.counted = {**COUNTED, **{op: shape_wrapper(count) for op, count in (solvers or {}).items()}}
+        defined = torch.ops.transformers
+        more = {getattr(defined, name): count for name, count in DENSE_EXPERTS.items() if hasattr(defined, name)}
+        counts = {op: shape_wrapper(count) for op, count in {**more, **(solvers or {})}.items()}
+        self.counted = {**flop_registry, **COUNTED, **counts}
         self.alive: dict[int, int] = {}
         self.now, self.phase = 0, FORWARD
         self.course: dict[str, list[tuple[str, int]]] = {}

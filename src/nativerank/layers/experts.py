@@ -141,8 +141,9 @@ class LowRankExperts(nn.Module):
 
 def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """Row s of x (S, k) times weight[e]^T (k, n), where expert e owns rows offsets[e-1] : offsets[e]. Gives (S, n)."""
-    if x.is_cuda and torch.is_autocast_enabled("cuda"):  # which does not know grouped_mm
-        x, weight = (t.to(torch.get_autocast_dtype("cuda")) for t in (x, weight))
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):  # which knows neither grouped_mm nor our operator
+        x, weight = (t.to(torch.get_autocast_dtype(kind)) for t in (x, weight))
     if x.is_cuda and kernel_fits(x, weight):
         return F.grouped_mm(x, weight.mT, offs=offsets)  # one kernel, no wait for the offsets
     if torch.compiler.is_compiling() or isinstance(x, FakeTensor):  # neither knows how many rows an expert has

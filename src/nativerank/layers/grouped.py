@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 
 def row_counts(offsets: Tensor) -> list[int]:
@@ -53,3 +54,15 @@ def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None]:
 
 
 grouped_product.register_autograd(_backward, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.nativerank.grouped_product)
+def _product_flops(x: torch.Size, matrices: torch.Size, *rest: Any, **kwargs: Any) -> int:
+    """2 S k n, whichever experts the rows went to."""
+    return 2 * x[0] * x[1] * matrices[2]
+
+
+@register_flop_formula(torch.ops.nativerank.grouped_outer)
+def _outer_flops(x: torch.Size, y: torch.Size, *rest: Any, **kwargs: Any) -> int:
+    """2 S k n."""
+    return 2 * x[0] * x[1] * y[1]

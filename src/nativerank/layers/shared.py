@@ -8,27 +8,52 @@ gradient of x of its own, (n, d_in), and autograd adds them up; as one product t
 what is saved is memory traffic, calls and, under autocast, all casts of x but one. Parameters stay apart: they are
 joined for the time of a product, r d_in numbers beside n d_in of x.
 
-Which layers share an input is found by running the model once on fake tensors and comparing what they read. Whoever
+Which layers share an input is found by asking the model (`layers.reads`). Whoever
 of them is called first makes the product of all, and each of the others takes its part if it is called with that very
-tensor, unchanged. Parts wait on the tensor itself, so none outlives it. A layer whose `down` is not a plain
-`nn.Linear` (adapters, float8, quantized or sharded weights) or has hooks of its own computes for itself, and so do all
-in evaluation mode or without gradients: in validation little is gained, and for a single token joining weights takes
-longer than using them.
+tensor, unchanged. Parts wait on the tensor itself, so none outlives it. Readers in two repeated blocks (cross attention
+on the output of an encoder) are two groups, since each block may be run again by itself in the backward pass.
+
+For itself computes a layer whose `down` is not a plain `nn.Linear` (adapters, float8, quantized or sharded weights),
+has hooks of its own or does not narrow; and so do all where x is a leaf that wants a gradient, which parts that wait on
+it would keep for ever; in compiled blocks whose own input x is (q, k and v without a norm before them), where a region
+that is run again may not leave anything; and in evaluation mode or without gradients: in validation little is gained,
+and for a single token joining weights takes longer than using them.
+
+The joint matrix is seen by the rule for activations (`train.recompute`) as any other while it narrows. A wider one goes
+through an operator of its own name, `nativerank::joint_product`.
 """
 
-import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
+from torch.utils.flop_counter import register_flop_formula
+
+from nativerank.layers.reads import reads_of, same_inputs, version
 
 WAITING = "_parts_for_its_other_readers"  # attribute of a tensor
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+@torch.library.custom_op("nativerank::joint_product", mutates_args=())
+def joint_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x (..., d_in) times (r, d_in), r >= d_in: a product by another name."""
+    return linear(x, weight)
+
+
+@joint_product.register_fake
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@register_flop_formula(torch.ops.nativerank.joint_product)
+def _joint_flops(x: torch.Size, weight: torch.Size, *rest: Any, **kwargs: Any) -> int:
+    """2 n d_in r."""
+    return 2 * x.numel() * weight[0]
 
 
 class JointProduct(torch.autograd.Function):
@@ -42,7 +67,9 @@ class JointProduct(torch.autograd.Function):
         ctx.save_for_backward(read, *weights)
         ctx.set_materialize_grads(False)  # a part that nobody used has no gradient
         ctx.x_dtype = x.dtype
-        return linear(read, joined(weights, read.dtype if dtype else None)).split([len(w) for w in weights], dim=-1)
+        weight = joined(weights, read.dtype if dtype else None)
+        H = (linear if len(weight) < x.shape[-1] else joint_product)(read, weight)
+        return H.split([len(w) for w in weights], dim=-1)
 
     @staticmethod
     @once_differentiable
@@ -74,10 +101,12 @@ class SharedInput:
 
     Args:
         layers: in the order in which the model calls them; each learns its place. None stands for one that has left.
+        of_block: whether the tensor is given to their repeated block, and not made there.
     """
 
-    def __init__(self, layers: Sequence[nn.Module]):
+    def __init__(self, layers: Sequence[nn.Module], of_block: bool = False):
         self.layers: list[Any] = list(layers)
+        self.of_block = of_block
         for place, layer in enumerate(self.layers):
             layer.shared, layer.place = self, place
 
@@ -95,8 +124,15 @@ class SharedInput:
         if not (member and layer.training and torch.is_grad_enabled()):
             plain: Tensor = layer.down(x)
             return plain
+        if self._keeps(x):
+            plain = layer.down(x)
+            return plain
         h = self._take(layer, x)
         return self._make(layer, x) if h is None else h
+
+    def _keeps(self, x: Tensor) -> bool:
+        """Whether what is left with a tensor could stay there."""
+        return self.of_block if torch.compiler.is_compiling() else x.requires_grad and x.is_leaf
 
     def _take(self, layer: Any, x: Tensor) -> Tensor | None:
         """The part that waits, if it was made of x as it is now and of the weight as it is now."""
@@ -148,7 +184,8 @@ def joinable(down: nn.Module, like: Tensor) -> bool:
         return False
     weight = down.weight
     plain = type(weight) in (nn.Parameter, Tensor) or isinstance(weight, FakeTensor)  # not sharded, not quantized
-    return plain and weight.dtype == like.dtype and weight.device == like.device
+    narrows = weight.shape[0] < weight.shape[1]
+    return plain and narrows and weight.dtype == like.dtype and weight.device == like.device
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -162,16 +199,13 @@ def marks(x: Tensor) -> tuple[Any, ...]:
     return version(x), autocast_dtype(x)
 
 
-def version(tensor: Tensor) -> int:
-    """How often the tensor was written to; code that is compiled was seen not to write to it."""
-    return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
-
-
 def join_products(model: nn.Module, *args: Any, **kwargs: Any) -> list[tuple[str, ...]]:
     """Lets factor layers that read one input compute their `down` products as one, in training.
 
     Outputs and gradients are the same up to the last digits, parameters and names stay. Call it before the model is
-    wrapped (FSDP, DDP) or compiled, and again for a copy. Gradients of gradients are an error from then on.
+    wrapped (FSDP, DDP) or compiled, and again for a copy. In training mode these are errors from then on: gradients of
+    gradients, `torch.func`, and a layer that is called on a tensor when the backward pass of another reader of that
+    tensor is over.
 
     Args:
         model: factorized, changed in place.
@@ -187,69 +221,9 @@ def join_products(model: nn.Module, *args: Any, **kwargs: Any) -> list[tuple[str
             layer.shared.leave(layer.place)
     if len(layers) < 2:
         return []
-    groups = same_inputs(model, list(layers), args, kwargs)
+    reads = reads_of(model, list(layers), args, kwargs)
+    given = {read.name for read in reads if read.of_block}
+    groups = same_inputs(reads)
     for group in groups:
-        SharedInput([layers[name] for name in group])
+        SharedInput([layers[name] for name in group], of_block=not given.isdisjoint(group))
     return groups
-
-
-def same_inputs(
-    model: nn.Module, names: Sequence[str], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-) -> list[tuple[str, ...]]:
-    """Names of modules whose every call reads what the others of the tuple read, in the order of their calls."""
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            calls = recorded(without_numbers(model), names, args, kwargs or {})
-    except Exception:  # Whatever it was, it comes again below if it has nothing to do with fake tensors.
-        calls = recorded(model, names, args, kwargs or {})
-    readers: dict[tuple[int, int], list[str]] = {}
-    for name, x, written in calls:
-        readers.setdefault((id(x), written), []).append(name)
-    sets: dict[str, set[tuple[str, ...]]] = {}
-    for group in readers.values():
-        for name in group:
-            sets.setdefault(name, set()).add(tuple(group))
-    alike = {group for groups in sets.values() for group in groups if all(sets[name] == {group} for name in group)}
-    return sorted((g for g in alike if len(set(g)) == len(g) > 1), key=lambda group: list(sets).index(group[0]))
-
-
-def without_numbers(model: nn.Module) -> nn.Module:
-    """A copy whose tensors are fake ones on the CPU; inside a FakeTensorMode."""
-    memo: dict[int, Any] = {}
-    for tensor in [*model.parameters(), *model.buffers()]:
-        fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-        memo[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
-    return copy.deepcopy(model, memo)
-
-
-@torch.no_grad()
-def recorded(
-    model: nn.Module, names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> list[tuple[str, Tensor, int]]:
-    """(name, input, its version) of every call of these modules in one forward pass, in order."""
-    calls: list[tuple[str, Tensor, int]] = []
-
-    def recorder(name: str) -> Callable[..., None]:
-        return lambda module, given: calls.append((name, given[0], version(given[0])))
-
-    if not args and not kwargs:
-        device = next(model.parameters()).device
-        kwargs = {"input_ids": torch.ones(1, 2, dtype=torch.long, device=device), "use_cache": False}
-    with ExitStack() as stack:
-        for name in names:
-            stack.enter_context(model.get_submodule(name).register_forward_pre_hook(recorder(name)))
-        stack.enter_context(in_evaluation(model))
-        model(*args, **kwargs)
-    return calls
-
-
-@contextmanager
-def in_evaluation(model: nn.Module) -> Iterator[None]:
-    """Without dropout for the block, so that no random numbers are drawn; each module's mode comes back."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

@@ -1,9 +1,10 @@
 """torch.compile of the repeated blocks of a model, each as one graph where that holds.
 
 All blocks of a shape share one compilation, which takes tens of seconds once; where ranks differ from block to block,
-each shape has its own, and PyTorch's limit of compilations (8) is raised to 8 for each block. What lies between them (embedding, head,
-loss) and the optimizer run as ever. A block that does not compile as one graph is compiled in pieces, with Python in
-between; that is said once. Nothing has run when a compilation fails, so the call that found out is simply made again.
+each shape has its own, and PyTorch's limit of compilations (8) is raised to 8 for each block. What lies between them
+(embedding, head, loss) and the optimizer run as ever. A block that does not compile as one graph is compiled in pieces,
+with Python in between; that is said once. Nothing has run when a compilation fails, so the call that found out is
+simply made again.
 """
 
 import copy
@@ -32,9 +33,8 @@ class Compiler:
         self.one_graph, self.say, self.room = True, say, COMPILATIONS * number
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        compiled: Callable[..., Any] = torch.compile(
-            function, fullgraph=self.one_graph, recompile_limit=self.room
-        )
+        options: dict[str, Any] = {"fullgraph": self.one_graph, "recompile_limit": self.room}
+        compiled: Callable[..., Any] = torch.compile(function, **options)
         return compiled
 
     def give_up(self, error: Exception) -> None:

@@ -4,11 +4,12 @@
     up        of each block its input, the output of every product that narrows its input, and attention's
     blocks    of each block its input
 
-A product (tokens, k) times (k, n) narrows if n < k. In a low-rank block that is what `down` does, d_in -> r, alone or
-joint with its neighbours', and nothing else but small matrices that stayed dense; what `up` and elementwise functions
-make of it, which is most of a block's activations, is made again at the cost of one product per factor pair instead of
-two. The rule reads shapes of operators and no module, so it holds inside compiled blocks, gathered shards, casts and
-ranks that change. Attention's output is d_model wide and dear to make again at long contexts, so it stays too.
+A product (tokens, k) times (k, n) narrows if n < k. In a low-rank block that is what `down` does, d_in -> r, and
+nothing else but small matrices that stayed dense. Where several run as one, each narrows though their joint matrix may
+not; then it is an operator of its own name, which stays too (`layers.shared`). What `up` and elementwise functions make
+of it, which is most of a block's activations, is made again at the cost of one product per factor pair instead of two.
+The rule reads shapes of operators and no module, so it holds inside compiled blocks, gathered shards, casts and ranks
+that change. Attention's output is d_model wide and dear to make again at long contexts, so it stays too.
 
 The backward pass sees the same numbers either way, so a run has the same bits.
 """
@@ -21,6 +22,7 @@ from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext,
 
 # Their second argument is the matrix; addmm's third.
 PRODUCTS = {"mm": 1, "addmm": 2, "_scaled_mm": 1, "_grouped_mm": 1, "grouped_product": 1}
+JOINT = "joint_product"  # of matrices that narrow, each by itself
 ATTENTION = {
     "_scaled_dot_product_flash_attention_for_cpu",
     "_scaled_dot_product_flash_attention",
@@ -54,10 +56,10 @@ def policy(context: SelectiveCheckpointContext, op: Any, *args: Any, **kwargs: A
 
 
 def stays(op: Any, args: tuple[Any, ...]) -> bool:
-    """Attention's output, and that of a product which narrows its input."""
+    """Attention's output, and that of a product which narrows its input, or of several that do."""
     packet = getattr(op, "overloadpacket", None)
     name = getattr(packet, "__name__", "")
-    if name in ATTENTION:
+    if name == JOINT or name in ATTENTION:
         return True
     if name not in PRODUCTS:
         return False

@@ -7,7 +7,7 @@ x (tokens, d_model) is what the output head is given, W (vocabulary, d_model) it
 tokens, turned into dz where they lie, and used up before the next chunk. So the gradient is made on the way forward,
 the head's three products run once each, and dx and dW are what waits for the backward pass, instead of the logits of
 all tokens and their log softmax. Products are made in the precision of autocast, softmax and the sum dW in float32 at
-least.
+least. Targets of IGNORED count for nothing, as for `F.cross_entropy`.
 
 All of this happens inside the model's own forward pass: for one call the head's `forward` gives the loss instead of
 logits, so whatever gathers its weight (FSDP2) or waits for its gradient (DDP, layer-wise updates) does so as ever. A
@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from nativerank.distributed.wrap import evaluating
+from nativerank.layers.shared import HOOKS, autocast_dtype
 
 # Tokens of a chunk. On a CPU as few as leave the head's products at full speed (dW is read and written once a chunk):
 # from 256 to 1024 they are about equally fast (`nativerank bench loss`). A GPU's products outrun its memory by more, so
@@ -32,6 +33,8 @@ from nativerank.distributed.wrap import evaluating
 CHUNK_TOKENS = {"cpu": 256}
 CHUNK_TOKENS_OF_GPUS = 2048
 ASKED_TOKENS = 2
+IGNORED = -100  # the target of a token whose loss is not wanted
+PANEL_ROWS = 4096  # of the vocabulary, in sums of narrow products
 _asked: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
@@ -50,7 +53,7 @@ def plain_head(model: nn.Module) -> nn.Linear | None:
     """The output head, if it is a linear map and nothing else has a hand in it (quantization, adapters, hooks)."""
     hf = inner(model)
     head = hf.get_output_embeddings() if hasattr(hf, "get_output_embeddings") else None
-    if type(head) is not nn.Linear or "forward" in vars(head) or head._forward_hooks or head._forward_pre_hooks:
+    if type(head) is not nn.Linear or "forward" in vars(head) or any(getattr(head, hooks) for hooks in HOOKS):
         return None
     return head
 
@@ -59,15 +62,29 @@ def takes_chunks(model: nn.Module) -> bool:
     """Whether the logits that a causal LM returns are what its output head made of each token, and nothing else.
 
     Asked is the model itself, once, by a forward pass over ASKED_TOKENS tokens in which the head returns a tensor that
-    is looked for in the output. On many processes all of them ask.
+    is looked for in the output. The answer is kept: what changes logits has to be there before. On many processes all
+    of them ask.
     """
     if plain_head(model) is None:
         return False
     hf = inner(model)
     if hf not in _asked:
-        with evaluating(hf), torch.inference_mode(False), torch.no_grad():
+        with evaluating(hf), torch.inference_mode(False), torch.no_grad(), leaving_no_trace(hf):
             _asked[hf] = _returns_what_the_head_made(hf)
     return _asked[hf]
+
+
+@contextmanager
+def leaving_no_trace(hf: nn.Module) -> Iterator[None]:
+    """Compiled blocks are not compiled for this pass, and no cast weight of it is in autocast's cache for the next.
+
+    Blocks compiled for a second size become dynamic; a pass that finds casts made differs from its recomputation.
+    """
+    kind = next(hf.parameters()).device.type
+    enabled = torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind) if enabled else None
+    with torch.compiler.set_stance("force_eager"), torch.autocast(kind, dtype, enabled, cache_enabled=False):
+        yield
 
 
 def _returns_what_the_head_made(hf: Any) -> bool:
@@ -155,17 +172,16 @@ class _MeanLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, size: int) -> Tensor:
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        dtype = autocast_dtype(x) or weight.dtype
         low_bias = None if bias is None else bias.to(dtype)
-        with torch.autocast(kind, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             loss, *made = _loss_and_gradients(
                 x.to(dtype), weight.to(dtype), low_bias, targets, size, ctx.needs_input_grad
             )
         wanted = zip(made, (x, weight, bias), strict=True)
-        ctx.made = [None if g is None or t is None else g.to(t.dtype) for g, t in wanted]
-        ctx.tokens = len(x)
-        return loss / len(x)
+        ctx.made = [None if g is None or t is None else (_narrower(g, t.dtype), t.dtype) for g, t in wanted]
+        ctx.tokens = (targets != IGNORED).sum()
+        return loss / ctx.tokens
 
     @staticmethod
     @once_differentiable
@@ -173,7 +189,12 @@ class _MeanLoss(torch.autograd.Function):
         made, ctx.made = ctx.made, None
         assert made is not None, "a chunked loss is differentiated once"
         share = upstream / ctx.tokens
-        return *(None if g is None else g.mul_(share) for g in made), None, None
+        return *(None if one is None else one[0].to(one[1]).mul_(share) for one in made), None, None
+
+
+def _narrower(gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    """What waits for the backward pass: of this dtype, unless it takes less as it is."""
+    return gradient.to(dtype) if dtype.itemsize <= gradient.dtype.itemsize else gradient
 
 
 def _loss_and_gradients(
@@ -181,38 +202,58 @@ def _loss_and_gradients(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Sums over tokens of the loss, and of its gradients in x, weight and bias as far as they are wanted."""
     wide = torch.promote_types(x.dtype, torch.float32)
+    summed = wide if size < len(x) else x.dtype  # a single chunk needs no sum: dW is no wider than a product
     loss = torch.zeros((), dtype=wide, device=x.device)
     dx = torch.empty_like(x) if wanted[0] else None
-    dw = torch.zeros(weight.shape, dtype=wide, device=x.device) if wanted[1] else None
+    dw = None
     db = torch.zeros(len(weight), dtype=wide, device=x.device) if bias is not None and wanted[2] else None
     buffer = x.new_empty(size, len(weight))
     for begin in range(0, len(x), size):
         rows, picked = x[begin : begin + size], targets[begin : begin + size, None]
-        z = torch.mm(rows, weight.mT, out=buffer[: len(rows)])
-        z = (z if bias is None else z.add_(bias)).to(wide)
+        low = torch.mm(rows, weight.mT, out=buffer[: len(rows)])
+        z = (low if bias is None else low.add_(bias)).to(wide)
         loss += _loss_to_gradient(z, picked)
         if db is not None:
             db += z.sum(0)
-        dz = z.to(x.dtype)
+        dz = z if z is low else low.copy_(z)
+        del z
         if dx is not None:
             torch.mm(dz, weight, out=dx[begin : begin + size])
-        if dw is not None:
+        if wanted[1] and dw is None:
+            dw = first_product(dz.mT, rows, summed)
+        elif dw is not None:
             add_product(dw, dz.mT, rows)
     return loss, dx, dw, db
 
 
 def _loss_to_gradient(z: Tensor, picked: Tensor) -> Tensor:
-    """The summed loss of logits z (tokens, vocabulary), which become softmax(z) - onehot(picked) where they lie."""
+    """The summed loss of logits z (tokens, vocabulary), which become softmax(z) - onehot(picked) where they lie.
+
+    Where `picked` is IGNORED both are 0.
+    """
+    ignored = picked == IGNORED
+    picked = picked.masked_fill(ignored, 0)
     z.sub_(z.amax(1, keepdim=True))
     right = z.gather(1, picked)
     total = z.exp_().sum(1, keepdim=True)
-    z.div_(total).scatter_add_(1, picked, torch.full_like(right, -1.0))
-    return (total.log() - right).sum()
+    losses = (total.log() - right).masked_fill_(ignored, 0.0)
+    z.div_(total.masked_fill_(ignored, torch.inf)).scatter_add_(1, picked, ignored.to(z.dtype) - 1)
+    return losses.sum()
+
+
+def first_product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """left @ right in this dtype."""
+    if dtype == left.dtype:
+        return left @ right
+    total = torch.zeros(len(left), right.shape[1], dtype=dtype, device=left.device)
+    add_product(total, left, right)
+    return total
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, the sum in total's precision."""
+    """total += left @ right, the sum in total's precision; of a narrow product never more than PANEL_ROWS rows."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
-    else:
-        total += left @ right
+        return
+    for rows, part in zip(total.split(PANEL_ROWS), left.split(PANEL_ROWS), strict=True):
+        rows += part @ right

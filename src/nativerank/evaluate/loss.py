@@ -24,7 +24,7 @@ from nativerank.data.shards import Split
 from nativerank.distributed.agree import totals
 from nativerank.distributed.grid import SINGLE, Grid
 from nativerank.distributed.wrap import evaluating
-from nativerank.evaluate.head_loss import head_gives_mean_loss, head_gives_token_losses, takes_chunks
+from nativerank.evaluate.head_loss import IGNORED, head_gives_mean_loss, head_gives_token_losses, takes_chunks
 from nativerank.models import check_predicts_next_token
 
 
@@ -64,12 +64,14 @@ def mean_loss(
 
     Args:
         model: causal LM whose forward returns `.logits`.
-        inputs, targets: (batch, context) token ids.
+        inputs, targets: (batch, context) token ids. Targets of -100 count for nothing, as for `F.cross_entropy`: the
+            mean is over the others, `token_losses` is 0 there. Other negative ids are an error.
         positions: (batch, context) position ids that restart at each document; None lets attention cross documents.
         chunked: never hold the logits of all tokens, where the model allows it (`head_loss.takes_chunks`).
     """
     if not (chunked and takes_chunks(model)):
-        return token_losses_of(next_token_logits(model, inputs, positions), targets).mean()
+        losses = token_losses_of(next_token_logits(model, inputs, positions), targets)
+        return losses.sum() / (targets != IGNORED).sum()
     with head_gives_mean_loss(model, targets):
         return next_token_logits(model, inputs, positions)
 

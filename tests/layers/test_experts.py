@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -133,3 +134,10 @@ def test_gpt_oss_layout_is_refused_with_the_name_to_exclude():
         model = AutoModelForCausalLM.from_config(config)
     with pytest.raises(ValueError, match=r"model.layers.0.mlp.experts.*transposed"):
         factorize_modules(model, exclude="router")
+
+
+def test_autocast_is_heeded_where_experts_are_one_operator():
+    """As by the products one by one, which autocast knows."""
+    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16):
+        y = grouped_linear(torch.empty(6, 4), torch.empty(2, 3, 4), torch.empty(2, dtype=torch.int32))
+    assert y.dtype == torch.bfloat16 and y.shape == (6, 3)

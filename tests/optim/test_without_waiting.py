@@ -99,14 +99,48 @@ def test_what_waits_is_known_and_is_not_captured(case):
     assert makes_host_wait(case.split(",")[0], {**DEFAULTS, **options}) == (case not in FREE)
     optimizer, _ = problem(case, options)
     if case not in FREE:
-        with pytest.raises(ValueError, match=rf"a step of {case.split(',')[0]} .* cannot be captured"):
+        with pytest.raises(ValueError, match=rf"a step of {case.split(',')[0]} cannot be captured: "):
             optimizer.make_capturable()
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"rule": "sct"}, "frames"),
+        ({"rule": "spectron", "norm": "exact"}, "norm exact"),
+        ({"rule": "spectron", "certified": True}, "certified asks"),
+        ({"rule": "adamw-capped", "update_cap": 0.5}, "update_cap 0.5"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_refusal_gives_its_reason_and_changes_nothing(options, reason):
+    groups = [{"params": [nn.Parameter(torch.ones(4))], "rule": "adamw", "lr": 0.1}]
+    _, params = problem("sct" if options["rule"] == "sct" else "spectron", {})
+    optimizer = LowRankOptimizer([*groups, {"params": params, "lr": 0.2, **options}])
+    with pytest.raises(ValueError, match=f"cannot be captured: .*{reason}"):
+        optimizer.make_capturable()
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.2]
+    assert all(type(group["lr"]) is float for group in optimizer.param_groups)
+
+
+def test_a_state_dict_of_a_capturable_optimizer_is_an_ordinary_one():
+    optimizer, _ = problem("spectron", {})
+    optimizer.make_capturable()
+    optimizer.set_rate(0.5)
+    optimizer.step()
+    other, _ = problem("spectron", {})
+    other.load_state_dict(optimizer.state_dict())
+    assert isinstance(optimizer.param_groups[0]["lr"], torch.Tensor)
+    lr = other.param_groups[0]["lr"]
+    assert type(lr) is float and lr == pytest.approx(0.05)
+    other.set_rate(1.0)
+    assert optimizer.param_groups[0]["lr"].item() == pytest.approx(0.05)
 
 
 def test_guides_and_layerwise_updates_are_not_captured():
     optimizer, _ = problem("spectron", {})
     optimizer.update_layerwise()
-    with pytest.raises(ValueError, match="layer-wise updates"):
+    with pytest.raises(ValueError, match=r"^a step with layer-wise updates cannot be captured"):
         optimizer.make_capturable()
 
 

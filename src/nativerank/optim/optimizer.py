@@ -4,7 +4,7 @@ A group's `rule` names an entry of `rules.RULES`. Matrices of equal shape are up
 stored side by side for good and each parameter's state is a view of it, so that state_dict() looks like any other
 optimizer's (`optim.stacks`). On a CPU stacks of large matrices are updated at once, one per core. Gradients are never
 written and state exists from construction on. No value is read back to the host but where a result must be looked at
-(`rules.makes_host_wait`, `linalg.host`); the steps of other rules can be part of a CUDA graph (`make_capturable`).
+(`rules.why_host_waits`, `linalg.host`); the steps of other rules can be part of a CUDA graph (`make_capturable`).
 
 Parameters may be spread over processes (DTensors of FSDP2 or HSDP) or the same on all of them (DDP). What AdamW updates
 is updated where it lies. Every matrix, with its partner, has one owner that solves its r x r problems (`optim.units`,
@@ -32,7 +32,7 @@ from nativerank.optim.layout import Layout, grid_of_parameters
 from nativerank.optim.parallel import at_once, run_all
 from nativerank.optim.precision import kept_as
 from nativerank.optim.resize import resized_state
-from nativerank.optim.rules import RULES, elementwise_states, initial_state, makes_host_wait, step_device
+from nativerank.optim.rules import RULES, elementwise_states, initial_state, step_device, why_host_waits
 from nativerank.optim.stacks import Bucket, step_bucket
 
 GUIDED_STEP = "guided_step"  # key of a state_dict: updates that the guides have seen
@@ -123,21 +123,25 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """Lets a CUDA graph capture `step()`, after a few ordinary steps and with gradients that stay where they are.
 
         Every group's lr becomes a scalar on its device, so that `set_rate` before a replay is what the replay uses.
-        To be called again after `load_state_dict`.
+        To be called again after `load_state_dict`; in a `state_dict` rates are numbers as ever.
 
         Raises:
             ValueError: a rule that waits for the device, or steps that are more than kernels: guides, layer-wise
-                updates, several processes.
+                updates, several processes. Nothing is changed.
         """
-        if self.guides is not None or self.layerwise is not None or self.layout.sharded is not None:
-            raise ValueError("a step with guides, layer-wise updates or several processes cannot be captured")
+        more = {
+            "guides": self.guides is not None,
+            "layer-wise updates": self.layerwise is not None,
+            "several processes": self.layout.sharded is not None,
+        }
+        for name in (name for name, there in more.items() if there):
+            raise ValueError(f"a step with {name} cannot be captured")
         for group in self.param_groups:
-            if makes_host_wait(group["rule"], group):
-                raise ValueError(
-                    f"a step of {group['rule']} with norm {group['norm']} and certified {group['certified']} reads "
-                    "from its device, so it cannot be captured"
-                )
-            group["lr"] = torch.tensor(float(group["lr"]), device=group["params"][0].device)
+            if (reason := why_host_waits(group["rule"], group)) is not None:
+                raise ValueError(f"a step of {group['rule']} cannot be captured: {reason}")
+        for group in self.param_groups:
+            device = next((p.device for p in group["params"]), None)
+            group["lr"] = torch.tensor(float(group["lr"]), device=device)
 
     def records(self) -> dict[str, dict[str, float]]:
         """What the last step recorded per pair (sigma_A, sigma_B, rho; or cap_factor), by the factorized module's name.
@@ -213,6 +217,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 "each process has a part of this optimizer's state; save what optimizer.pieces() says is here"
             )
         state = super().state_dict()
+        for group in state["param_groups"]:
+            group["lr"] = float(group["lr"])  # also where a CUDA graph reads it (`make_capturable`)
         return state if self.guides is None else {**state, GUIDED_STEP: self.guides.step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -72,10 +72,22 @@ RULES: dict[str, Rule] = {
 
 
 def makes_host_wait(rule: str, options: Mapping[str, Any]) -> bool:
-    """Whether a step reads from its device, for which the host waits: frames ask whether any needs more care, and
-    LAPACK's eigenvalues, behind exact and certified norms, whether they were found."""
-    measured = options["norm"] == "exact" or options["certified"] or options["update_cap"] is not None
-    return RULES[rule].kind == "triple" or rule == "frame-spectron" or measured
+    """Whether a step reads from its device (`why_host_waits`)."""
+    return why_host_waits(rule, options) is not None
+
+
+def why_host_waits(rule: str, options: Mapping[str, Any]) -> str | None:
+    """What a step reads from its device, in words, or None: frames ask whether any needs more care, and LAPACK's
+    eigenvalues, behind exact and certified norms, whether they were found."""
+    if RULES[rule].kind == "triple" or rule == "frame-spectron":
+        return "it looks whether its frames are orthonormal"
+    if options["norm"] == "exact":
+        return "norm exact asks whether eigenvalues were found"
+    if options["certified"]:
+        return "certified asks whether eigenvalues were found"
+    if options["update_cap"] is not None:
+        return f"update_cap {options['update_cap']} measures the step by eigenvalues"
+    return None
 
 
 def step_device(parameter: Tensor) -> torch.device:

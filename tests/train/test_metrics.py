@@ -142,10 +142,17 @@ def test_a_profile_is_a_trace_and_a_table(tmp_path, run_config, listen):
     assert "Self CPU" in table and "aten::mm" in table
 
 
+@pytest.mark.parametrize(("steps", "there"), [(4, False), (5, True)])
+def test_a_run_too_short_for_a_profile_says_so(tmp_path, run_config, listen, steps, there):
+    listener = listen()
+    summary = train(run_config(out=tmp_path / "run", profile=True, train__steps=steps), listener)
+    assert (tmp_path / "run/profile/parts.txt").exists() == ("profile" in summary) == there
+    said = [message for message in listener.said if message.startswith("profile: ")]
+    assert said == ([] if there else ["profile: it takes 5 steps or more, and 4 are to come: none"])
+
+
 def test_a_profile_does_not_change_the_run(tmp_path, run_config, listen, fingerprint):
     train(run_config(out=tmp_path / "a", profile=True), listen())
     assert (tmp_path / "a/profile/trace.json").exists()
-    train(run_config(out=tmp_path / "short", profile=True, train__steps=3), listen())
-    assert not (tmp_path / "short/profile").exists()
     train(run_config(out=tmp_path / "b"), listen())
     assert fingerprint(tmp_path / "a", 8) == fingerprint(tmp_path / "b", 8)

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from nativerank.methods import build_optimizer, factorize
 from nativerank.models import make_hf_config, materialize, skeleton
-from nativerank.train.step import Stopwatch, train_step
+from nativerank.train import step as step_module
+from nativerank.train.step import Stopwatch, to_device, train_step
 
 CPU = torch.device("cpu")
 
@@ -104,3 +106,47 @@ def test_a_tied_embedding_is_one_parameter(write_hf_config):
     train_step(model, sgd(model), [batch(2)], 1, 1.0)
     assert model.lm_head.weight is model.transformer.wte.weight
     assert isinstance(model, nn.Module)
+
+
+def test_a_batch_on_a_device_has_the_same_numbers():
+    ids = batch(2)[0].numpy()
+    assert torch.equal(to_device(ids, CPU), torch.from_numpy(ids))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_the_host_waits_for_a_gpu_once_in_a_step(model, monkeypatch):
+    """Where loss and norm are read; not for batches, passes or clipping."""
+    cuda = torch.device("cuda")
+    factorize(model, "spectron", rank=8)
+    model.cuda()
+    optimizer, arrays = build_optimizer(model, "spectron"), [[t.numpy() for t in batch(2, i)[:2]] for i in range(2)]
+    norm, clipped, looked_at = torch.nn.utils.get_total_norm, step_module.clip_gradients, []
+
+    def strict(on):
+        torch.cuda.set_sync_debug_mode("error" if on else "default")
+
+    def batches():
+        strict(True)
+        yield from ((*(to_device(array, cuda) for array in pair), None) for pair in arrays)
+
+    def up_to_the_read(*args, **kwargs):
+        found = norm(*args, **kwargs)
+        strict(False)
+        looked_at.append("norm")
+        return found
+
+    def after_the_read(*args, **kwargs):
+        strict(True)
+        clipped(*args, **kwargs)
+        strict(False)
+        looked_at.append("clip")
+
+    one = [(*(to_device(array, cuda) for array in arrays[0]), None)]
+    train_step(model, optimizer, one, 1, 0.1, time_phases=False)  # workspaces and kernels exist from then on
+    monkeypatch.setattr(torch.nn.utils, "get_total_norm", up_to_the_read)
+    monkeypatch.setattr(step_module, "clip_gradients", after_the_read)
+    try:
+        train_step(model, optimizer, batches(), 2, 0.1, time_phases=False)
+    finally:
+        strict(False)
+    assert looked_at == ["norm", "clip"]

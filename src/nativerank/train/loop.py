@@ -44,11 +44,11 @@ from nativerank.train.folder import claim, write_config
 from nativerank.train.guard import Diverged
 from nativerank.train.listen import Listener, Silence
 from nativerank.train.metrics import JsonLines, TensorBoard, require_tensorboard
-from nativerank.train.profile import Profiler
+from nativerank.train.profile import LEAST, Profiler
 from nativerank.train.resolve import check_parallel, resolve
 from nativerank.train.setup import Built, build, check_same_data, open_data, versions
 from nativerank.train.signals import Interrupted, Stopping, catch_signals
-from nativerank.train.step import Batch, StepResult, layerwise_step, train_step
+from nativerank.train.step import Batch, StepResult, layerwise_step, to_device, train_step
 
 
 def train(config: RunConfig, listener: Listener) -> dict[str, Any]:
@@ -149,7 +149,12 @@ class Run(GuardedRun):
                 tracker.row(facts)
             self.listener.begin(facts)
 
-    def _profiler(self) -> Profiler:
+    def _profiler(self) -> Profiler | None:
+        if self.steps - self.step < LEAST:
+            self.listener.warn(
+                f"profile: it takes {LEAST} steps or more, and {self.steps - self.step} are to come: none"
+            )
+            return None
         c, tokens = self.config, self.tokens_per_step // self.grid.world
         facts: dict[str, Any] = {
             "model": c.init or c.model.config or c.model.preset,
@@ -288,8 +293,8 @@ class Run(GuardedRun):
                 inputs, targets = self.loader.next()
                 positions = None
                 if self.config.data.document_mask:
-                    positions = torch.from_numpy(document_positions(inputs, self.dataset.eot_id)).to(self.device)
-                batch = torch.from_numpy(inputs).to(self.device), torch.from_numpy(targets).to(self.device), positions
+                    positions = to_device(document_positions(inputs, self.dataset.eot_id), self.device)
+                batch = to_device(inputs, self.device), to_device(targets, self.device), positions
             yield batch
 
     # -- validation and records -------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 from nativerank.train.parts import Names, Row, gflop_of, parts_of, rows_of, table, times
 
 WAIT, WARMUP, ACTIVE = 3, 1, 5
+LEAST = WAIT + WARMUP + 1  # steps of which one is profiled
 
 
 class Profiler:

@@ -8,7 +8,9 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +24,15 @@ from nativerank.optim.optimizer import LowRankOptimizer
 from nativerank.train.distill import Objective, Teacher
 
 Batch = tuple[Tensor, Tensor, Tensor | None]  # inputs, targets, positions or None; each (batch, context)
+
+
+def to_device(array: np.ndarray[Any, Any], device: torch.device) -> Tensor:
+    """The numbers on a device, for which the host does not wait: a GPU copies them from pinned memory in its turn.
+
+    PyTorch gives pinned memory to another tensor only when the copy from it is done.
+    """
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 @dataclass

@@ -74,8 +74,9 @@ def batch_of(planned: Subject, sequences: int, memory: int) -> dict[str, Any]:
 def largest_ratio(planned: Subject, report: FactorizeReport, peak: int, memory: int) -> float:
     """The largest rank.ratio that fits, in hundredths up to full rank; 0 if not even the least does.
 
-    Bytes go about as the numbers in the factors do, whose count is known for every ratio: so a line through two plans
-    leads close to the answer, and every guess is planned.
+    Bytes go about as the numbers in the factors do, whose count is known for every ratio: so a line between a plan that
+    fits and one that does not leads close to the answer. Every guess is planned; one that was bad is followed by the
+    middle of what is left.
     """
 
     def numbers(ratio: float) -> int:
@@ -84,21 +85,20 @@ def largest_ratio(planned: Subject, report: FactorizeReport, peak: int, memory: 
 
     now = planned.config.rank.ratio
     assert now is not None
-    known = {numbers(now): peak}
+    fits = peak <= memory
+    points = {fits: (numbers(now), peak)}  # the largest that fits and the smallest that does not, with their bytes
     low, high = 0, 101  # hundredths that fit, and that do not
-    guess = 100 if peak <= memory else 1
+    guess = 100 if fits else 1
     while high - low > 1:
-        found = known[numbers(guess / 100)] = peak_at_ratio(planned, guess / 100)
+        found, left = peak_at_ratio(planned, guess / 100), high - low
+        points[found <= memory] = numbers(guess / 100), found
         low, high = (guess, high) if found <= memory else (low, guess)
-        wanted = where_it_meets(known, memory)
-        guess = max((h for h in range(low + 1, high) if numbers(h / 100) <= wanted), default=low + 1)
+        guess = (low + high) // 2
+        if len(points) == 2 and (high - low <= left / 2 or left == 101):
+            (a, at_a), (b, at_b) = points[True], points[False]
+            wanted = a + (memory - at_a) * (b - a) / (at_b - at_a)
+            guess = max((h for h in range(low + 1, high) if numbers(h / 100) <= wanted), default=low + 1)
     return low / 100
-
-
-def where_it_meets(known: Mapping[int, int], memory: int) -> float:
-    """Where the line through the two points (x, bytes) nearest to the memory meets it."""
-    (a, at_a), (b, at_b) = sorted([*known.items(), (0, 0)], key=lambda point: abs(point[1] - memory))[:2]
-    return a + (memory - at_a) * (b - a) / (at_b - at_a) if at_a != at_b else max(a, b)
 
 
 def peak_at_ratio(planned: Subject, ratio: float) -> int:

@@ -50,9 +50,9 @@ from nativerank.bench.optimizer import FORMS
 from nativerank.bench.plain import PlainSpectron
 from nativerank.bench.record import environment, raced, record
 from nativerank.bench.train import bench_train, run, shapes
+from nativerank.layers.base import factor_layers
 from nativerank.models import Preset
 from nativerank.optim.optimizer import LowRankOptimizer
-from nativerank.optim.roles import factor_modules
 
 RESULTS = Path(__file__).parent / "results"
 SIDES = ("spectron", "lowrank-adamw", "dense-adamw")
@@ -188,7 +188,7 @@ class Measurement:
 
 def updates(model: nn.Module) -> dict[str, Callable[[], Any]]:
     """A step of every form of Spectron over all factors, whose gradients are in place, and of AdamW over the rest."""
-    pairs = [(layer.up.weight, layer.down.weight) for _, layer in factor_modules(model)]
+    pairs = [(layer.up.weight, layer.down.weight) for layer in factor_layers(model).values()]
     factors = [p for pair in pairs for p in pair]
     known = set(map(id, factors))
     rest = [p for p in model.parameters() if id(p) not in known]

@@ -13,9 +13,9 @@ from nativerank.convert import convert
 from nativerank.data.shards import Dataset
 from nativerank.evaluate.text import Text, reader_of, text_loss
 from nativerank.layers import factorize as surgery
+from nativerank.layers.base import factor_layers
 from nativerank.layers.report import clipped, detailed, saving_warnings
 from nativerank.models import make_hf_config
-from nativerank.optim.roles import factor_modules
 
 SIZES = dict(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
 SIZES |= dict(num_key_value_heads=1, max_position_embeddings=64, eos_token_id=None, bos_token_id=None)
@@ -69,7 +69,7 @@ def test_full_rank_gives_the_logits_of_the_dense_model(tmp_path, family, kind):
     before, after = (logits(nr.load(folder)) for folder in (source, tmp_path / "m"))
     assert_close(after, before, rtol=0, atol=1e-4 * before.abs().max().item())
     names = [entry.name for entry in done.report.entries]
-    assert [name for name, _ in factor_modules(nr.load(tmp_path / "m"))] == names
+    assert list(factor_layers(nr.load(tmp_path / "m"))) == names
     tied = nr.load(tmp_path / "m")
     shared = tied.get_input_embeddings().weight is tied.get_output_embeddings().weight
     assert shared == (family in ("tied", "gpt2"))
@@ -80,7 +80,7 @@ def test_the_kept_energy_is_what_is_left_of_the_weight(tmp_path, family, kind):
     source = stock(tmp_path / "dense", family)
     done = convert(source, tmp_path / "m", RankConfig(energy=0.8), kind=kind)
     matrices = surgery.linear_modules(nr.load(source))
-    layers = dict(factor_modules(nr.load(tmp_path / "m")))
+    layers = factor_layers(nr.load(tmp_path / "m"))
     assert {entry.name for entry in done.report.entries} == set(matrices) == set(layers)
     for entry in done.report.entries:
         W, W_r = matrices[entry.name].weight.double(), layers[entry.name].to_dense().double()
@@ -131,7 +131,7 @@ def test_training_goes_on_from_the_converted_loss(dense, prepared, tmp_path, cli
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     (val_loss,) = [row["val_loss"] for row in rows if row.get("event") == "end"]
     assert_close(val_loss, done.after.nats, rtol=0, atol=1e-6)
-    ranks = {name: layer.rank for name, layer in factor_modules(nr.load(tmp_path / "run"))}
+    ranks = {name: layer.rank for name, layer in factor_layers(nr.load(tmp_path / "run")).items()}
     assert ranks == done.report.ranks
 
 

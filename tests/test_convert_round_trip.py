@@ -9,8 +9,8 @@ from torch.testing import assert_close
 import nativerank as nr
 from nativerank.config import RankConfig
 from nativerank.convert import convert
+from nativerank.layers.base import factor_layers
 from nativerank.models import make_hf_config, materialize, skeleton
-from nativerank.optim.roles import factor_modules
 
 SIZES = dict(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
 SIZES |= dict(num_key_value_heads=1, max_position_embeddings=64, eos_token_id=None, bos_token_id=None)
@@ -52,7 +52,7 @@ def test_at_full_rank_the_stock_folder_comes_back(tmp_path, prepared, family, ki
     factored = nr.load(tmp_path / "factored")
     nr.save(factored, tmp_path / "dense", "dense")
     again, wanted = AutoModelForCausalLM.from_pretrained(tmp_path / "dense"), nr.load(source)
-    assert type(again) is type(wanted) and not factor_modules(again)
+    assert type(again) is type(wanted) and not factor_layers(again)
     assert {n: p.shape for n, p in again.named_parameters()} == {n: p.shape for n, p in wanted.named_parameters()}
     agree(logits(again), logits(wanted))
     agree(logits(nr.load(tmp_path / "dense")), logits(wanted))
@@ -71,7 +71,7 @@ def test_trained_on_it_can_be_saved_merged_and_converted_again(tmp_path, prepare
     assert run.code == 0, run.err
 
     trained = nr.load(tmp_path / "run")
-    ranks = {name: layer.rank for name, layer in factor_modules(trained)}
+    ranks = {name: layer.rank for name, layer in factor_layers(trained).items()}
     assert ranks == done.report.ranks
     assert (logits(trained) - logits(nr.load(tmp_path / "factored"))).abs().max() > 1e-3, "it was trained"
     nr.save(trained, tmp_path / "copy")

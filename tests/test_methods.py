@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from nativerank.layers.base import factor_layers
 from nativerank.layers.factorize import KINDS
 from nativerank.methods import METHODS, SWEPT, build_optimizer, default_rates, factorize, find_method
 from nativerank.models import PRESETS, make_hf_config, materialize, skeleton
-from nativerank.optim.roles import factor_modules
 from nativerank.train.loop import train
 from nativerank.train.metrics import read_rows
 
@@ -60,7 +60,7 @@ def test_every_parameter_is_in_exactly_one_group(method, kind):
         word in names[id(p)] for p in hidden["params"] for word in ("embed", "wte", "norm", "lm_head", "bias")
     )
     if METHODS[method].layer:
-        assert len(hidden["params"]) == sum(len(layer.factors()) for _, layer in factor_modules(model))
+        assert len(hidden["params"]) == sum(len(layer.factors()) for layer in factor_layers(model).values())
 
 
 def test_a_model_without_pairs_fails_loudly():
@@ -89,7 +89,7 @@ def test_factorize_refuses_a_dense_method_and_two_ranks():
 
 def test_half_a_frozen_pair_is_an_error_and_a_frozen_pair_is_left_out():
     model = make()
-    name, layer = factor_modules(model)[0]
+    name, layer = next(iter(factor_layers(model).items()))
     layer.up.weight.requires_grad_(False)
     with pytest.raises(ValueError, match=f"{name}: one factor is frozen"):
         build_optimizer(model)
@@ -146,12 +146,12 @@ def test_the_first_spectron_step_stays_below_its_rate():
     """||dW|| <= lr at the first step, W before and after formed in float64."""
     model = make()
     optimizer = build_optimizer(model, "spectron", lr=0.5, norm="exact", orthogonalizer="polar-express")
-    before = {n: layer.to_dense().double() for n, layer in factor_modules(model)}
+    before = {n: layer.to_dense().double() for n, layer in factor_layers(model).items()}
     tokens = torch.arange(24).view(2, 12)
     torch.nn.functional.cross_entropy(model(tokens).logits.flatten(0, 1), tokens.flatten()).backward()
     optimizer.step()
     moved = {
         n: torch.linalg.matrix_norm(layer.to_dense().double() - before[n], 2).item()
-        for n, layer in factor_modules(model)
+        for n, layer in factor_layers(model).items()
     }
     assert all(0.1 < m <= 0.5 * 1.05 for m in moved.values()), moved  # five steps reach 1.01 or so, not 1

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from nativerank.layers import linear_modules
+from nativerank.layers.base import factor_layers
 from nativerank.methods import METHODS, factorize
 from nativerank.models import (
     DENSE,
@@ -19,7 +20,6 @@ from nativerank.models import (
     read_hf_config,
     skeleton,
 )
-from nativerank.optim.roles import factor_modules
 
 FAMILIES = {
     "llama": {},
@@ -119,7 +119,7 @@ def test_low_rank_starts_from_the_truncation_of_what_dense_starts_from(name):
     """For every matrix, by an SVD in float64; everything else bit for bit."""
     big, small = dense(family(name)), low_rank(family(name))
     matrices = linear_modules(big)
-    factored = dict(factor_modules(small))
+    factored = factor_layers(small)
     assert set(factored) == set(matrices) and len(factored) >= 8
     for key, matrix in matrices.items():
         U, S, Vh = torch.linalg.svd(matrix.weight.detach().double(), full_matrices=False)
@@ -172,7 +172,7 @@ def test_a_module_more_changes_no_other():
 
 
 def test_sampled_factors_have_the_scale_of_truncated_ones():
-    a, b = (dict(factor_modules(low_rank(family("llama"), init=init, rank=16))) for init in ("svd", "sampled"))
+    a, b = (factor_layers(low_rank(family("llama"), init=init, rank=16)) for init in ("svd", "sampled"))
     for key in a:
         assert not torch.equal(a[key].up.weight, b[key].up.weight)
         torch.testing.assert_close(

@@ -10,9 +10,9 @@ import nativerank as nr
 from nativerank.hub.generate import Writer
 from nativerank.hub.sampling import Sampling
 from nativerank.layers import linear_modules
+from nativerank.layers.base import factor_layers
 from nativerank.layers.discover import embedding_parameters
 from nativerank.models import predicts_next_token
-from nativerank.optim.roles import factor_modules
 
 SIZES = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128)
 IMAGES, WORDS = dict(image_size=16, patch_size=4), dict(vocab_size=128, max_position_embeddings=64)
@@ -104,11 +104,11 @@ def test_fifty_steps_learn_and_every_saved_form_agrees(tmp_path, make, build, me
     nr.save(model, tmp_path / "factored")
     again = nr.load(tmp_path / "factored")
     assert type(again).__name__ == type(model).__name__
-    assert [name for name, _ in factor_modules(again)] == [name for name, _ in factor_modules(model)]
+    assert list(factor_layers(again)) == list(factor_layers(model))
     assert torch.equal(logits(again, batch), wanted)
     nr.save(model, tmp_path / "dense", "dense")
     for merged in (nr.load(tmp_path / "dense"), type(model).from_pretrained(tmp_path / "dense")):
-        assert not factor_modules(merged)
+        assert not factor_layers(merged)
         assert_close(logits(merged, batch), wanted, rtol=0, atol=CHECKED * wanted.abs().max().item())
 
 

@@ -18,10 +18,11 @@ from torch import nn
 from nativerank.config import nearest
 from nativerank.distributed.grid import Grid
 from nativerank.layers import FactorizeReport, Guides, factorize_modules, guided_layers, matrix_parameters
+from nativerank.layers.base import factor_layers
 from nativerank.optim.check import AUXILIARY, DEFAULTS
 from nativerank.optim.optimizer import LowRankOptimizer
 from nativerank.optim.reshape import reshaped
-from nativerank.optim.roles import Pair, Roles, assign_roles, factor_modules
+from nativerank.optim.roles import Pair, Roles, assign_roles
 from nativerank.optim.rules import RULES
 
 
@@ -288,7 +289,7 @@ def trained_roles(model: nn.Module, method: str, rule: str, matrices: Sequence[s
         matrices = matrix_parameters(model)
     roles = assign_roles(model, matrices or () if row.layer is None else ())
     if row.layer and not roles.pairs:
-        if factor_modules(model):
+        if factor_layers(model):
             raise ValueError(f"{method} found factors, but all of them are frozen (requires_grad is False)")
         raise ValueError(f"{method} found no factor pair in the model; call nativerank.factorize(model) first")
     if row.layer is None and roles.pairs:

@@ -24,8 +24,8 @@ from nativerank.config import nearest
 from nativerank.data.tokenizer import text_begins, text_ends
 from nativerank.distributed.wrap import original_class
 from nativerank.layers import init_factor_layer, init_seed, linear_modules
+from nativerank.layers.base import factor_layers
 from nativerank.layers.pretrained import MODEL_TYPE
-from nativerank.optim.roles import factor_modules
 
 DENSE = "-dense"
 BUILT_IN = ("eager", "sdpa", "flex_attention", "batched_mm", "grouped_mm")  # how attention and experts are computed
@@ -342,7 +342,9 @@ def unfactored_twin(model: nn.Module) -> nn.Module:
     hidden = {id(getattr(m.owners[0], m.parameter)) for m in linear_modules(model).values()}
     own: dict[str, Any] = {n: p for n, p in model.named_parameters(remove_duplicate=False) if id(p) not in hidden}
     own |= {
-        f"{n}.bias": layer.up.bias for n, layer in factor_modules(model) if getattr(layer.up, "bias", None) is not None
+        f"{n}.bias": layer.up.bias
+        for n, layer in factor_layers(model).items()
+        if getattr(layer.up, "bias", None) is not None
     }
     own |= dict(model.named_buffers(remove_duplicate=False))
     for name, module in twin.named_modules():
@@ -374,7 +376,7 @@ def materialize(
             owner._init_weights(module)
             if embedding_std is not None and module is twin.get_input_embeddings():
                 nn.init.normal_(module.weight, std=embedding_std)
-    for name, layer in factor_modules(hf):
+    for name, layer in factor_layers(hf).items():
         d_in = layer.factors()[-1].shape[-2]
         init_factor_layer(layer, name, init_scale * d_in**-0.5, seed, init)
     for matrix in linear_modules(model).values():

@@ -10,10 +10,10 @@ from nativerank.accounting.algebra import algebra_flops
 from nativerank.bench.measure import race, ratio, rounds
 from nativerank.bench.optimizer import low_rank_skeleton
 from nativerank.bench.plain import PlainSpectron, plain_newton_schulz
+from nativerank.layers.base import factor_layers
 from nativerank.linalg import orthogonalize, orthogonalize_plain, power_iteration
 from nativerank.models import PRESETS
 from nativerank.optim.optimizer import LowRankOptimizer
-from nativerank.optim.roles import factor_modules
 
 TINY = "--model.preset pocket --layers 1 --d_model 64 --tokens_per_step 32 --repeats 2 --threads 1".split()
 
@@ -95,13 +95,13 @@ def test_counted_flops_are_those_of_the_model_and_of_the_algebra():
     totals = {}
     for form, run in (("gram", orthogonalize), ("plain", plain_newton_schulz)):
         with FlopCounterMode(display=False) as counter:
-            for _, layer in factor_modules(model):
+            for layer in factor_layers(model).values():
                 for X in layer.factors():
                     run(X)
                     power_iteration(X, X[:, 0])
         totals[form] = counter.get_total_flops()
     assert counted["per_step"] == totals
-    matrices = 3 * sum(gemm.flops for _, layer in factor_modules(model) for gemm in layer.gemms())
+    matrices = 3 * sum(gemm.flops for layer in factor_layers(model).values() for gemm in layer.gemms())
     assert counted["forward_backward_per_token"]["matrices"] == matrices
     for form, total in totals.items():
         tokens = counted["one_percent_tokens"][form]["matrices"]

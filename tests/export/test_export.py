@@ -17,8 +17,8 @@ from nativerank.export.parity import Batch, check, compare, logits_of, mean_kl
 from nativerank.hub.load import load
 from nativerank.hub.save import save
 from nativerank.layers import factorize_modules, linear_modules
+from nativerank.layers.base import factor_layers
 from nativerank.models import hf_config, materialize, skeleton
-from nativerank.optim.roles import factor_modules
 from nativerank.train.trained import open_trained
 
 IDS = torch.arange(40)[None]
@@ -45,7 +45,7 @@ def test_dense_is_the_stock_architecture(run, tmp_path):
     config = json.loads((tmp_path / "dense" / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"] and config["model_type"] == "llama"
     trained, stock = open_trained(run), AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
-    assert type(stock).__name__ == "LlamaForCausalLM" and not factor_modules(stock)
+    assert type(stock).__name__ == "LlamaForCausalLM" and not factor_layers(stock)
     assert near(logits(stock), logits(trained.model))
     assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= set(left(tmp_path / "dense"))
     assert left(tmp_path) == ["dense"]
@@ -59,7 +59,7 @@ def test_dense_is_the_stock_architecture(run, tmp_path):
 def test_the_merge_is_rounded_once(run, tmp_path):
     export(run, tmp_path / "dense", "dense")
     stored = load_file(tmp_path / "dense" / "model.safetensors")
-    for name, layer in factor_modules(open_trained(run).model):
+    for name, layer in factor_layers(open_trained(run).model).items():
         A, B = (X.detach().double() for X in layer.factors())
         assert torch.equal(stored[f"{name}.weight"], (A @ B.mT).float()), name
 
@@ -92,7 +92,7 @@ def test_auto_merges_what_reaches_break_even_and_nothing_else(tmp_path, format):
     assert {e.name.split(".")[-1] for e in done.matrices if e.merged} == {"q_proj", "k_proj"}
     assert [(e.rank, e.break_even) for e in done.matrices if e.name.endswith("0.self_attn.q_proj")] == [(16, 16.0)]
     found = load(tmp_path / "mixed")
-    assert {name.split(".")[-1] for name, _ in factor_modules(found)} == {
+    assert {name.split(".")[-1] for name in factor_layers(found)} == {
         *("v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     }
     assert {name.split(".")[-1] for name in linear_modules(found)} == {"q_proj", "k_proj"}
@@ -103,7 +103,7 @@ def test_auto_merges_what_reaches_break_even_and_nothing_else(tmp_path, format):
 
 def test_auto_is_dense_where_everything_reaches_break_even(tmp_path, run_config):
     model = mixed_model()
-    for _, layer in factor_modules(model):
+    for layer in factor_layers(model).values():
         layer.resize(min(layer.in_features, layer.out_features))
     save(model, tmp_path / "model")
     done = export(tmp_path / "model", tmp_path / "dense", "factored", merge="auto")

@@ -4,8 +4,8 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from nativerank.export.export import export
+from nativerank.layers.base import factor_layers
 from nativerank.methods import METHODS
-from nativerank.optim.roles import factor_modules
 from nativerank.train.loop import train
 
 
@@ -16,7 +16,7 @@ def test_dense_computes_what_the_method_trained(tmp_path, run_config, listen, me
     dense = export(tmp_path / "run", tmp_path / "dense", "dense")
     assert dense.form == "dense" and dense.parity.figure <= 1e-4 and dense.parity.mean_kl < 1e-9
     assert len(dense.matrices) == (14 if METHODS[method].layer else 0)
-    assert not factor_modules(AutoModelForCausalLM.from_pretrained(tmp_path / "dense"))
+    assert not factor_layers(AutoModelForCausalLM.from_pretrained(tmp_path / "dense"))
     if METHODS[method].layer:
         factored = export(tmp_path / "run", tmp_path / "factored", "factored")
         assert factored.parity.figure == 0 and factored.form == "factored"

@@ -11,8 +11,8 @@ from nativerank.hub import forms
 from nativerank.hub.forms import Choice, Size, Work, choose, measurements, place, remember, size_of, take_form
 from nativerank.hub.generate import generate
 from nativerank.layers import factorize_modules
+from nativerank.layers.base import factor_layers
 from nativerank.models import materialize, read_hf_config, skeleton
-from nativerank.optim.roles import factor_modules
 
 CPU = torch.device("cpu")
 WORK = Work(batch=1, prompt_tokens=8, new_tokens=16)
@@ -45,8 +45,8 @@ def test_both_forms_write_the_same(model, prepared):
     from nativerank.data.shards import Dataset
 
     data, merged = Dataset.open(prepared), copy.deepcopy(model)
-    assert take_form(merged, "merged", WORK, CPU) == Choice("merged", "as asked") and not factor_modules(merged)
-    assert take_form(model, "factored", WORK, CPU) == Choice("factored", "as asked") and factor_modules(model)
+    assert take_form(merged, "merged", WORK, CPU) == Choice("merged", "as asked") and not factor_layers(merged)
+    assert take_form(model, "factored", WORK, CPU) == Choice("factored", "as asked") and factor_layers(model)
     ids = torch.arange(40).view(2, 20)
     with torch.no_grad():
         ours, theirs = model(ids).logits, merged(ids).logits

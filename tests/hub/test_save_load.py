@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 import nativerank as nr
 from nativerank.hub.load import tokenizer_fingerprint
 from nativerank.hub.weights import named_tensors
+from nativerank.layers.base import factor_layers
 from nativerank.models import make_hf_config
-from nativerank.optim.roles import factor_modules
 
 SIZES = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
 SIZES |= dict(num_key_value_heads=2, max_position_embeddings=32)
@@ -56,7 +56,7 @@ def test_round_trip(tmp_path, family, factorized):
     assert nr.save(model, tmp_path / "m") == tmp_path / "m"
     again = nr.load(tmp_path / "m")
     assert torch.equal(logits(model), logits(again)) and not again.training
-    assert {n: m.rank for n, m in factor_modules(model)} == {n: m.rank for n, m in factor_modules(again)}
+    assert {n: m.rank for n, m in factor_layers(model).items()} == {n: m.rank for n, m in factor_layers(again).items()}
     a, b = named_tensors(model), named_tensors(again)
     assert list(a) == list(b) and all(torch.equal(a[k], b[k]) for k in a)
     tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
@@ -73,7 +73,7 @@ def test_the_dense_form_is_read_by_plain_transformers(tmp_path, family):
     model = make(family)
     before = logits(model)
     nr.save(model, tmp_path / "m", format="dense")
-    assert len(factor_modules(model)) and torch.equal(logits(model), before), "the model itself stays factored"
+    assert len(factor_layers(model)) and torch.equal(logits(model), before), "the model itself stays factored"
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval()
     tolerance = 1e-5 * before.abs().max().item()  # merged in float64, run in float32
     torch.testing.assert_close(logits(stock), before, rtol=0, atol=tolerance)

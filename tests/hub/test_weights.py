@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import nativerank as nr
 from nativerank.hub.weights import SAFETENSORS_DTYPES, read_folder_header, read_header
-from nativerank.layers.pretrained import factor_layers
+from nativerank.layers.base import factor_layers
 
 SIZES = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
 INDEX = "model.safetensors.index.json"

@@ -7,7 +7,7 @@ import pytest
 from nativerank.accounting import rule_flops
 from nativerank.accounting.hardware import DEVICES, THIS_CPU
 from nativerank.config import ModelConfig, ParallelConfig, RankConfig, RunConfig, TrainConfig
-from nativerank.optim.roles import factor_modules
+from nativerank.layers.base import factor_layers
 from nativerank.plan import make
 from nativerank.plan.figures import figures
 from nativerank.plan.make import Request, make_plan, shared
@@ -97,7 +97,7 @@ def test_a_plan_without_on_divides_this_machine(monkeypatch):
 def test_owners_keep_whole_weights_beside_their_shards(algebra):
     one = subject(replace(tiny(), parallel=ParallelConfig(mode="fsdp", shards=2, algebra=algebra)))
     found = figures(one, (one.sequences,)).held
-    layers = [m for _, m in factor_modules(one.build()[0])]
+    layers = [m for m in factor_layers(one.build()[0]).values()]
     whole = sum(p.nbytes for layer in layers for p in layer.parameters())
     assert found["owned_copies"] == pytest.approx(whole / 2 if algebra == "owner" else 0)
     assert found["optimizer"] >= found["owned_copies"] + whole / 2  # the momentum of each factor

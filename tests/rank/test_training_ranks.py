@@ -8,9 +8,9 @@ import torch
 
 from nativerank.accounting.flops import flops_per_token
 from nativerank.hub.load import load
+from nativerank.layers.base import factor_layers
 from nativerank.methods import METHODS
 from nativerank.models import count_parameters
-from nativerank.optim.roles import factor_modules
 from nativerank.train.guard import Diverged
 from nativerank.train.loop import train
 from nativerank.train.metrics import read_rows
@@ -35,7 +35,7 @@ def changes(run):
 
 
 def ranks_of(model):
-    return {name: layer.rank for name, layer in factor_modules(model)}
+    return {name: layer.rank for name, layer in factor_layers(model).items()}
 
 
 @pytest.mark.parametrize("method", ["spectron", "sct"])
@@ -175,7 +175,7 @@ def test_factors_that_are_not_finite_end_the_run_with_the_layers_name(tmp_path, 
     def and_spoil(model, *args, **options):
         taken.append(step(model, *args, **options))
         if len(taken) == 3:
-            name, layer = factor_modules(model)[3]
+            name, layer = list(factor_layers(model).items())[3]
             spoiled.append(name)
             with torch.no_grad():
                 layer.up.weight[0, 0] = math.inf

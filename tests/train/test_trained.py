@@ -11,7 +11,7 @@ from nativerank.data.tokenizer import tokenizer_hash
 from nativerank.hub.load import load
 from nativerank.hub.save import save
 from nativerank.hub.weights import named_tensors
-from nativerank.optim.roles import factor_modules
+from nativerank.layers.base import factor_layers
 from nativerank.train.loop import train
 from nativerank.train.trained import open_trained
 
@@ -99,7 +99,7 @@ def test_the_last_checkpoint_is_the_model_that_the_run_wrote(trained, changes, c
     assert torch.equal(written.model(ids).logits, read.model(ids).logits)
     assert capsys.readouterr().err == ""
     if changes is SHRINK:
-        assert len({layer.rank for _, layer in factor_modules(read.model)}) > 1
+        assert len({layer.rank for layer in factor_layers(read.model).values()}) > 1
 
 
 def test_an_unfinished_run_is_at_its_newest_checkpoint(trained, unfinished, monkeypatch):

@@ -15,9 +15,9 @@ from typing import Any
 from torch import nn
 
 from nativerank.accounting.flops import flops_per_token
+from nativerank.layers.base import factor_layers
 from nativerank.linalg.norms import power_iteration_flops
 from nativerank.linalg.orthogonalize import orthogonalize_flops
-from nativerank.optim.roles import factor_modules
 
 SHARES_AT = (8_192, 65_536, 524_288, 1_048_576)  # tokens per step
 
@@ -57,7 +57,7 @@ def algebra_flops(model: nn.Module, context: int, steps: int = 5) -> dict[str, A
 def factor_rows(model: nn.Module, steps: int) -> list[dict[str, int]]:
     """FLOPs to orthogonalize one factor of each shape (d, r) in both forms, and to estimate its norm."""
     shapes: Counter[tuple[int, int]] = Counter()
-    for _, layer in factor_modules(model):
+    for layer in factor_layers(model).values():
         for *stack, d, r in (X.shape for X in layer.factors() if X.ndim > 1):
             shapes[d, r] += math.prod(stack)
     return [

@@ -26,9 +26,9 @@ from torch import Tensor
 from nativerank.bench.record import record
 from nativerank.bench.retraction import off_orthonormal
 from nativerank.hub.load import load
+from nativerank.layers.base import factor_layers
 from nativerank.linalg.jacobian import balanced_condition, frame_extremes, pair_extremes, smallest_turn
 from nativerank.linalg.norms import spectral_norm
-from nativerank.optim.roles import factor_modules
 
 GROUP = ("method", "layer", "lr", "aux_lr", "steps")
 
@@ -52,11 +52,11 @@ def bench_conditioning(runs: Sequence[str]) -> dict[str, Any]:
 
 def matrices(folder: Path) -> Iterator[dict[str, Any]]:
     """A row for each matrix of the model of a run."""
-    layers = factor_modules(load(folder))
+    layers = factor_layers(load(folder))
     if not layers:
         raise ValueError(f"{folder} holds no factors")
     known = facts(folder)
-    for name, layer in layers:
+    for name, layer in layers.items():
         factors = [factor.detach() for factor in layer.factors()]
         stacks = [factor.unbind(0) for factor in factors] if factors[0].ndim > 2 else [(factor,) for factor in factors]
         for number, one in enumerate(zip(*stacks, strict=True)):

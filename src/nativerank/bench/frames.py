@@ -16,9 +16,9 @@ from torch.nn.utils import parametrize
 
 from nativerank.bench.measure import check_sizes, race, ratio
 from nativerank.bench.record import raced, record
+from nativerank.layers.base import factor_layers
 from nativerank.methods import build_optimizer, factorize
 from nativerank.models import Preset, find_preset, hf_config, materialize, scaled, skeleton
-from nativerank.optim.roles import factor_modules
 from nativerank.train.setup import pick_device
 from nativerank.train.step import Batch, train_step
 
@@ -44,7 +44,7 @@ def make(preset: Preset, side: str, device: torch.device) -> tuple[nn.Module, to
     if side in METHODS:
         return model, build_optimizer(model, side)
     if side == PER_FORWARD:
-        for _, layer in factor_modules(model):
+        for layer in factor_layers(model).values():
             for half in (layer.up, layer.down):
                 parametrize.register_parametrization(half, "weight", Frame())
     return model, torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), fused=device.type != "mps")

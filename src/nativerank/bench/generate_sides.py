@@ -13,6 +13,7 @@ from nativerank.hub.forms import DENSE, FACTORED, MERGED
 from nativerank.hub.generate import continue_ids
 from nativerank.hub.sampling import Chooser, Sampling
 from nativerank.layers import to_dense_modules
+from nativerank.layers.base import factor_layers
 from nativerank.methods import factorize
 from nativerank.models import DENSE as DENSE_PRESET
 from nativerank.models import (
@@ -24,7 +25,6 @@ from nativerank.models import (
     scaled,
     skeleton,
 )
-from nativerank.optim.roles import factor_modules
 from nativerank.train.trained import open_trained
 
 PHASES = ("prefill", "decode")
@@ -58,7 +58,7 @@ class Source:
         if self.folder:
             model = open_trained(self.folder).model
             check_predicts_next_token(model, self.folder)
-            if not factor_modules(model):
+            if not factor_layers(model):
                 raise ValueError(f"{self.folder} holds no factors, so there are no forms to compare")
             return model
         preset = self.shapes()

@@ -22,6 +22,7 @@ from nativerank.bench.measure import check_sizes, check_threads, measured_by, ra
 from nativerank.bench.plain import OneAtATime, PlainSpectron, plain_newton_schulz
 from nativerank.bench.record import raced, record
 from nativerank.evaluate.loss import autocast
+from nativerank.layers.base import factor_layers
 from nativerank.linalg.gram import gram
 from nativerank.linalg.norms import power_iteration
 from nativerank.linalg.orthogonalize import (
@@ -33,7 +34,6 @@ from nativerank.methods import factorize
 from nativerank.models import DENSE, Preset, find_preset, hf_config, materialize, scaled, skeleton
 from nativerank.optim.optimizer import LowRankOptimizer
 from nativerank.optim.parallel import at_once, run_all
-from nativerank.optim.roles import factor_modules
 from nativerank.train.setup import pick_device
 
 FORMS: dict[str, dict[str, Any]] = {"spectron": {}, "certified": {"certified": True}, "exact": {"norm": "exact"}}
@@ -128,7 +128,7 @@ def time_layer(preset: Preset, tokens: int, repeats: int, device: torch.device) 
         out.backward(Y.to(out.dtype))
 
     forward_backward()  # gradients for the optimizers' first turn
-    pairs = [(layer.up.weight, layer.down.weight) for _, layer in factor_modules(model)]
+    pairs = [(layer.up.weight, layer.down.weight) for layer in factor_layers(model).values()]
     factors = [p for pair in pairs for p in pair]
     steps: dict[str, Callable[[], Any]] = {
         name: LowRankOptimizer([{"params": factors, "rule": "spectron", "lr": 1e-3, **options}]).step
@@ -158,7 +158,9 @@ def orthogonalize_and_norms(factors: Sequence[Tensor]) -> None:
 def time_step(preset: Preset, repeats: int, device: torch.device) -> dict[str, Any]:
     """Spectron on all factors of a preset with random gradients, and Muon on one of them after the other."""
     shapes = [
-        p.shape for _, layer in factor_modules(low_rank_skeleton(preset)) for p in (layer.up.weight, layer.down.weight)
+        p.shape
+        for layer in factor_layers(low_rank_skeleton(preset)).values()
+        for p in (layer.up.weight, layer.down.weight)
     ]
     generator = torch.Generator().manual_seed(0)
     grads = [torch.randn(shape, generator=generator).to(device) for shape in shapes]

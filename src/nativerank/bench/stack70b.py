@@ -20,11 +20,11 @@ from torch.utils.checkpoint import checkpoint
 
 from nativerank.accounting.memory import llama_shapes
 from nativerank.layers import SpectralLinear
+from nativerank.layers.base import factor_layers
 from nativerank.linalg.retract import retract
 from nativerank.methods import build_optimizer, factorize
 from nativerank.models import allocate, find_preset, hf_config, skeleton
 from nativerank.optim.frames import marked
-from nativerank.optim.roles import factor_modules
 from nativerank.train.closing import peak_memory_bytes
 
 PRESET = "llama3-70b"
@@ -150,7 +150,7 @@ class RealStack(nn.Module):
 def fill(model: nn.Module, seed: int) -> None:
     """Random frames and s = 1, as in the paper's test. Blocks after the first have its frames with the rows shifted."""
     generator, first = torch.Generator().manual_seed(seed), dict[str, list[Tensor]]()
-    for name, layer in factor_modules(model):
+    for name, layer in factor_layers(model).items():
         block = int(next(part for part in name.split(".") if part.isdigit()))
         tall = [layer.up.weight, layer.down.weight.mT]
         if block == 0:
@@ -213,7 +213,7 @@ class Session:
 def frame_error(model: nn.Module) -> float:
     """The largest |Q^T Q - I| over all frames."""
     worst = 0.0
-    for _, layer in factor_modules(model):
+    for layer in factor_layers(model).values():
         for Q in (layer.up.weight, layer.down.weight.mT):
             G = Q.detach().double().mT @ Q.detach().double()
             worst = max(worst, (G - torch.eye(len(G), dtype=G.dtype)).abs().max().item())
@@ -228,7 +228,7 @@ def measure(variant: Variant, steps: int = 2) -> dict[str, Any]:
     ready = time.perf_counter() - began
     losses = [session.step() for _ in range(steps)]
     peak = peak_memory_bytes(torch.device("cpu"))  # before frame_error, which is no part of a step
-    factors = sum(p.numel() for _, layer in factor_modules(session.model) for p in layer.parameters())
+    factors = sum(p.numel() for layer in factor_layers(session.model).values() for p in layer.parameters())
     return {
         **dataclasses.asdict(variant),
         "method": "stiefel-spectron" if variant.state == "momentum-bf16" else "sct",

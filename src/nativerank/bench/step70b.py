@@ -25,8 +25,8 @@ from nativerank.accounting.memory import LEFT_OUT, SCT_RANK, llama_shapes, sct_t
 from nativerank.bench.measure import check_sizes, rounds
 from nativerank.bench.record import record
 from nativerank.bench.stack70b import PHASES, PRESET, STATES, Session, Variant
+from nativerank.layers.base import factor_layers
 from nativerank.models import find_preset
-from nativerank.optim.roles import factor_modules
 
 RECORD: tuple[dict[str, Any], ...] = (
     {},
@@ -162,7 +162,7 @@ def literal_step(session: Session) -> float:
             maximize=False,
         )
         session.mark("optimizer")
-        for _, layer in factor_modules(session.model):
+        for layer in factor_layers(session.model).values():
             for tall in (layer.up.weight, layer.down.weight.mT):
                 Q, R = torch.linalg.qr(tall)
                 tall.copy_(Q * R.diagonal().sign())

@@ -31,13 +31,13 @@ from nativerank.distributed.pieces import full
 from nativerank.distributed.wrap import evaluating
 from nativerank.evaluate.loss import autocast
 from nativerank.layers import linear_modules
+from nativerank.layers.base import factor_layers
 from nativerank.layers.experts import grouped_linear
 from nativerank.layers.patterns import Patterns, match_all
 from nativerank.linalg.change import update_norm
 from nativerank.linalg.gram import gram, to_float64
 from nativerank.linalg.norms import spectral_norm
 from nativerank.linalg.spectrum import product_spectrum, singular_values, stable_rank
-from nativerank.optim.roles import factor_modules
 
 TOKENS = 128  # of the fixed batch
 Weights = tuple[Tensor, ...]  # (A, B) or (U, s, V), or (W,) of a dense matrix
@@ -46,7 +46,7 @@ Calls = list[tuple[Tensor, ...]]  # what a layer was called with: (x,), or (x, o
 
 def probeable(model: nn.Module) -> dict[str, Callable[[], Weights]]:
     """Every matrix that can be probed: name -> its present factors, or its dense weight (..., d_out, d_in)."""
-    factors = {name: layer.factors for name, layer in factor_modules(model)}
+    factors = {name: layer.factors for name, layer in factor_layers(model).items()}
     dense = {name: matrix for matrix in linear_modules(model).values() for name in matrix.names}
     return factors | {name: lambda matrix=matrix: (matrix.weight,) for name, matrix in dense.items()}
 
@@ -59,7 +59,7 @@ def probed_names(model: nn.Module, patterns: Patterns = ()) -> list[str]:
     """
     if patterns:
         return list(dict.fromkeys(match_all(patterns, probeable(model), "train.probe")))
-    names = [name for name, _ in factor_modules(model)] or list(linear_modules(model))
+    names = list(factor_layers(model)) or list(linear_modules(model))
     return list(dict.fromkeys(names[i] for i in (0, len(names) // 2, -1))) if names else []
 
 

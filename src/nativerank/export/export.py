@@ -25,8 +25,8 @@ from nativerank.hub.companions import TOKENIZER_CONFIG, WORDS, beside, check_tok
 from nativerank.hub.load import load
 from nativerank.hub.save import save
 from nativerank.hub.stock import architecture_of, silence
+from nativerank.layers.base import factor_layers
 from nativerank.models import count_parameters, read_hf_config
-from nativerank.optim.roles import factor_modules
 from nativerank.train.trained import Complain, Trained, open_trained, to_stderr
 
 
@@ -89,7 +89,7 @@ def export(
     watch("reading weights")
     trained = open_trained(path, step, complain)
     check_language_model(trained.model, trained.label)
-    if format == "factored" and not factor_modules(trained.model):
+    if format == "factored" and not factor_layers(trained.model):
         raise ValueError(f"{trained.label} has no factors; --format dense writes it")
     check_tokenizer(trained.tokenizer, trained.model, trained.label)
     companions = beside(trained.folder)
@@ -122,7 +122,7 @@ def export(
 
 def form_of(model: nn.Module, matrices: list[Merged]) -> str:
     """What a folder with this model holds."""
-    if not factor_modules(model):
+    if not factor_layers(model):
         return "dense"
     return "mixed" if any(entry.merged for entry in matrices) else "factored"
 

@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 
 from nativerank.layers import to_dense_modules
+from nativerank.layers.base import factor_layers
 from nativerank.layers.rank import break_even_rank
-from nativerank.optim.roles import factor_modules
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def merge_factors(model: nn.Module, how: str) -> list[Merged]:
     """Merges a model in place; what became of every matrix that was factored."""
     chosen = CHOICES[how]
     found = []
-    for name, layer in factor_modules(model):
+    for name, layer in factor_layers(model).items():
         d_in, d_out = layer.in_features, layer.out_features
         found.append(Merged(name, d_out, d_in, layer.rank, break_even_rank(d_in, d_out), bool(chosen(layer))))
     to_dense_modules(model, chosen)

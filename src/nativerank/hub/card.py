@@ -15,7 +15,8 @@ from typing import Any
 from torch import nn
 
 from nativerank.distributed.wrap import original_class
-from nativerank.layers.pretrained import CONFIG, RECORD, factor_layers, kind_of
+from nativerank.layers.base import factor_layers
+from nativerank.layers.pretrained import CONFIG, RECORD, kind_of
 from nativerank.version import __version__
 
 CARD = "README.md"

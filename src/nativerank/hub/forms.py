@@ -25,7 +25,7 @@ from torch import nn
 
 from nativerank.data.integrity import cache_dir
 from nativerank.layers import to_dense_modules
-from nativerank.optim.roles import factor_modules
+from nativerank.layers.base import factor_layers
 
 FACTORED, MERGED, DENSE, AUTO = "factored", "merged", "dense", "auto"
 FORMS = (AUTO, FACTORED, MERGED)
@@ -75,7 +75,7 @@ def take_form(model: nn.Module, form: str, work: Work, device: torch.device) -> 
     """
     if form not in FORMS:
         raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
-    if not factor_modules(model):
+    if not factor_layers(model):
         if form == FACTORED:
             raise ValueError("form factored: the model holds no factors")
         return Choice(DENSE, "the model holds no factors")
@@ -88,7 +88,7 @@ def take_form(model: nn.Module, form: str, work: Work, device: torch.device) -> 
 def size_of(model: nn.Module) -> Size:
     """Of a model with factors, by what its layers declare."""
     factored = dense = 0.0
-    for _, layer in factor_modules(model):
+    for layer in factor_layers(model).values():
         gemms, factors = layer.gemms(), layer.factors()
         factored += sum(g.k * g.n * g.count for g in gemms)
         dense += factors[0].shape[-2] * factors[-1].shape[-2] * gemms[0].count

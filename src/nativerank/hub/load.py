@@ -18,7 +18,8 @@ from nativerank.hub.companions import TOKENIZER, read_generation_config
 from nativerank.hub.stock import load_stock
 from nativerank.hub.weights import check_fits, read_folder_header, read_into
 from nativerank.layers import factorize_modules
-from nativerank.layers.pretrained import CONFIG, GUIDED, MODEL_TYPE, RECORD, factor_layers, kind_of, stock_keys
+from nativerank.layers.base import factor_layers
+from nativerank.layers.pretrained import CONFIG, GUIDED, MODEL_TYPE, RECORD, kind_of, stock_keys
 from nativerank.models import allocate, find_architecture, make_hf_config, read_hf_config, skeleton
 
 ADAPTERS = "adapter_config.json"  # PEFT's: what it stands for is more than the weights beside it

@@ -27,7 +27,8 @@ from nativerank.hub.companions import write_generation_config, write_tokenizer
 from nativerank.hub.load import DTYPES
 from nativerank.hub.weights import named_tensors, write_folder
 from nativerank.layers import guided_layers, to_dense_modules
-from nativerank.layers.pretrained import CONFIG, RECORD, check_no_adapters, dtype_name, factor_layers, factored_config
+from nativerank.layers.base import factor_layers
+from nativerank.layers.pretrained import CONFIG, RECORD, check_no_adapters, dtype_name, factored_config
 
 MODELING = Path(__file__).with_name("modeling_nativerank.py")
 # By hand: transformers writes no entry for AutoModel of a language model, and serving engines ask for that one.

@@ -54,6 +54,11 @@ class FactorLayer(Protocol):
         """Another rank for numbers that are loaded next."""
 
 
+def factor_layers(model: nn.Module) -> dict[str, Any]:
+    """The factor layers of a model, each once, by first name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, FactorLayer)}
+
+
 def factor_linears(model: nn.Module) -> dict[str, nn.Linear]:
     """The halves `up` and `down` of all factor layers that are linear modules, by name; stacks of experts are none."""
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, FactorLayer)]

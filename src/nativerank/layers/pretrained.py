@@ -19,17 +19,12 @@ import torch
 from torch import nn
 
 from nativerank.distributed.wrap import original_class
-from nativerank.layers.base import FactorLayer
+from nativerank.layers.base import factor_layers
 from nativerank.version import __version__
 
 MODEL_TYPE = RECORD = "nativerank"  # the model type, and the key that holds what is ours
 CONFIG = "config.json"
 GUIDED = "guided"  # a layer whose guide is still there; see `kind_of`
-
-
-def factor_layers(model: nn.Module) -> dict[str, Any]:
-    """The factor layers of a model, each once, by first name; `optim`, on one level with this, asks by the protocol."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, FactorLayer)}
 
 
 def check_no_adapters(model: nn.Module) -> None:

@@ -1,7 +1,7 @@
 """Roles of parameters, update rules, the optimizer that drives them, and the rate schedule."""
 
 from nativerank.optim.optimizer import LowRankOptimizer
-from nativerank.optim.roles import assign_roles, factor_modules
+from nativerank.optim.roles import assign_roles
 from nativerank.optim.schedule import multiplier
 
-__all__ = ["LowRankOptimizer", "assign_roles", "factor_modules", "multiplier"]
+__all__ = ["LowRankOptimizer", "assign_roles", "multiplier"]

@@ -57,11 +57,6 @@ def long_sides(roles: Roles) -> dict[int, int]:
     return factors | {id(p): 1 for p in dense if p.shape[1] > p.shape[0]}
 
 
-def factor_modules(model: nn.Module) -> list[tuple[str, Any]]:
-    """Modules that hold a factor pair, by the layer protocol, each once."""
-    return [(name, m) for name, m in model.named_modules() if callable(getattr(m, "factors", None))]
-
-
 def _weight(half: Any) -> nn.Parameter:
     """A factor is the weight of an nn.Linear, or a bare parameter in a stack of experts."""
     weight: nn.Parameter = getattr(half, "weight", half)
@@ -94,7 +89,9 @@ def assign_roles(model: nn.Module, matrices: Iterable[str] = ()) -> Roles:
         taken.add(name)
         return name, parameter
 
-    for name, module in factor_modules(model):
+    for name, module in model.named_modules():
+        if not callable(getattr(module, "factors", None)):  # the layer protocol
+            continue
         members = members_of(module)
         if len({p.requires_grad for p in members}) > 1:
             raise ValueError(f"{name}: one factor is frozen and the other is not; a pair trains together or not at all")

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from nativerank.config import AdaptConfig
 from nativerank.distributed.wrap import reshard
 from nativerank.layers import init_seed
+from nativerank.layers.base import factor_layers
 from nativerank.linalg.energy import kept_energy
 from nativerank.optim.optimizer import LowRankOptimizer
 from nativerank.optim.reshape import reshape, resize
-from nativerank.optim.roles import factor_modules
 from nativerank.rank.energy import growth_limit, next_rank
 from nativerank.rank.schedule import due
 from nativerank.rank.spectra import spectra
@@ -77,7 +77,7 @@ class RankController:
     ):
         self.model, self.optimizer, self.adapt, self.steps, self.seed = model, optimizer, adapt, steps, seed
         self.multiple = multiple
-        self.layers = {name: m for name, m in factor_modules(model) if m.factors()[0].requires_grad}
+        self.layers = {name: m for name, m in factor_layers(model).items() if m.factors()[0].requires_grad}
         largest = max((min(m.in_features, m.out_features) for m in self.layers.values()), default=0)
         for key, value in (("min", adapt.min), ("max", adapt.max)) if adapt.threshold is not None else ():
             if value is not None and value > largest:

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from nativerank.layers import guided_layers
+from nativerank.layers.base import factor_layers
 from nativerank.optim.optimizer import LowRankOptimizer
 from nativerank.optim.reshape import reshape
-from nativerank.optim.roles import factor_modules, members_of
+from nativerank.optim.roles import members_of
 
 Tensors = Mapping[str, Tensor]
 Shapes = Mapping[str, tuple[int, ...]]  # torch.Size is one
@@ -43,7 +44,7 @@ def follow_checkpoints(model: nn.Module, optimizer: LowRankOptimizer | None = No
 
 
 def _take_ranks(model: nn.Module, optimizer: LowRankOptimizer | None, stored: Shapes, prefix: str) -> None:
-    for name, layer in factor_modules(model):
+    for name, layer in factor_layers(model).items():
         rank = stored_rank(stored, f"{prefix}{name}")
         if rank in (None, layer.rank):
             continue

@@ -9,8 +9,8 @@ import torch
 from nativerank.accounting.hardware import present_device
 from nativerank.evaluate.loss import Loss
 from nativerank.layers import linear_modules
+from nativerank.layers.base import factor_layers
 from nativerank.models import count_parameters
-from nativerank.optim.roles import factor_modules
 from nativerank.train.closing import peak_memory_bytes, xz_of_validation
 from nativerank.train.diloco import notes
 from nativerank.train.setup import versions
@@ -27,7 +27,7 @@ def start_facts(run: RunState, device: torch.device, resumed: Path | None) -> di
         "method": c.method,
         "model": c.init or c.model.config or c.model.preset,
         "parameters": count_parameters(run.model),
-        "factorized": len(factor_modules(run.model)),
+        "factorized": len(factor_layers(run.model)),
         "left_dense": len(linear_modules(run.model)),
         "warnings": [
             *notes(c, run.steps),

@@ -29,9 +29,9 @@ from nativerank.hub.card import Training, read_training
 from nativerank.hub.load import CONFIG as MODEL_CONFIG
 from nativerank.hub.load import TOKENIZER, load, look, outline
 from nativerank.hub.weights import named_tensors
+from nativerank.layers.base import factor_layers
 from nativerank.layers.guided import guided_layers
 from nativerank.models import allocate, find_preset
-from nativerank.optim.roles import factor_modules
 from nativerank.rank.follow import stored_rank
 from nativerank.train import checkpoint
 from nativerank.train.closing import training_of
@@ -215,7 +215,7 @@ def built(config: RunConfig, stored: Stored, data: Dataset | None) -> nn.Module:
         model, _ = new_skeleton(config, vocabulary(config, stored), data.eot_id if data else None)
     for layer in guided_layers(model).values():
         layer.free_guide()
-    for name, layer in factor_modules(model):
+    for name, layer in factor_layers(model).items():
         if (rank := stored_rank(stored.shapes, name)) is not None:
             layer.reshape(rank)
     if config.init:

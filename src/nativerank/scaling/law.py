@@ -3,14 +3,14 @@
     log L_i = log sum_t exp(F_t[i] . theta_t)          one block of theta for each term t, features F_t: (runs, block)
     objective = sum_i w_i huber((log L_i - log L_i observed) / delta)       huber(z) = z^2/2, or |z| - 1/2 beyond 1
 
-Residuals in log loss with delta = 1e-3 are those of Hoffmann et al. (2022, arXiv 2203.15556, approach 3); their sum, not
-the mean, as Besiroglu et al. (2024, arXiv 2404.10102) found that a small objective ends the search early. For the same
-reason residuals are divided by delta here, which moves no minimum and keeps the objective away from the tolerances.
+Residuals in log loss with delta = 1e-3 are those of Hoffmann et al. (2022, arXiv 2203.15556, approach 3); their sum,
+not the mean, as Besiroglu et al. (2024, arXiv 2404.10102) found that a small objective ends the search early. For the
+same reason residuals are divided by delta here, which moves no minimum and keeps the objective away from the
+tolerances.
 
-The first fit is L-BFGS from many starts (`minimize`), one after the other. What comes after it starts at that fit and is
-many small problems that differ in the weights w alone, so all of them go side by side through damped Gauss-Newton steps
-on the reweighted residuals (`refine`): S problems with R runs and P parameters cost S R P^2 a step.
-"""
+The first fit is L-BFGS from many starts (`minimize`), one after the other. What comes after it starts at that fit and
+is many small problems that differ in the weights w alone, so all of them go side by side through damped Gauss-Newton
+steps on the reweighted residuals (`refine`): S problems with R runs and P parameters cost S R P^2 a step."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -110,7 +110,7 @@ class Law:
         floor = 1e-12 * diagonal.max(-1, keepdims=True) + 1e-300
         diagonal += damping[:, None] * np.maximum(diagonal, floor)  # a view: this damps the Hessian itself
         diagonal += floor
-        return np.linalg.solve(hessian, pull[..., None])[..., 0]
+        return np.asarray(np.linalg.solve(hessian, pull[..., None])[..., 0], dtype=np.float64)
 
 
 def huber(z: Array) -> Array:

@@ -2,9 +2,9 @@
 
     L(N, D) = E + A / N^alpha + B / D^beta        log L = logsumexp(e, a - alpha n, b - beta d),  n = log N, d = log D
 
-(Hoffmann et al. 2022, approach 3; how it is fitted: `law`). n and d are measured from their means, so that prefactors and
-exponents hardly depend on each other and units do not matter. Starts: a grid of exponents; the prefactors of each follow by
-linear least squares, as the law is linear in them, which leaves two dimensions to search instead of five.
+(Hoffmann et al. 2022, approach 3; how it is fitted: `law`). n and d are measured from their means, so that prefactors
+and exponents hardly depend on each other and units do not matter. Starts: a grid of exponents; the prefactors of each
+follow by linear least squares, as the law is linear in them, which leaves two dimensions to search instead of five.
 
 At C = 6 N D the best model is N = G (C / 6)^(beta / (alpha + beta)), D = (C / 6)^(alpha / (alpha + beta)) / G,
 G = (alpha A / (beta B))^(1 / (alpha + beta)).

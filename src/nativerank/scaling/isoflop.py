@@ -77,7 +77,7 @@ class Budget:
         middle, half = self.frame
         degree = min(2, self.sizes - 1)
         curve = np.polynomial.polynomial.polyfit((self.log_params - middle) / half, self.log_tokens, degree)
-        return np.polynomial.polynomial.polyval((log_params - middle) / half, curve)
+        return np.asarray(np.polynomial.polynomial.polyval((log_params - middle) / half, curve), dtype=np.float64)
 
     def standard_error(self) -> float | None:
         """Of log N at the minimum, from the scatter about the parabola; None with 3 runs, which have none."""

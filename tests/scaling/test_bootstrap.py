@@ -1,0 +1,71 @@
+"""Resamples keep budgets whole; intervals do not depend on the order of rows; they cover what they should (slow)."""
+
+import numpy as np
+import pytest
+
+from nativerank.scaling.bootstrap import interval, resamples, without_each
+from nativerank.scaling.isoflop import budgets_of, minima, power_law, usable
+
+
+def n_interval(runs, samples, seed=0):
+    budgets = budgets_of(runs)
+    good = usable(budgets)
+    n, _ = minima(good, resamples(budgets, len(runs), samples, seed))
+    return interval(power_law(np.log([budget.flops for budget in good]), n)[1])
+
+
+def test_resamples_keep_the_runs_of_each_budget_and_three_sizes(sweep):
+    runs = sweep(sizes=4)
+    budgets = budgets_of(runs)
+    weights = resamples(budgets, len(runs), 200)
+    for budget in budgets:
+        drawn = weights[:, budget.members]
+        assert (drawn.sum(1) == 4).all()
+        assert ((drawn > 0).sum(1) >= 3).all()
+    assert len(np.unique(weights, axis=0)) > 150
+
+
+def test_sizes_are_counted_not_runs(sweep):
+    """Two seeds of each size: three draws of two sizes make no parabola."""
+    runs = sweep(sizes=3, budgets=(1e18,)) * 2
+    weights = resamples(budgets_of(runs), 6, 300)
+    assert ((weights[:, :3] + weights[:, 3:]) > 0).all()
+    assert (weights.max(0) > 1).all()
+
+
+def test_every_run_is_drawn_as_often_as_any_other(sweep):
+    runs = sweep(sizes=9, budgets=(1e18,))
+    mean = resamples(budgets_of(runs), 9, 4000).mean(0)
+    np.testing.assert_allclose(mean, 1, atol=0.08)  # 5 standard errors of 4000 draws
+
+
+def test_the_order_of_runs_does_not_move_an_interval(sweep):
+    runs = sweep(noise=2e-3)
+    shuffled = [runs[i] for i in np.random.default_rng(3).permutation(len(runs))]
+    assert n_interval(shuffled, 200) == pytest.approx(n_interval(runs, 200), rel=1e-9)
+    assert n_interval(runs, 200, seed=1) != pytest.approx(n_interval(runs, 200), rel=1e-9)
+
+
+def test_interval_holds_the_middle():
+    values = np.r_[np.arange(101.0), np.nan, np.inf]
+    assert interval(values, 0.9) == pytest.approx([5, 95])
+    assert interval(np.array([np.nan])) is None
+
+
+def test_without_each_leaves_out_one_budget_a_row(sweep):
+    runs = sweep(sizes=3)
+    weights = without_each(budgets_of(runs), len(runs))
+    np.testing.assert_array_equal(weights, 1 - np.kron(np.eye(4), np.ones(3)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [5, 9])
+@pytest.mark.parametrize("noise", [1e-3, 3e-3])
+def test_intervals_cover_the_truth(sweep, chinchilla, noise, sizes):
+    """95% intervals of IsoFLOP exponents in 200 sweeps with noise, of grids that are off centre by up to 30%."""
+    hits = 0
+    for trial in range(200):
+        shift = np.random.default_rng(1000 + trial).uniform(-0.3, 0.3)
+        low, high = n_interval(sweep(noise=noise, sizes=sizes, seed=trial, shift=shift), 500, trial)
+        hits += low <= chinchilla.n_exponent <= high
+    assert hits >= 180

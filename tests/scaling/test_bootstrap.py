@@ -2,15 +2,20 @@
 
 import numpy as np
 import pytest
+from scipy.stats import t
 
-from nativerank.scaling.bootstrap import interval, resamples, without_each
+from nativerank.scaling.bootstrap import drawn_minima, interval, resamples, without_each
+from nativerank.scaling.entries import FEW_SIZES
 from nativerank.scaling.isoflop import budgets_of, minima, power_law, usable
 
 
 def n_interval(runs, samples, seed=0):
     budgets = budgets_of(runs)
     good = usable(budgets)
-    n, _ = minima(good, resamples(budgets, len(runs), samples, seed))
+    if min(budget.sizes for budget in good) > FEW_SIZES:
+        n, _ = minima(good, resamples(budgets, len(runs), samples, seed))
+    else:
+        n, _ = drawn_minima(good, samples, seed)
     return interval(power_law(np.log([budget.flops for budget in good]), n)[1])
 
 
@@ -58,8 +63,23 @@ def test_without_each_leaves_out_one_budget_a_row(sweep):
     np.testing.assert_array_equal(weights, 1 - np.kron(np.eye(4), np.ones(3)))
 
 
+def test_drawn_minima_are_students(sweep):
+    """A line through four of them, from 4 sizes each, is t with 4 degrees of freedom."""
+    budgets = budgets_of(sweep(noise=1e-3, sizes=4))
+    slope = np.array([-0.3, -0.1, 0.1, 0.3])
+    values = drawn_minima(budgets, 20_000)[0] @ slope
+    squares = sum(budget.scatter()[0] for budget in budgets)
+    spread = np.sqrt(
+        squares / 4 * sum(s**2 * budget.minimum_variance() for s, budget in zip(slope, budgets, strict=True))
+    )
+    centre = minima(budgets, np.ones((1, 16)))[0][0] @ slope
+    low, high = interval(values)
+    half = t.ppf(0.975, 4) * spread
+    assert [low - centre, high - centre] == pytest.approx([-half, half], rel=0.04)  # a quantile of 20,000 draws
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", [5, 9])
+@pytest.mark.parametrize("sizes", [4, 5, 9])
 @pytest.mark.parametrize("noise", [1e-3, 3e-3])
 def test_intervals_cover_the_truth(sweep, chinchilla, noise, sizes):
     """95% intervals of IsoFLOP exponents in 200 sweeps with noise, of grids that are off centre by up to 30%."""

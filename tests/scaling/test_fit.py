@@ -96,7 +96,7 @@ def test_a_budget_without_a_minimum_takes_no_part(sweep, chinchilla):
     ("options", "message"),
     [
         ({"budgets": (2e18, 6e18)}, "go through two budgets"),
-        ({"sizes": 4}, "too narrow with 4 sizes"),
+        ({"sizes": 4}, "has 4 sizes, too few to resample: IsoFLOP intervals are Student's"),
         ({"sizes": 3}, "3 runs a budget leave no scatter"),
         ({"noise": 0.03, "sizes": 5, "budgets": (2e18, 3e18, 5e18)}, "is not determined by these runs"),
     ],

@@ -18,7 +18,8 @@ name, and "surface" holds, for each method that ran with 3 ratios or more,
 What was not asked for, or cannot be told, is null. params_error: standard error of log N at the minimum, which is a
 relative one. prediction: of each budget by the law of the others, the error of log N_opt and the mean absolute error
 of log losses. scatter: of residuals in log loss, 1.48 times the median size. A run far above its law is taken for one
-that diverged and left out of all of it."""
+that diverged and left out of all of it.
+"""
 
 from collections.abc import Sequence
 from dataclasses import asdict

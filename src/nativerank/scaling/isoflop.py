@@ -79,16 +79,21 @@ class Budget:
         curve = np.polynomial.polynomial.polyfit((self.log_params - middle) / half, self.log_tokens, degree)
         return np.asarray(np.polynomial.polynomial.polyval((log_params - middle) / half, curve), dtype=np.float64)
 
+    def scatter(self) -> tuple[float, int]:
+        """Sum of squared residuals about the parabola, and how many runs it has beyond its three coefficients."""
+        weights = np.ones((1, len(self.loss)))
+        return float(((self.loss - self.design() @ self.coefficients(weights)[0]) ** 2).sum()), len(self.loss) - 3
+
+    def minimum_variance(self) -> float:
+        """Of log N at the minimum, for losses of variance 1, to first order."""
+        X, (_, c1, c2) = self.design(), self.coefficients(np.ones((1, len(self.loss))))[0]
+        slope = np.array([0, -1 / (2 * c2), c1 / (2 * c2**2)])  # of the minimum in the coefficients
+        return float(slope @ np.linalg.solve(X.T @ X, slope)) * self.frame[1] ** 2
+
     def standard_error(self) -> float | None:
-        """Of log N at the minimum, from the scatter about the parabola; None with 3 runs, which have none."""
-        free = len(self.loss) - 3
-        if free < 1:
-            return None
-        X = self.design()
-        c = self.coefficients(np.ones((1, len(self.loss))))[0]
-        variance = float(((self.loss - X @ c) ** 2).sum()) / free
-        slope = np.array([0, -1 / (2 * c[2]), c[1] / (2 * c[2] ** 2)])  # of the minimum in c
-        return float(np.sqrt(variance * slope @ np.linalg.solve(X.T @ X, slope)) * self.frame[1])
+        """Of log N at the minimum; None with 3 runs, which leave no scatter."""
+        squares, free = self.scatter()
+        return float(np.sqrt(squares / free * self.minimum_variance())) if free > 0 else None
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ tolerances.
 
 The first fit is L-BFGS from many starts (`minimize`), one after the other. What comes after it starts at that fit and
 is many small problems that differ in the weights w alone, so all of them go side by side through damped Gauss-Newton
-steps on the reweighted residuals (`refine`): S problems with R runs and P parameters cost S R P^2 a step."""
+steps on the reweighted residuals (`refine`): S problems with R runs and P parameters cost S R P^2 a step.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

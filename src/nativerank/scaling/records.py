@@ -7,7 +7,8 @@ params N, tokens D, FLOPs C of training, loss in nats per token of held-out text
 agree up to a factor of BUDGET_GAP between neighbours, unless a column says otherwise. FLOPs are counted by one of two
 conventions, which must be named: "6nd" is 6 N D with the N of the table, "exact" is rank-aware, attention and head
 included (`accounting.flops`), so that C / (N D) differs from model to model. A loss of "inf" or "diverged" is a run
-that was tried and has no loss; NaN and empty cells are errors."""
+that was tried and has no loss; NaN and empty cells are errors.
+"""
 
 import csv
 import math

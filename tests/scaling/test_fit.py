@@ -152,3 +152,25 @@ def test_wrong_input_is_one_clear_line(sweep):
     runs = [replace(run, method="a") for run in sweep()] + [replace(run, method="b") for run in sweep()[:4]]
     with pytest.raises(ValueError, match="b: the parametric law has 5 constants"):
         fit(runs, FEW)
+
+
+def test_losses_that_follow_no_law_are_an_error(sweep):
+    """Made with the fall of the loss in N turned round: no constants of a law are given for it."""
+    runs = [replace(run, loss=2 + 1e-3 * run.params**0.3 + 100 * run.tokens**-0.3) for run in sweep()]
+    with pytest.raises(ValueError, match="the losses do not fall with params as the law says: it would need alpha ="):
+        fit(runs, FEW)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_whatever_the_losses_it_is_strict_json_or_one_clear_error(sweep, seed):
+    rng = np.random.default_rng(seed)
+    runs = sweep(sizes=int(rng.integers(3, 7)), shift=float(rng.normal()), budgets=np.geomspace(1e13, 1e15, 3))
+    noise = 10 ** rng.uniform(-3, 0) * rng.standard_cauchy(len(runs))
+    runs = [replace(run, loss=float(run.loss * np.exp(np.clip(z, -3, 3)))) for run, z in zip(runs, noise, strict=True)]
+    for approach in ("isoflop", "parametric"):
+        try:
+            text = json.dumps(fit(runs, Options(samples=30, approaches=(approach,))), allow_nan=False)
+        except ValueError as error:
+            assert "JSON" not in str(error) and "\n" not in str(error) and len(str(error)) > 20
+        else:
+            assert json.loads(text)[approach]

@@ -113,6 +113,9 @@ def test_run_folders_know_their_ratio_where_it_is_the_rule(run_folder):
     by_ratio = run_folder("a", START, END, method="spectron", rank=RankConfig(ratio=0.4))
     by_value = run_folder("b", START, END, method="spectron", rank=RankConfig(value=16))
     assert [run.rank_ratio for run in read_runs([by_ratio, by_value])] == [0.4, None]
+    (by_value / "model").mkdir()
+    (by_value / "model" / "config.json").write_text('{"hidden_size": 96}', encoding="utf-8")
+    assert read_runs([by_value])[0].rank_ratio == 0.1667
 
 
 def test_a_run_that_has_not_ended_is_an_error(run_folder):

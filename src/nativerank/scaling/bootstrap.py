@@ -16,6 +16,7 @@ from nativerank.scaling.isoflop import LEAST_SIZES, Budget, minima
 from nativerank.scaling.law import Array
 
 LEVEL = 0.95
+LARGEST = 1e300  # stands for infinity, which JSON does not have
 
 
 def resamples(budgets: Sequence[Budget], runs: int, samples: int, seed: int = 0) -> Array:
@@ -57,12 +58,12 @@ def drawn_minima(budgets: Sequence[Budget], samples: int, seed: int = 0) -> tupl
 
 
 def interval(values: Array, level: float = LEVEL) -> list[float] | None:
-    """Of the finite values the middle `level`; None if there are none."""
-    finite = values[np.isfinite(values)]
-    if not len(finite):
+    """Of the values the middle `level`, those that are no number left out; None if there are no others."""
+    known = np.clip(values[~np.isnan(values)], -LARGEST, LARGEST)
+    if not len(known):
         return None
     tail = (1 - level) / 2
-    return [float(x) for x in np.quantile(finite, [tail, 1 - tail])]
+    return [float(x) for x in np.quantile(known, [tail, 1 - tail])]
 
 
 def without_each(budgets: Sequence[Budget], runs: int) -> Array:

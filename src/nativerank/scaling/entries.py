@@ -59,13 +59,19 @@ def isoflop_record(sweep: Sweep, budgets: list[Budget], weights: Array) -> tuple
         starts, slopes = isoflop.power_law(log_flops, many)
         record |= {f"{key}_exponent": float(slope), f"{key}_interval": span(slopes)}
         record[f"{key}_coefficient"] = float(np.exp(start))
-        lines = np.exp(starts[:, None] + slopes[:, None] * np.log(ahead))
-        band = [span(column) for column in lines.T]
+        lines = starts[:, None] + slopes[:, None] * np.log(ahead)
+        band = [span(raised(column)) for column in lines.T]
         curves[name] = {"flops": ahead.tolist(), "best": np.exp(start + slope * np.log(ahead)).tolist(), "band": band}
-    spans = {b.flops: span(np.exp(column)) for b, column in zip(good, many_n.T, strict=True)}
+    spans = {b.flops: span(raised(column)) for b, column in zip(good, many_n.T, strict=True)}
     record["profiles"] = [asdict(p) | {"params_interval": spans.get(p.flops)} for p in profiles]
     record["prediction"] = predicted_minima(log_flops, point_n)
     return record, curves
+
+
+def raised(logs: Array) -> Array:
+    """Exponentials; of a wild resample they may be infinite."""
+    with np.errstate(over="ignore"):
+        return np.exp(logs)
 
 
 def profile_curve(budget: Budget) -> dict[str, Any]:
@@ -101,11 +107,9 @@ def parametric_record(
     record = fitted.as_dict() | exponents | {"intervals": spans, "scatter": scatter(law.log_loss - law.predict(theta))}
     record["prediction"] = predicted_losses(problem, theta, budgets)
     ahead = np.geomspace(budgets[0].flops, max(LAST_FLOPS, budgets[-1].flops), POINTS)
-    with np.errstate(all="ignore"):
-        best = fitted.best_params(ahead)
-        band = [interval(column, level) for column in np.array([p.best_params(ahead) for p in many]).T]
-    there = min(fitted.alpha, fitted.beta) > 0
-    curves = {"params": {"flops": ahead.tolist(), "best": best.tolist(), "band": band} if there else None}
+    best = fitted.best_params(ahead)
+    band = [interval(column, level) for column in np.array([p.best_params(ahead) for p in many]).T]
+    curves = {"params": {"flops": ahead.tolist(), "best": best.tolist(), "band": band}}
     return record, curves
 
 

@@ -51,9 +51,10 @@ class Parametric:
 
     def best_params(self, flops: Array | float) -> Array:
         """N of the lowest loss at C = 6 N D."""
-        both = self.alpha + self.beta
-        G = (self.alpha * self.A / (self.beta * self.B)) ** (1 / both)
-        return np.asarray(G * np.power(np.asarray(flops) / 6, self.n_exponent))
+        with np.errstate(all="ignore"):  # constants of a resample may be such that there is none: NaN
+            ratio = np.log(np.float64(self.alpha)) + np.log(self.A) - np.log(np.float64(self.beta)) - np.log(self.B)
+            log_params = (ratio + self.beta * np.log(np.asarray(flops) / 6)) / (self.alpha + self.beta)
+            return np.asarray(np.exp(log_params))
 
     def as_dict(self) -> dict[str, float]:
         """The constants, and the exponents that follow."""

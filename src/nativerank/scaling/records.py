@@ -11,6 +11,7 @@ that was tried and has no loss; NaN and empty cells are errors.
 """
 
 import csv
+import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -208,6 +209,15 @@ def read_folder(folder: Path, convention: Convention = "6nd", count: Count = "no
     params, tokens = float(known[-1][count]), float(row["tokens"])
     loss = float(row["val_loss"]) if ends else math.inf
     flops = 6 * params * tokens if convention == "6nd" else float(row["train_flops"])
-    ratio = config.rank.ratio if config.rank.value is None and config.rank.energy is None else None
+    ratio = config.rank.ratio if config.rank.value is None else share_of_width(config.rank.value, folder)
     loss = loss if math.isfinite(loss) else math.inf
     return Run(params, tokens, flops, loss, ratio, config.method or "", None, str(folder))
+
+
+def share_of_width(rank: int, folder: Path) -> float | None:
+    """The ratio that one rank for all matrices is, by the width of the model that a run left; None if it left none."""
+    file = folder / "model" / "config.json"
+    if not file.is_file():
+        return None
+    width = json.loads(file.read_text(encoding="utf-8")).get("hidden_size")
+    return float(f"{rank / width:.4g}") if width else None

@@ -113,7 +113,8 @@ class SurfaceProblem:
     def constants(self, theta: Array) -> Surface:
         """In the units of the runs: numbers for theta (7,), columns (S, 1, 1) for (S, 7)."""
         e, a, alpha, g, k, b, beta = theta if theta.ndim == 1 else theta.T[:, :, None, None]
-        A, B = np.exp(a + alpha * self.centre[0]), np.exp(b + beta * self.centre[1])
+        with np.errstate(over="ignore"):
+            A, B = np.exp(a + alpha * self.centre[0]), np.exp(b + beta * self.centre[1])
         found = (np.exp(e), A, B, alpha, beta, g / alpha, k / alpha)
         E, A, B, alpha, beta, gamma, kappa = found if theta.ndim > 1 else map(float, found)
         return Surface(E, A, B, alpha, beta, gamma, kappa, self.rho_ref)
@@ -172,7 +173,8 @@ def best_shapes(surface: Surface, flops: float, cost: Cost, low: float, high: fl
         x = np.clip(middle[:, 1:] + half[1] * axis, *ends)[:, None, :]  # (S, 1, GRID)
         params, ratio = np.exp(n), np.exp(x)
         tokens = flops / cost(params, ratio)
-        loss = surface.loss(params, tokens, ratio)  # (S, GRID, GRID)
+        with np.errstate(all="ignore"):  # constants of a resample may be wild
+            loss = np.nan_to_num(surface.loss(params, tokens, ratio), nan=np.inf)  # (S, GRID, GRID)
         flat = loss.reshape(count, -1).argmin(1)
         rows, columns, which = flat // GRID, flat % GRID, np.arange(count)
         middle = np.stack([n[which, rows, 0], x[which, 0, columns]], 1)

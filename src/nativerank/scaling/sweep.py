@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, TypeVar, get_args
+from typing import Any, Literal, Protocol, TypeVar, get_args
 
 import numpy as np
 
@@ -18,6 +18,7 @@ APPROACHES: tuple[Approach, ...] = get_args(Approach)
 SAMPLES = 1000
 FAR_ABOVE = 0.1  # in log loss, and
 FAR_SCATTERS = 10
+STEEP = 5.0  # an exponent that only a term which is gone after the first few runs has
 WIDE = 3.0  # high / low of an interval above which a constant is not determined
 
 
@@ -28,6 +29,8 @@ class Problem(Protocol):
     def law(self) -> Law: ...
 
     def fit(self) -> Array: ...
+
+    def constants(self, theta: Array) -> Any: ...
 
 
 P = TypeVar("P", bound=Problem)
@@ -88,17 +91,35 @@ class Sweep:
 
 
 def settled(sweep: Sweep, problem_of: Callable[[Sequence[Run]], P]) -> tuple[P, Array]:
-    """A law of the sweep's runs and its parameters, without runs whose loss no scatter explains."""
+    """A law of the sweep's runs and its parameters, without runs whose loss no scatter explains.
+
+    Raises:
+        ValueError: the runs are too few, or their losses follow no such law.
+    """
     problem = problem_of(sweep.runs)
     theta = problem.fit()
     residual = problem.law.log_loss - problem.law.predict(theta)
     far = residual > max(FAR_ABOVE, FAR_SCATTERS * scatter(residual))
-    if not far.any():
-        return problem, theta
-    gone = [run for run, above in zip(sweep.runs, far, strict=True) if above]
-    sweep.leave_out(gone, "its loss lies far above the law of the others, as if it had diverged")
-    problem = problem_of(sweep.runs)
-    return problem, problem.fit()
+    if far.any():
+        gone = [run for run, above in zip(sweep.runs, far, strict=True) if above]
+        sweep.leave_out(gone, "its loss lies far above the law of the others, as if it had diverged")
+        problem = problem_of(sweep.runs)
+        theta = problem.fit()
+    check_constants(problem.constants(theta).as_dict())
+    return problem, theta
+
+
+def check_constants(constants: dict[str, float]) -> None:
+    """Raises a ValueError for constants that no losses of models have."""
+    for name in ("alpha", "beta"):
+        if not 0 < constants[name] < STEEP:
+            what = {"alpha": "params", "beta": "tokens"}[name]
+            raise ValueError(
+                f"the losses do not fall with {what} as the law says: it would need {name} = {constants[name]:.3g}"
+            )
+    for name, value in constants.items():
+        if not math.isfinite(value) or (name in "AB" and value <= 0):
+            raise ValueError(f"the losses follow no such law: it would need {name} = {value:.3g}")
 
 
 def scatter(residual: Array) -> float:

@@ -76,6 +76,8 @@ def test_drawn_minima_are_students(sweep):
     low, high = interval(values)
     half = t.ppf(0.975, 4) * spread
     assert [low - centre, high - centre] == pytest.approx([-half, half], rel=0.04)  # a quantile of 20,000 draws
+    away = np.abs(drawn_minima(budgets, 20_000)[0] - minima(budgets, np.ones((1, 16)))[0])
+    assert np.corrcoef(away.T)[0, 1] > 0.1  # one variance for all budgets, so they are wrong about it together
 
 
 @pytest.mark.slow

@@ -65,6 +65,14 @@ def test_budgets_are_predicted_from_the_others(sweep):
         assert errors[0] < 1e-3 < errors[1]
 
 
+def test_a_minimum_is_predicted_by_the_line_through_the_others(sweep):
+    record = fit(sweep(noise=5e-3), FEW)["isoflop"]
+    x, y = (np.log([profile[key] for profile in record["profiles"]]) for key in ("flops", "params"))
+    for k, row in enumerate(record["prediction"]):
+        line = np.polyfit(np.delete(x, k), np.delete(y, k), 1)
+        assert row["log_params_error"] == pytest.approx(np.polyval(line, x[k]) - y[k])
+
+
 def test_a_bend_shows_in_prediction(sweep):
     """The largest budget 3% worse than the law: the others predict it 3% too low."""
     runs = [replace(run, loss=run.loss * (1.03 if run.flops > 3e19 else 1)) for run in sweep()]

@@ -51,6 +51,7 @@ def test_a_run_that_diverged_is_a_run(table):
         ((HEADER, "100,2e9,1.2e18,3"), "row 2, column flops: .* a factor of 1e6: are all of them in ones?"),
         ((HEADER, "1e8,2e9,2.4e18,3"), "row 2, column flops: 2.4e.18 contradicts 6 params tokens = 1.2e.18; .* exact"),
         ((HEADER + ",rank_ratio", GOOD + ",0"), "row 2, column rank_ratio: 0 is not"),
+        ((HEADER + ",budget", GOOD + ",1.2"), "row 2, column budget: 1.2 is not what flops says, 1.2e.18"),
         ((HEADER,), "holds no runs below its header"),
         (("",), "row 1: no column params; it has none"),
     ],

@@ -26,6 +26,7 @@ Count = Literal["non_embedding", "total"]
 REQUIRED = ("params", "tokens", "flops", "loss")
 OPTIONAL = ("rank_ratio", "method", "budget")
 BUDGET_GAP = 1.3
+BUDGET_ERROR = 2.0  # largest factor between a run's FLOPs and those of the budget that it is said to belong to
 # Largest factor between flops and 6 N D that is no mistake. "exact" counts heads and attention, which are most of a
 # tiny model, and no embedding: what it has to catch are millions for ones.
 TOLERANCE: dict[str, float] = {"6nd": 1.3, "exact": 100.0}
@@ -125,6 +126,8 @@ def as_run(row: dict[str, Any], where: str, convention: Convention) -> Run:
     params, tokens, flops = (positive(texts[name], where, name) for name in ("params", "tokens", "flops"))
     ratio, budget = (positive(texts[n], where, n) if texts[n] else None for n in ("rank_ratio", "budget"))
     check_units(params, tokens, flops, where, convention)
+    if budget and not 1 / BUDGET_ERROR <= flops / budget <= BUDGET_ERROR:
+        raise ValueError(f"{where}, column budget: {budget:.3g} is not what flops says, {flops:.3g}")
     return Run(params, tokens, flops, loss, ratio, texts["method"], budget, where)
 
 

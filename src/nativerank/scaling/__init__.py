@@ -1,0 +1,1 @@
+"""Compute-optimal scaling laws from a sweep of runs: read the runs, fit the laws, say how sure they are."""

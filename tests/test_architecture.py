@@ -15,9 +15,10 @@ LEVELS = {
     3: ("methods", "models", "rank"),
     4: ("accounting", "evaluate", "hub"),
     5: ("train", "convert", "integrations"),
-    6: ("experiments", "bench", "scaling", "report", "export", "scores", "plan"),
-    7: ("cli",),
-    8: ("__main__",),
+    6: ("experiments", "bench", "report", "export", "scores", "plan"),
+    7: ("scaling",),
+    8: ("cli",),
+    9: ("__main__",),
 }
 LEVEL = {room: level for level, rooms in LEVELS.items() for room in rooms}
 MODULES = sorted(path.relative_to(SOURCE) for path in SOURCE.rglob("*.py"))

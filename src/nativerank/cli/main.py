@@ -28,6 +28,7 @@ COMMANDS = {
     "eval": "how good trained models are on texts, questions and tasks, side by side",
     "export": "write a trained model in the form that others read, checked",
     "convert": "turn a dense model into factors that training goes on from",
+    "scaling": "scaling laws: sweeps at equal compute, fits with intervals, what to train",
     "compare": "train methods side by side: rates, seeds, budgets, statistics",
     "bench": "measure speed, as ratios within one process",
 }

@@ -11,6 +11,8 @@ architecture initialises itself.
 
 import copy
 import json
+import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -57,6 +59,7 @@ class Preset:
     embedding_std: float | None = None  # None: the architecture's own initializer_range
     rope_theta: float = 10000.0
     method: str = "spectron"
+    ffn_multiple: int | None = None  # d_ffn of another width is rounded up to it; None rounds to the nearest 32
 
 
 def _spectron(d_model: int, layers: int, heads: int, d_ffn: int, steps: int, dense_steps: int) -> Preset:
@@ -78,6 +81,7 @@ def _spectron(d_model: int, layers: int, heads: int, d_ffn: int, steps: int, den
         dense_steps,
         ratio=0.25,
         embedding_std=1.0,
+        ffn_multiple=256,
     )
 
 
@@ -112,38 +116,75 @@ PRESETS: dict[str, Preset] = {
 
 
 def find_preset(name: str) -> Preset:
-    """The preset of this name; NAME-dense is the same architecture for dense methods.
+    """The preset of this name.
+
+    NAME-dense is the same architecture for dense methods; NAME@WIDTH, NAME@WIDTHxLAYERS and NAME@WIDTHxLAYERSxHEADS are
+    NAME at another size (`scaled`), so that models of a family are named by their shapes: pocket@96x3.
 
     Raises:
-        ValueError: an unknown name; lists the known ones.
+        ValueError: an unknown name, which lists the known ones; or sizes that do not fit.
     """
-    base = PRESETS.get(name.removesuffix(DENSE))
+    base = PRESETS.get(family(name))
     if base is None:
         known = ", ".join(PRESETS)
         raise ValueError(
-            f"unknown preset {name!r}{nearest(name, PRESETS)} (presets: {known}; each also as NAME{DENSE})"
+            f"unknown preset {name!r}{nearest(name, PRESETS)} (presets: {known}; each also as NAME{DENSE}, and at "
+            "another size as NAME@WIDTHxLAYERS)"
         )
+    _, at, size = name.removesuffix(DENSE).partition("@")
+    if at:
+        numbers = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?(?:x([1-9]\d*))?", size)
+        if numbers is None:
+            raise ValueError(f"preset {name!r}: the size is WIDTH, WIDTHxLAYERS or WIDTHxLAYERSxHEADS, got {size!r}")
+        width, layers, heads = (number and int(number) for number in numbers.groups())
+        try:
+            base = scaled(base, width, layers, heads)
+        except ValueError as error:
+            raise ValueError(f"preset {name!r}: {error}") from None
     if name.endswith(DENSE):
         return replace(base, method="dense-adamw", steps=base.dense_steps or base.steps)
     return base
 
 
-def scaled(preset: Preset, d_model: int | None, layers: int | None) -> Preset:
-    """The preset at another width (head size, FFN ratio and rank ratio kept) and depth."""
+def family(name: str) -> str:
+    """The name of a preset without size and -dense: pocket of pocket@96x3-dense."""
+    return name.removesuffix(DENSE).partition("@")[0]
+
+
+def scaled(preset: Preset, d_model: int | None, layers: int | None, heads: int | None = None) -> Preset:
+    """The preset at another width (head size, FFN ratio and rank ratio kept) and depth, or with other heads.
+
+    Raises:
+        ValueError: heads that do not divide the width evenly, or a width too small for the preset's ratios.
+    """
+    if heads is not None:
+        width = d_model or preset.d_model
+        if width % (2 * heads):
+            raise ValueError(f"{heads} heads do not divide width {width} into even parts")
+        preset = replace(preset, heads=heads, kv_heads=preset.kv_heads and heads)
     if d_model is not None:
         head = preset.d_model // preset.heads
-        if d_model % head:
-            raise ValueError(f"--d_model must be a multiple of the preset's head size {head}, got {d_model}")
+        if heads is None and d_model % head:
+            raise ValueError(f"the width must be a multiple of the preset's head size {head}, got {d_model}")
         factor = d_model / preset.d_model
+        d_ffn = preset.d_ffn * factor
+        multiple = preset.ffn_multiple
         preset = replace(
             preset,
             d_model=d_model,
-            heads=d_model // head,
-            kv_heads=preset.kv_heads and round(preset.kv_heads * factor),
-            d_ffn=round(preset.d_ffn * factor / 32) * 32,
-            value=preset.value and round(preset.value * factor),
+            heads=heads or d_model // head,
+            kv_heads=heads or shared_heads(d_model // head, preset.kv_heads * factor) if preset.kv_heads else None,
+            d_ffn=math.ceil(d_ffn / multiple) * multiple if multiple else round(d_ffn / 32) * 32,
+            value=preset.value and max(1, round(preset.value * factor)),
         )
+        if not preset.d_ffn:
+            raise ValueError(f"width {d_model} leaves nothing of the preset's FFN")
     return replace(preset, layers=layers or preset.layers)
+
+
+def shared_heads(heads: int, wanted: float) -> int:
+    """The number of key and value heads nearest to `wanted` that divides that of the queries."""
+    return min((k for k in range(1, heads + 1) if heads % k == 0), key=lambda k: abs(k - wanted))
 
 
 def hf_config(preset: Preset, vocab_size: int | None = None, context: int | None = None) -> Any:

@@ -49,7 +49,7 @@ def test_a_case_for_each_policy_with_medians_beside_the_dense_side(peaks, cli):
         (["--policies", "most"], "most"),
         (["--batch_size", "0"], "--batch_size"),
         (["--model.preset", "foo"], "unknown preset 'foo'"),
-        (["--d_model", "100"], "--d_model must be a multiple of the preset's head size 64, got 100"),
+        (["--d_model", "100"], "the width must be a multiple of the preset's head size 64, got 100"),
     ],
 )
 def test_bad_flags_are_one_line(peaks, cli, flags, named):

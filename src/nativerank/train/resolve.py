@@ -23,7 +23,15 @@ from nativerank.hub.load import base_config, layer_kind, outline
 from nativerank.layers import DEFAULT_RATIO
 from nativerank.linalg.energy import check_threshold
 from nativerank.methods import default_rates, find_method, fitting_methods
-from nativerank.models import DENSE, Preset, check_predicts_next_token, context_length, find_preset, read_hf_config
+from nativerank.models import (
+    DENSE,
+    Preset,
+    check_predicts_next_token,
+    context_length,
+    family,
+    find_preset,
+    read_hf_config,
+)
 from nativerank.rank.schedule import resolve_adapt
 from nativerank.train.teacher import check_distill
 
@@ -100,7 +108,7 @@ def method_defaults(config: RunConfig, name: str) -> dict[str, Any]:
     """What a method decides where the configuration does not, by dotted key."""
     method = find_method(name)
     one = config.optim.frames == "one"  # and no s
-    rates = default_rates(name, "" if config.model.config else config.model.preset.removesuffix(DENSE))
+    rates = default_rates(name, "" if config.model.config else family(config.model.preset))
     return {
         "optim.lr": rates.lr,
         "optim.aux_lr": rates.aux_lr,

@@ -8,7 +8,7 @@ nativerank compare --study ablation --jobs 2 --out runs/ablation
 import argparse
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,7 @@ def read_request(argv: list[str]) -> tuple[Any, Any]:
     name = named_study(argv)
     study = find_study(name) if name is not None else None
     config, flags = parse(argv, compare_parser({**(study.defaults if study else {}), **DEFAULTS}))
-    common = common_settings(config)
+    common = common_settings(config, GIVEN_ELSEWHERE, "comparison")
     if config.out is None:
         raise ValueError("compare needs --out DIR, the folder of the comparison")
     if study and flags.budget:
@@ -114,13 +114,18 @@ def named_study(argv: list[str]) -> str | None:
     return None
 
 
-def common_settings(config: RunConfig) -> dict[str, Any]:
-    """The train flags that were given, by dotted key."""
+def common_settings(config: RunConfig, elsewhere: Mapping[str, str], where: str) -> dict[str, Any]:
+    """The train flags that were given, by dotted key.
+
+    Args:
+        config: from flags.
+        elsewhere: keys that another flag gives, with that flag; where: what has it.
+    """
     plain = to_dict(config)
     settings: dict[str, Any] = {}
     for key in differences(config, RunConfig()):
-        if key in GIVEN_ELSEWHERE:
-            raise ValueError(f"--{key} is given by {GIVEN_ELSEWHERE[key]} in a comparison")
+        if key in elsewhere:
+            raise ValueError(f"--{key} is given by {elsewhere[key]} in a {where}")
         value: Any = plain
         for part in key.split("."):
             value = value[part]

@@ -1,7 +1,7 @@
 """What a comparison will run and how long that takes, before anything runs."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from nativerank.experiments.compare import Comparison, Row
@@ -37,15 +37,25 @@ def rehearse(program: Callable[[Comparison], None], plan: Comparison) -> list[tu
 
 def expected_seconds(cells: Iterable[tuple[Contender, Cell]], folder: Path, jobs: int) -> float | None:
     """Time for the cells that have no result yet; None where nothing is known about the device."""
-    cells = list(cells)
     done = finished(folder)
-    known = [row for row in done.values() if row.get("seconds") and row.get("flops")]
     todo = [contender for contender, cell in cells if cell.name not in done]
+    known = [(row["flops"], row["seconds"]) for row in done.values() if row.get("seconds") and row.get("flops")]
+    return seconds_for([c.flops for c in todo], known, jobs, all(c.device == "cpu" for c in todo))
+
+
+def seconds_for(todo: Sequence[float], known: Sequence[tuple[float, float]], jobs: int, on_cpu: bool) -> float | None:
+    """Time for runs side by side; None where nothing is known about the device.
+
+    Args:
+        todo: training FLOPs of each run.
+        known: (FLOPs, seconds) of runs that have ended on this machine.
+        jobs: runs at a time. on_cpu: whether they run on this machine's CPU.
+    """
     if known:
-        per_flop = sum(row["seconds"] for row in known) / sum(row["flops"] for row in known)
+        per_flop = sum(seconds for _, seconds in known) / sum(flops for flops, _ in known)
         overhead = OVERHEAD_SECONDS / 2  # a row's seconds begin after the imports
-    elif any(contender.device != "cpu" for contender in todo):
+    elif not on_cpu:
         return None
     else:
         per_flop, overhead = 1 / (FLOPS_PER_SECOND * threads_per_cell(jobs)), OVERHEAD_SECONDS
-    return sum(contender.flops * per_flop + overhead for contender in todo) / min(jobs, max(1, len(todo)))
+    return sum(flops * per_flop + overhead for flops in todo) / min(jobs, max(1, len(todo)))

@@ -1,0 +1,142 @@
+"""nativerank scaling plan: the cells of a sweep, before any of them runs.
+
+nativerank scaling plan --grid miniature
+nativerank scaling plan --grid spectron --on h100-sxmx8 --price 3
+nativerank scaling plan --family pocket --widths 64,96,128 --budgets 1e12,3e12 --methods spectron,dense-muon
+"""
+
+import sys
+from typing import Any
+
+from nativerank.cli.output import STDOUT, check_json, write_json
+from nativerank.cli.scaling_design import design_parser, read_design
+
+DESCRIPTION = """Budgets x sizes x methods x rates as a table of runs: parameters, tokens, steps, rate, FLOPs by both
+conventions; with --on the time on a device. Nothing is trained and no data are read."""
+EXAMPLE = """examples:
+  nativerank scaling plan --grid miniature
+  nativerank scaling plan --grid spectron --on h100-sxmx8 --price 3
+  nativerank scaling plan --family pocket --widths 64,96,128 --budgets 1e12,3e12 --methods spectron,dense-muon
+  nativerank scaling plan --sizes spectron-s,spectron-m --budgets 1e19 --methods spectron --ratios 0.125,0.25,0.5 --json
+
+Budgets are 6 N D with N all parameters, or exact FLOPs (--convention exact). Times are a bound by the device's peaks.
+"""
+
+
+def add_flags(parser: Any) -> None:
+    """What a plan takes besides the flags of a sweep."""
+    group = parser.add_argument_group("plan")
+    group.add_argument("--on", metavar="DEVICE[xN]", help="also the time on this device, see nativerank plan")
+    group.add_argument("--table", metavar="FILE", help="YAML file with more devices")
+    group.add_argument("--price", type=float, metavar="P", help="of a device hour, in any currency")
+    group.add_argument("--efficiency", type=float, default=1.0, help="share of the roofline to reckon with")
+
+
+def run(argv: list[str]) -> int:
+    """Plans and shows."""
+    design, flags, out = read_design(argv, design_parser("plan", DESCRIPTION, EXAMPLE, "[--grid NAME] ", add_flags))
+    check_json(flags.json)
+    if flags.quiet and flags.json is None:
+        raise ValueError("--quiet leaves nothing of a plan; add --json, or drop it")
+    if flags.on is None and (flags.table is not None or flags.price is not None or flags.efficiency != 1.0):
+        raise ValueError("--table, --price and --efficiency belong to --on DEVICE")
+    if design is None:
+        design = stored(out)
+    from nativerank.scaling.cells import plan_cells
+
+    record = planned_record(design, plan_cells(design), flags)
+    if not flags.quiet and flags.json != STDOUT:
+        show(record, design.count)
+    write_json(record, flags.json)
+    return 0
+
+
+def stored(out: Any) -> Any:
+    """The design of the sweep in a folder.
+
+    Raises:
+        ValueError: no folder was named, or it holds none.
+    """
+    from nativerank.scaling.design import Design
+    from nativerank.scaling.run import read_sweep
+
+    if out is None:
+        raise ValueError("say what to sweep: --grid miniature, or --sizes ... --budgets ... --methods ...; see --help")
+    sweep = read_sweep(out)
+    if sweep is None:
+        raise ValueError(f"{out} holds no sweep yet; say what to sweep: --grid miniature, or --sizes ... --budgets ...")
+    return Design.from_dict(sweep["design"])
+
+
+def planned_record(design: Any, cells: list[Any], flags: Any) -> dict[str, Any]:
+    """The plan for JSON: `design`, `cells` in the order of --cell, and totals; hours where a device is named."""
+    rows = [{"number": number, **planned.row()} for number, planned in enumerate(cells)]
+    totals: dict[str, Any] = {"runs": len(rows)}
+    totals["flops"] = {key: sum(row["flops"][key] for row in rows) for key in ("6nd", "exact")}
+    if flags.on is not None:
+        from nativerank.plan.make import Request, chosen_device
+        from nativerank.scaling.cells import seconds_on
+
+        request = Request(flags.on, flags.table, flags.price, flags.efficiency, search=False)
+        device, count = chosen_device(request)
+        for row, seconds in zip(rows, seconds_on(cells, request), strict=True):
+            row["hours"] = seconds / 3600
+        totals |= {"device": device.name, "devices": count or 1, "hours": sum(row["hours"] for row in rows)}
+        if device.price_per_hour is not None:
+            totals["cost"] = totals["hours"] * totals["devices"] * device.price_per_hour
+    return {"design": design.as_dict(), "cells": rows, "totals": totals}
+
+
+def show(record: dict[str, Any], count: str) -> None:
+    """A table for each method and rank ratio, in 80 columns, and a line with the sums."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 80)
+    groups: dict[tuple[str, Any], list[dict[str, Any]]] = {}
+    for row in record["cells"]:
+        groups.setdefault((row["method"], row["rank_ratio"]), []).append(row)
+    for (method, ratio), rows in groups.items():
+        console.print(escape(f"{method}{'' if ratio is None else f', rank ratio {ratio:g}'}: {len(rows)} runs"))
+        console.print(table(rows, count))
+    for line in sentences(record):
+        console.print(escape(line))
+
+
+def table(rows: list[dict[str, Any]], count: str) -> Any:
+    """One group's runs."""
+    from rich.table import Table
+
+    from nativerank.cli.plan_table import count as short
+
+    timed, several = "hours" in rows[0], len({row["seed"] for row in rows}) > 1
+    found = Table(box=None, padding=(0, 1), pad_edge=False)
+    other = "body" if count == "total" else "all"  # the other way to count parameters
+    columns = ["budget", "size", "N", other, "tokens", "steps", "lr", "6ND", "exact"]
+    for name in columns + ["seed"] * several + ["hours"] * timed:
+        found.add_column(name, justify="left" if name == "size" else "right", no_wrap=True)
+    before = None
+    for row in rows:
+        params, budget = row["params"], f"{row['budget']:.3g}"
+        sizes = [params[count], params["non_embedding" if count == "total" else "total"], row["tokens"]]
+        cells = ["" if budget == before else budget, row["size"], *map(short, sizes), f"{row['steps']:,}"]
+        cells += [f"{row['lr']:.3g}", f"{row['flops']['6nd']:.2e}", f"{row['flops']['exact']:.2e}"]
+        found.add_row(*cells, *([str(row["seed"])] * several), *([f"{row['hours']:.3g}"] if timed else []))
+        before = budget
+    return found
+
+
+def sentences(record: dict[str, Any]) -> list[str]:
+    """What the figures mean."""
+    design, totals = record["design"], record["totals"]
+    n = "all parameters" if design["count"] == "total" else "parameters without embedding and head"
+    flops = ", ".join(f"{value:.3g} {name}" for name, value in totals["flops"].items())
+    lines = [
+        f"{totals['runs']} runs, {flops} FLOPs together. Budgets by the convention {design['convention']}; N: {n}. "
+        "6nd is 6 N tokens; exact is rank-aware, attention and head included.",
+    ]
+    if "hours" in totals:
+        cost = f", cost {totals['cost']:.4g}" if "cost" in totals else ""
+        where = f"{totals['devices']} x {totals['device']}"
+        lines.append(f"On {where}, one run after the other: {totals['hours']:.3g} hours at least{cost}.")
+    return lines

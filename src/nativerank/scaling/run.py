@@ -1,0 +1,173 @@
+"""A sweep in its folder: cells as ordinary training runs, each with a schedule of its own length.
+
+    OUT / sweep.json      the design, and the names of its cells
+        / results.jsonl   a line per finished or failed cell; results-*.jsonl those of job arrays
+        / cells/HASH/     its run folder
+        / runs.csv        the runs that ended, as `nativerank scaling fit` and other programs read them
+        / table.md
+
+More sizes, budgets, methods, rates or seeds may join a folder: what has run is not run again, and what an earlier use
+planned stays part of the sweep.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nativerank.experiments.expect import seconds_for
+from nativerank.experiments.grid import Cell, finished, outcome, run_grid
+from nativerank.experiments.request import put
+from nativerank.scaling.cells import Planned, subject_of
+from nativerank.scaling.design import Design
+from nativerank.scaling.runs_file import write_runs
+
+SWEEP, RUNS, TABLE = "sweep.json", "runs.csv", "table.md"
+FIXED = ("convention", "count", "common", "params_unit")  # what every use of a folder shares
+
+
+def read_sweep(folder: Path) -> dict[str, Any] | None:
+    """What sweep.json holds: `design` as of `Design.as_dict`, and the names of `cells`; None if there is none.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    file = folder / SWEEP
+    if not file.exists():
+        return None
+    try:
+        plain = json.loads(file.read_text(encoding="utf-8"))
+        Design.from_dict(plain["design"])
+        return {"design": plain["design"], "cells": list(plain["cells"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"cannot read {file}: {' '.join(str(error).split())}") from None
+
+
+def claim(folder: Path, design: Design, cells: Sequence[Planned]) -> None:
+    """Makes the folder and writes what it is for.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out {folder} is a file; choose another --out")
+    before = read_sweep(folder)
+    if before is None and folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
+        raise ValueError(f"{folder} is not empty and holds no sweep; choose another --out")
+    now = json.loads(json.dumps(design.as_dict()))
+    if before and (changed := differences(before["design"], now)):
+        raise ValueError(f"{folder} holds another sweep, which differs in {', '.join(changed)}; choose another --out")
+    names = list(dict.fromkeys([*(before["cells"] if before else ()), *(planned.cell.name for planned in cells)]))
+    folder.mkdir(parents=True, exist_ok=True)
+    put(folder / SWEEP, json.dumps({"design": now, "cells": names}, indent=1) + "\n")
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What two designs for one folder must agree in, and do not."""
+    changed = [key for key in FIXED if key != "common" and before[key] != now[key]]
+    keys = sorted(before["common"].keys() | now["common"].keys())
+    return changed + [key for key in keys if before["common"].get(key) != now["common"].get(key)]
+
+
+def run_sweep(
+    design: Design,
+    cells: Sequence[Planned],
+    folder: Path,
+    jobs: int = 1,
+    say: Callable[[str], None] = print,
+    only: int | None = None,
+    minutes: float | None = None,
+) -> dict[str, Any]:
+    """Runs what has no result yet; returns {"cells": rows of the results, "planned", "done", "failed", "left"}.
+
+    Args:
+        design, cells: what `plan_cells` made of what.
+        folder: of the sweep.
+        jobs: runs side by side, which share the threads.
+        say: told about every run that ends.
+        only: the number of the one cell to run, as a task of a job array.
+        minutes: after which no run is started and those that run are stopped, to go on another time.
+
+    Raises:
+        ValueError: the folder holds something else, or there is no cell of this number.
+    """
+    if only is not None and not 0 <= only < len(cells):
+        raise ValueError(
+            f"--cell is 0 to {len(cells) - 1}, the number of a cell in `nativerank scaling plan`, got {only}"
+        )
+    claim(folder, design, cells)
+    by_name = {planned.cell.name: planned for planned in cells}
+    chosen = list(cells) if only is None else [cells[only]]
+    say(expectation(chosen, folder, jobs))
+    ran = run_grid(
+        [planned.cell for planned in chosen],
+        folder,
+        jobs,
+        say,
+        about=lambda cell: by_name[cell.name].row(),
+        name=lambda cell: named(by_name[cell.name]),
+        minutes=minutes,
+        results="results.jsonl" if only is None else f"results-{chosen[0].cell.name}.jsonl",
+    )
+    done = finished(folder)
+    failed = [row for row in ran if "error" in row]
+    if only is None:
+        write_files(design, [done[name] for name in (read_sweep(folder) or {})["cells"] if name in done], folder)
+    ready = sum(planned.cell.name in done for planned in chosen)
+    counts = {"planned": len(chosen), "done": ready, "failed": len(failed), "left": len(chosen) - ready - len(failed)}
+    return {**counts, "cells": ran}
+
+
+def write_files(design: Design, rows: Sequence[dict[str, Any]], folder: Path) -> None:
+    """runs.csv and table.md of the runs that ended."""
+    if rows:
+        write_runs(rows, folder / RUNS, design.convention, design.count)
+        put(folder / TABLE, table(design, rows))
+
+
+def named(planned: Planned) -> str:
+    """A run, where it is told about."""
+    ratio = "" if planned.rank_ratio is None else f" {planned.rank_ratio:g}"
+    return (
+        f"{planned.budget:.3g} FLOPs, {planned.method}{ratio}, {planned.size}, lr {planned.lr:g}, seed {planned.seed}"
+    )
+
+
+def expectation(cells: Sequence[Planned], folder: Path, jobs: int) -> str:
+    """One line on what is about to run."""
+    done = finished(folder)
+    todo = [planned for planned in cells if planned.cell.name not in done]
+    runs, ready = f"{len(cells)} run{'s' * (len(cells) != 1)}", len(cells) - len(todo)
+    if not todo:
+        return f"{runs}, all done"
+    known = [(row["flops"]["exact"], row["seconds"]) for row in done.values() if row.get("seconds")]
+    on_cpu = all(subject_of(planned.source).config.device == "cpu" for planned in todo)
+    seconds = seconds_for([planned.flops["exact"] for planned in todo], known, jobs, on_cpu)
+    time = "time known after the first" if seconds is None else f"about {max(1, round(seconds / 60))} min to go"
+    return f"{runs}{f' ({ready} done)' if ready else ''}, {jobs} at a time: {time}"
+
+
+COLUMNS = ("budget", "method", "ratio", "size", "N", "tokens", "tokens/N", "steps", "lr", "seed", "val loss", "minutes")
+
+
+def table(design: Design, rows: Sequence[dict[str, Any]]) -> str:
+    """table.md."""
+    head = [f"# {len(rows)} runs", "", f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
+    order = sorted(
+        rows, key=lambda r: (r["budget"], r["method"], r["rank_ratio"] or math.inf, r["params"][design.count])
+    )
+    lines = [f"| {' | '.join(cells_of(row, design))} |" for row in order]
+    commits = ", ".join(sorted({str(row["commit"]) for row in rows}))
+    note = f"Budgets by the convention {design.convention}, N: {design.count}. Loss in nats/token. Commit {commits}."
+    return "\n".join([*head, *lines, "", note, ""])
+
+
+def cells_of(row: Mapping[str, Any], design: Design) -> list[str]:
+    """A row of the table."""
+    params = row["params"][design.count]
+    loss = f"{row['val_loss']:.4f}" if "val_loss" in row else outcome(dict(row)).replace("|", "/")
+    ratio = "" if row["rank_ratio"] is None else f"{row['rank_ratio']:g}"
+    size = [row["size"], f"{params:,}", f"{row['tokens']:,}", f"{row['tokens'] / params:.3g}", f"{row['steps']:,}"]
+    minutes = f"{row['seconds'] / 60:.1f}" if row.get("seconds") else ""
+    return [f"{row['budget']:.3g}", row["method"], ratio, *size, f"{row['lr']:g}", str(row["seed"]), loss, minutes]

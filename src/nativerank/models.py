@@ -136,7 +136,7 @@ def find_preset(name: str) -> Preset:
         numbers = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?(?:x([1-9]\d*))?", size)
         if numbers is None:
             raise ValueError(f"preset {name!r}: the size is WIDTH, WIDTHxLAYERS or WIDTHxLAYERSxHEADS, got {size!r}")
-        width, layers, heads = (number and int(number) for number in numbers.groups())
+        width, layers, heads = (int(number) if number else None for number in numbers.groups())
         try:
             base = scaled(base, width, layers, heads)
         except ValueError as error:

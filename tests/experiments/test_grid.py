@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from nativerank.experiments import grid
-from nativerank.experiments.grid import RESULTS, Cell, finished, run_grid
+from nativerank.experiments.grid import Cell, run_grid
+from nativerank.experiments.results import RESULTS, finished
 from nativerank.train.setup import versions
 
 CELLS = [Cell.of(method="spectron", optim__lr=lr) for lr in (0.01, 0.02, 0.03)]

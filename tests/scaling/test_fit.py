@@ -9,7 +9,8 @@ import pytest
 
 from nativerank.scaling.fit import fit
 from nativerank.scaling.parametric import Parametric
-from nativerank.scaling.records import read_runs
+from nativerank.scaling.rates import best_rates
+from nativerank.scaling.sources import read_runs
 from nativerank.scaling.sweep import Options
 
 FEW = Options(samples=100)
@@ -20,11 +21,12 @@ def test_a_table_of_a_known_law_gives_its_constants(sweep, chinchilla, tmp_path)
     rows = [f"{run.params!r},{run.tokens!r},{run.flops!r},{run.loss!r}" for run in sweep()]
     file.write_text("\n".join(["params,tokens,flops,loss", *rows]), encoding="utf-8")
     found = fit(read_runs([file]), FEW)
+    group = found["groups"]["all"]
     assert found["isoflop"]["n_exponent"] == pytest.approx(chinchilla.n_exponent, abs=0.01)
     assert found["isoflop"]["d_exponent"] == pytest.approx(chinchilla.d_exponent, abs=0.01)
     for name in ("E", "A", "B", "alpha", "beta"):
         assert found["parametric"][name] == pytest.approx(getattr(chinchilla, name), rel=1e-4)
-    assert found["warnings"] == [] and found["runs"] == 36 and found["surface"] is None
+    assert found["warnings"] == group["warnings"] == [] and group["runs"] == 36 and found["surface"] is None
 
 
 def test_the_record_is_strict_json_whose_intervals_hold_the_estimates(sweep):
@@ -44,13 +46,14 @@ def test_the_record_is_strict_json_whose_intervals_hold_the_estimates(sweep):
 
 def test_curves_go_through_the_estimates(sweep):
     found = fit(sweep(noise=1e-3), FEW)
-    iso, curve = found["isoflop"], found["curves"]["isoflop"]["params"]
+    iso, curves = found["isoflop"], found["groups"]["all"]["curves"]
+    curve = curves["isoflop"]["params"]
     assert curve["flops"][-1] == pytest.approx(1e26)
     expected = iso["n_coefficient"] * np.array(curve["flops"]) ** iso["n_exponent"]
     np.testing.assert_allclose(curve["best"], expected)
     widths = [math.log(high / low) for low, high in curve["band"]]
     assert widths[-1] > widths[0]  # it knows less the further it looks
-    assert len(found["curves"]["isoflop"]["profiles"]) == 4 and len(found["curves"]["runs"]) == 36
+    assert len(curves["isoflop"]["profiles"]) == 4 and len(curves["runs"]) == 36
 
 
 def test_two_fits_of_the_same_runs_agree_to_the_bit(sweep):
@@ -84,10 +87,10 @@ def test_a_diverged_cell_is_left_out_and_named(sweep, chinchilla):
     runs = sweep(noise=2e-4)
     runs[3] = replace(runs[3], loss=math.inf, source="runs/a")
     runs[12] = replace(runs[12], loss=1.5 * runs[12].loss, source="sweep.csv, row 14")
-    found = fit(runs, FEW)
-    assert [row["source"] for row in found["left_out"]] == ["runs/a", "sweep.csv, row 14"]
-    assert found["warnings"][0] == "runs/a is left out: it diverged"
-    assert "row 14 is left out: its loss lies far above" in found["warnings"][1]
+    group = fit(runs, FEW)["groups"]["all"]
+    assert [row["source"] for row in group["left_out"]] == ["runs/a", "sweep.csv, row 14"]
+    assert group["warnings"][0] == "runs/a is left out: it diverged"
+    assert "row 14 is left out: its loss lies far above" in group["warnings"][1]
     assert found["isoflop"]["n_exponent"] == pytest.approx(chinchilla.n_exponent, abs=0.01)
 
 
@@ -96,7 +99,7 @@ def test_a_budget_without_a_minimum_takes_no_part(sweep, chinchilla):
     found = fit(runs, FEW)
     faults = [profile["fault"] for profile in found["isoflop"]["profiles"]]
     assert faults[:3] == [None] * 3 and "outside the grid" in faults[3] and "fewer than 3 sizes" in faults[4]
-    assert [w for w in found["warnings"] if w.startswith("6e+19 FLOPs take no part in the power laws: the minimum")]
+    assert [w for w in found["groups"]["all"]["warnings"] if w.startswith("6e+19 FLOPs take no part in the power laws: the minimum")]
     assert found["isoflop"]["n_exponent"] == pytest.approx(chinchilla.n_exponent, abs=0.01)
 
 
@@ -111,7 +114,7 @@ def test_a_budget_without_a_minimum_takes_no_part(sweep, chinchilla):
 )
 def test_what_is_not_known_is_said(sweep, options, message):
     found = fit(sweep(**options), FEW)
-    assert [w for w in found["warnings"] if message in w]
+    assert [w for w in found["groups"]["all"]["warnings"] if message in w]
     if options.get("sizes") == 3:
         assert found["isoflop"]["n_interval"] is None
 
@@ -119,11 +122,43 @@ def test_what_is_not_known_is_said(sweep, options, message):
 def test_one_approach_alone_asks_less(sweep):
     runs = sweep(budgets=(1e18,))
     with pytest.raises(ValueError, match="need 2 budgets"):
-        fit(runs, FEW)
+        fit(runs, replace(FEW, approaches=("isoflop",)))
     assert fit(runs, replace(FEW, approaches=("parametric",)))["isoflop"] is None
     few = sweep(sizes=3, budgets=(1e18, 3e18))[:5]
     with pytest.raises(ValueError, match="needs 6 runs, got 5"):
-        fit(few, FEW)
+        fit(few, replace(FEW, approaches=("parametric",)))
+
+
+def test_without_a_word_what_suffices_is_fitted_and_the_rest_is_a_warning(sweep):
+    found = fit(sweep(budgets=(1e18,)), FEW)
+    assert found["isoflop"] is None and found["parametric"]["E"] == pytest.approx(1.817, rel=1e-3)
+    assert any("need 2 budgets" in line for line in found["groups"]["all"]["warnings"])
+    few = [replace(run, method="b") for run in sweep(sizes=2)]
+    found = fit([*(replace(run, method="a") for run in sweep()), *few], FEW)
+    assert list(found["groups"]) == ["a", "b"] and found["groups"]["b"]["isoflop"] is None
+    with pytest.raises(ValueError, match=r"needs 6 runs, got 4; .*need 2 budgets"):
+        fit(few[:4], FEW)
+
+
+def test_the_best_rate_of_a_cell_counts_and_an_edge_is_a_warning(sweep):
+    """Of three rates the middle one has the law's loss; the others only cost."""
+    clean = [replace(run, lr=0.02) for run in sweep()]
+    worse = [replace(run, lr=lr, loss=run.loss * 1.02) for run in clean for lr in (0.01, 0.04)]
+    found = fit(clean + worse, FEW)
+    assert found["parametric"]["alpha"] == pytest.approx(0.348, rel=1e-3)
+    assert found["groups"]["all"]["runs"] == len(clean) and not found["warnings"]
+    edge = fit(clean + [run for run in worse if run.lr == 0.04], FEW)
+    assert f"{len(clean)} of {len(clean)} cells are best at the lowest or highest rate" in edge["warnings"][0]
+
+
+def test_seeds_are_replicates_and_decide_together_on_the_rate(sweep):
+    runs = [replace(run, lr=lr, seed=seed) for run in sweep() for lr in (0.01, 0.02, 0.04) for seed in (0, 1)]
+    # 0.01 has the lowest single loss, 0.02 the lowest mean.
+    factor = {(0.01, 0): 0.99, (0.01, 1): 1.03, (0.02, 0): 1.0, (0.02, 1): 1.0, (0.04, 0): 1.1, (0.04, 1): 0.9}
+    kept, warnings = best_rates([replace(run, loss=run.loss * factor[run.lr, run.seed]) for run in runs])
+    assert {run.lr for run in kept} == {0.02} and len(kept) == 2 * len(sweep()) and not warnings
+    lost = [replace(run, loss=math.inf) if (run.lr, run.seed) == (0.02, 1) else run for run in runs]
+    assert {run.lr for run in best_rates(lost)[0]} == {0.01}
 
 
 def test_methods_are_fitted_apart_and_ratios_together(sweep):
@@ -159,14 +194,14 @@ def test_wrong_input_is_one_clear_line(sweep):
         fit(sweep(), replace(FEW, approaches=("surface",)))
     runs = [replace(run, method="a") for run in sweep()] + [replace(run, method="b") for run in sweep()[:4]]
     with pytest.raises(ValueError, match="b: the parametric law has 5 constants"):
-        fit(runs, FEW)
+        fit(runs, replace(FEW, approaches=("parametric",)))
 
 
 def test_losses_that_follow_no_law_are_an_error(sweep):
     """Made with the fall of the loss in N turned round: no constants of a law are given for it."""
     runs = [replace(run, loss=2 + 1e-3 * run.params**0.3 + 100 * run.tokens**-0.3) for run in sweep()]
     with pytest.raises(ValueError, match="the losses do not fall with params as the law says: it would need alpha ="):
-        fit(runs, FEW)
+        fit(runs, replace(FEW, approaches=("parametric",)))
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from nativerank.config import RankConfig, RunConfig, to_dict
-from nativerank.scaling.records import Run, check_units, read_csv, read_runs, with_budgets
+from nativerank.scaling.records import Run, check_units, read_csv, with_budgets
+from nativerank.scaling.sources import read_runs
 
 HEADER = "params,tokens,flops,loss"
 GOOD = "1e8,2e9,1.2e18,3.1"
@@ -103,11 +104,11 @@ END = {"event": "end", "tokens": 3_000_000, "val_loss": 2.5, "parameters": START
 def test_run_folders_are_read_by_either_convention(tmp_path, run_folder):
     folder = run_folder("a", START, END, method="spectron")
     run_folder("b", START, {"step": 7, "tokens": 7000, "event": "loss_not_finite", "action": "stop"}, method="spectron")
-    first, second = read_runs([tmp_path / "runs"])
+    first, second = read_runs([tmp_path / "runs"], count="non_embedding")
     assert (first.params, first.tokens, first.flops, first.loss) == (1e6, 3e6, 1.8e13, 2.5)
     assert (first.method, first.source, second.loss) == ("spectron", str(folder), math.inf)
-    assert read_runs([folder], "exact", "total")[0].flops == 4e13
-    assert read_runs([folder], "6nd", "total")[0].flops == 3.6e13
+    assert read_runs([folder], "exact")[0].flops == 4e13
+    assert read_runs([folder])[0].flops == 3.6e13
 
 
 def test_run_folders_know_their_ratio_where_it_is_the_rule(run_folder):

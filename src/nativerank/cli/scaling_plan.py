@@ -46,7 +46,7 @@ def run(argv: list[str]) -> int:
 
     record = planned_record(design, plan_cells(design), flags)
     if not flags.quiet and flags.json != STDOUT:
-        show(record, design.count)
+        show(record)
     write_json(record, flags.json)
     return 0
 
@@ -57,8 +57,7 @@ def stored(out: Any) -> Any:
     Raises:
         ValueError: no folder was named, or it holds none.
     """
-    from nativerank.scaling.design import Design
-    from nativerank.scaling.run import read_sweep
+    from nativerank.scaling.design import Design, read_sweep
 
     if out is None:
         raise ValueError("say what to sweep: --grid miniature, or --sizes ... --budgets ... --methods ...; see --help")
@@ -87,7 +86,7 @@ def planned_record(design: Any, cells: list[Any], flags: Any) -> dict[str, Any]:
     return {"design": design.as_dict(), "cells": rows, "totals": totals}
 
 
-def show(record: dict[str, Any], count: str) -> None:
+def show(record: dict[str, Any]) -> None:
     """A table for each method and rank ratio, in 80 columns, and a line with the sums."""
     from rich.console import Console
     from rich.markup import escape
@@ -97,33 +96,55 @@ def show(record: dict[str, Any], count: str) -> None:
     for row in record["cells"]:
         groups.setdefault((row["method"], row["rank_ratio"]), []).append(row)
     for (method, ratio), rows in groups.items():
-        console.print(escape(f"{method}{'' if ratio is None else f', rank ratio {ratio:g}'}: {len(rows)} runs"))
-        console.print(table(rows, count))
+        title = f"{method}{'' if ratio is None else f', rank ratio {ratio:g}'}, {family_of(rows)}: {len(rows)} runs"
+        console.print(escape(title))
+        console.print(table(rows, record["design"]))
     for line in sentences(record):
         console.print(escape(line))
 
 
-def table(rows: list[dict[str, Any]], count: str) -> Any:
-    """One group's runs."""
+def table(rows: list[dict[str, Any]], design: dict[str, Any]) -> Any:
+    """One group's runs; FLOPs by the convention that is not the budgets', which are the other one."""
     from rich.table import Table
 
     from nativerank.cli.plan_table import count as short
 
+    total, by_exact = design["count"] == "total", design["convention"] == "exact"
+    shown, rest = ("total", "non_embedding") if total else ("non_embedding", "total")
+    flops = "6nd" if by_exact else "exact"
     timed, several = "hours" in rows[0], len({row["seed"] for row in rows}) > 1
-    found = Table(box=None, padding=(0, 1), pad_edge=False)
-    other = "body" if count == "total" else "all"  # the other way to count parameters
-    columns = ["budget", "size", "N", other, "tokens", "steps", "lr", "6ND", "exact"]
-    for name in columns + ["seed"] * several + ["hours"] * timed:
+    found = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    columns = ["budget", "size", "N", "non-emb" if total else "all", "tokens", "steps", "lr", flops]
+    for name in columns + ["seed"] * several + ["time"] * timed:
         found.add_column(name, justify="left" if name == "size" else "right", no_wrap=True)
-    before = None
+    names, before = short_names([row["size"] for row in rows]), None
     for row in rows:
-        params, budget = row["params"], f"{row['budget']:.3g}"
-        sizes = [params[count], params["non_embedding" if count == "total" else "total"], row["tokens"]]
-        cells = ["" if budget == before else budget, row["size"], *map(short, sizes), f"{row['steps']:,}"]
-        cells += [f"{row['lr']:.3g}", f"{row['flops']['6nd']:.2e}", f"{row['flops']['exact']:.2e}"]
-        found.add_row(*cells, *([str(row["seed"])] * several), *([f"{row['hours']:.3g}"] if timed else []))
+        budget = f"{row['budget']:.3g}"
+        sizes = [row["params"][shown], row["params"][rest], row["tokens"]]
+        cells = ["" if budget == before else budget, names[row["size"]], *map(short, sizes), f"{row['steps']:,}"]
+        cells += [f"{row['lr']:.3g}", f"{row['flops'][flops]:.2e}", *([str(row["seed"])] * several)]
+        found.add_row(*cells, *([duration(row["hours"] * 3600)] if timed else []))
         before = budget
     return found
+
+
+def family_of(rows: list[dict[str, Any]]) -> str:
+    """The presets that sizes belong to."""
+    return ", ".join(dict.fromkeys(row["size"].partition("@")[0] for row in rows))
+
+
+def short_names(sizes: list[str]) -> dict[str, str]:
+    """Sizes without the family that all of them share."""
+    families = {size.partition("@")[0] for size in sizes}
+    return {size: size.partition("@")[2] if len(families) == 1 and "@" in size else size for size in sizes}
+
+
+def duration(seconds: float) -> str:
+    """A time in the unit that suits it."""
+    for unit, size in (("d", 86400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds:.2g} s"
 
 
 def sentences(record: dict[str, Any]) -> list[str]:
@@ -138,5 +159,5 @@ def sentences(record: dict[str, Any]) -> list[str]:
     if "hours" in totals:
         cost = f", cost {totals['cost']:.4g}" if "cost" in totals else ""
         where = f"{totals['devices']} x {totals['device']}"
-        lines.append(f"On {where}, one run after the other: {totals['hours']:.3g} hours at least{cost}.")
+        lines.append(f"On {where}, one run after the other: {duration(totals['hours'] * 3600)} at least{cost}.")
     return lines

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from nativerank.experiments.compare import Comparison, Row
 from nativerank.experiments.contender import Contender
-from nativerank.experiments.grid import Cell, finished, threads_per_cell
+from nativerank.experiments.grid import Cell, threads_per_cell
+from nativerank.experiments.results import finished
 
 # One thread of a cloud CPU at these sizes; what a process does besides its steps. A folder's own results replace both.
 FLOPS_PER_SECOND, OVERHEAD_SECONDS = 4e10, 8.0

@@ -1,6 +1,7 @@
 """A grid of training runs: cells named by a hash of their configuration, so that nothing is computed twice.
 
     grid folder / results.jsonl     one line per finished or failed cell
+                / results-*.jsonl   the same of those who run cells of the grid elsewhere: one writer per file
                 / cells/HASH/       the run folder of a cell
 
 Interrupted grids go on where they stopped: a cell with a result is skipped, one without is resumed. `jobs` cells run
@@ -26,14 +27,15 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from nativerank.experiments.cell_log import refused_steps
+from nativerank.experiments.results import OTHERS, RESULTS, append, finished, outcome
 from nativerank.train.guard import Diverged
 from nativerank.train.setup import versions
 
-RESULTS = "results.jsonl"
 ERROR = "nativerank: error: "
 KEPT = ("val_loss", "bits_per_byte", "step", "tokens", "seconds", "peak_memory_bytes")  # of a run's summary
 
@@ -68,20 +70,6 @@ class Cell:
         return [part for key, value in self.settings for part in (f"--{key}", "null" if value is None else str(value))]
 
 
-def finished(folder: Path) -> dict[str, dict[str, Any]]:
-    """Results so far, by cell name; a last line cut off by a crash is left out."""
-    results: dict[str, dict[str, Any]] = {}
-    file = folder / RESULTS
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if "error" not in row:  # a failed cell is tried again
-            results[row["cell"]] = row
-    return results
-
-
 def run_grid(
     cells: Iterable[Cell],
     folder: Path,
@@ -89,8 +77,12 @@ def run_grid(
     say: Callable[[str], None] = print,
     about: Callable[[Cell], dict[str, Any]] = lambda cell: {},
     name: Callable[[Cell], str] | None = None,
+    minutes: float | None = None,
+    results: str = RESULTS,
 ) -> list[dict[str, Any]]:
     """Runs what has no result yet; returns the rows of all cells, failures included, in the order given.
+
+    With `minutes` cells that did not end in time have no row: they are saved, and go on when the grid is called again.
 
     Args:
         cells: duplicates run once.
@@ -99,7 +91,10 @@ def run_grid(
         say: told about every cell that ends.
         about: what else a cell's row shall hold.
         name: what a cell is called where it is told about; None names the keys in which the cells differ.
+        minutes: after which no cell is started, and those that run are stopped, each with its last step saved.
+        results: the file that rows are added to, RESULTS or one like OTHERS that no other process writes.
     """
+    assert results == RESULTS or fnmatch(results, OTHERS), results
     cells = list(dict.fromkeys(cells))
     folder.mkdir(parents=True, exist_ok=True)
     rows = {name: row for name, row in finished(folder).items() if name in {cell.name for cell in cells}}
@@ -107,24 +102,18 @@ def run_grid(
     known, began, shown = len(rows), time.monotonic(), varying(cells)
     name = name or (lambda cell: " ".join(f"{key}={value}" for key, value in cell.settings if key in shown))
     todo_by_name = {cell.name: cell for cell in todo}
-    with closing(_run_side_by_side(todo, folder, jobs)) as finished_now:
+    with closing(_run_side_by_side(todo, folder, jobs, minutes)) as finished_now:
         for row in finished_now:
             cell = todo_by_name[row["cell"]]
             row = about(cell) | row
-            _append(folder / RESULTS, json.dumps(row) + "\n")
+            append(folder / results, json.dumps(row) + "\n")
             rows[row["cell"]] = row
             left = (time.monotonic() - began) / (len(rows) - known) * (len(cells) - len(rows)) / 60
             rest = f", about {left:.0f} min left" if left >= 1 else ""
             say(f"[{len(rows)}/{len(cells)}] {name(cell)}: {outcome(row)}{rest}")
-    return [rows[cell.name] for cell in cells]
-
-
-def outcome(row: dict[str, Any]) -> str:
-    """What became of a cell, in words."""
-    for key in ("error", "diverged"):
-        if key in row:
-            return f"{key}: {row[key]}"
-    return f"val_loss {row['val_loss']:.4f}"
+    if len(rows) < len(cells):
+        say(f"stopped after {minutes:g} minutes with {len(cells) - len(rows)} to go; call it again to go on")
+    return [rows[cell.name] for cell in cells if cell.name in rows]
 
 
 def varying(cells: Sequence[Cell]) -> set[str]:
@@ -134,15 +123,6 @@ def varying(cells: Sequence[Cell]) -> set[str]:
         return every
     settings = [dict(cell.settings) for cell in cells]
     return {key for key in every if len({json.dumps(s.get(key)) for s in settings}) > 1}
-
-
-def _append(file: Path, line: str) -> None:
-    """Adds a line, on a new one where a crash left the last unfinished."""
-    with file.open("ab+") as stream:
-        if stream.tell():
-            stream.seek(-1, os.SEEK_END)
-            line = line if stream.read(1) == b"\n" else "\n" + line
-        stream.write(line.encode())
 
 
 class Children:
@@ -173,13 +153,18 @@ class Children:
                 process.terminate()
 
 
-def _run_side_by_side(cells: list[Cell], folder: Path, jobs: int) -> Generator[dict[str, Any]]:
-    children = Children()
+def _run_side_by_side(cells: list[Cell], folder: Path, jobs: int, minutes: float | None) -> Generator[dict[str, Any]]:
+    children, clock = Children(), None if minutes is None else 60 * minutes
     with ThreadPoolExecutor(max_workers=max(1, jobs)) as pool:
         try:
-            pending = [pool.submit(_run_cell, cell, folder, jobs, children) for cell in cells]
-            for future in as_completed(pending):
-                yield future.result()
+            pending = {pool.submit(_run_cell, cell, folder, jobs, children) for cell in cells}
+            try:
+                for future in as_completed(pending, clock):
+                    pending.discard(future)
+                    yield future.result()
+            except TimeoutError:
+                children.stop()
+                yield from (row for future in pending if "stopped" not in (row := future.result()))
         except BaseException:  # Ctrl-C above all, here or in whoever takes the rows
             pool.shutdown(wait=False, cancel_futures=True)
             children.stop()
@@ -221,6 +206,8 @@ def _run_cell(cell: Cell, folder: Path, jobs: int, children: Children) -> dict[s
     code, out_text, err_text = children.run([*command, "--quiet", "--json"], environment)
     row: dict[str, Any] = {"cell": cell.name, "settings": dict(cell.settings)}
     row |= {"commit": versions()["commit"], "threads": threads}
+    if code and children.stopped:
+        return row | {"stopped": code}
     if code:
         last = last_words(err_text) or f"exit code {code}"
         if Diverged.exit_code not in (code, *map(int, re.findall(r"exitcode *: (\d+)", err_text))):

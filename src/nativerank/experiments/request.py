@@ -22,7 +22,8 @@ from nativerank.experiments.compare import Comparison, Grid
 from nativerank.experiments.contender import Contender
 from nativerank.experiments.expect import expected_seconds, rehearse
 from nativerank.experiments.findings import Findings
-from nativerank.experiments.grid import Cell, finished
+from nativerank.experiments.grid import Cell
+from nativerank.experiments.results import finished
 from nativerank.experiments.search import Stage, tune
 from nativerank.experiments.studies import CONFIGS, Study, find_study
 from nativerank.experiments.summary import summary

@@ -10,14 +10,18 @@ Budgets are training FLOPs by one of two conventions:
     exact   C = D times what a token costs, rank-aware, attention and head included (`accounting.flops`)
 """
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, get_args
 
 from nativerank.experiments.arms import Arm, Value
 from nativerank.models import find_preset
 from nativerank.scaling.records import Convention, Count
+
+SWEEP = "sweep.json"
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,23 @@ class Design:
                 "tokens_per_param": (low, math.inf if high is None else high),
             }
         )
+
+
+def read_sweep(folder: Path) -> dict[str, Any] | None:
+    """What sweep.json holds: `design` as of `Design.as_dict`, and the names of `cells`; None if there is none.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    file = folder / SWEEP
+    if not file.exists():
+        return None
+    try:
+        plain = json.loads(file.read_text(encoding="utf-8"))
+        Design.from_dict(plain["design"])
+        return {"design": plain["design"], "cells": list(plain["cells"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"cannot read {file}: {' '.join(str(error).split())}") from None
 
 
 def finite(number: float) -> float | None:

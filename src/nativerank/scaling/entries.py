@@ -4,6 +4,7 @@ Beside each estimate stands its interval (`bootstrap`), and how well each budget
 others.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -22,6 +23,7 @@ FEW_SIZES = 4
 COMPLETE = 0.95  # share of the resamples that must give every budget a minimum
 LAST_FLOPS = 1e26  # how far the Spectron paper extrapolates
 POINTS = 41
+DRAWS = 200
 
 
 def isoflop_record(sweep: Sweep, budgets: list[Budget], weights: Array) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -54,9 +56,12 @@ def isoflop_record(sweep: Sweep, budgets: list[Budget], weights: Array) -> tuple
     record: dict[str, Any] = {}
     curves: dict[str, Any] = {"profiles": [profile_curve(budget) for budget in good]}
     ahead = np.geomspace(good[0].flops, max(LAST_FLOPS, good[-1].flops), POINTS)
+    curves["draws"] = {}
     for key, name, point, many in (("n", "params", point_n, many_n), ("d", "tokens", point_d, many_d)):
         (start,), (slope,) = isoflop.power_law(log_flops, point)
         starts, slopes = isoflop.power_law(log_flops, many)
+        if free:
+            curves["draws"][name] = drawn([starts, slopes])
         record |= {f"{key}_exponent": float(slope), f"{key}_interval": span(slopes)}
         record[f"{key}_coefficient"] = float(np.exp(start))
         lines = starts[:, None] + slopes[:, None] * np.log(ahead)
@@ -110,7 +115,15 @@ def parametric_record(
     best = fitted.best_params(ahead)
     band = [interval(column, level) for column in np.array([p.best_params(ahead) for p in many]).T]
     curves = {"params": {"flops": ahead.tolist(), "best": best.tolist(), "band": band}}
-    return record, curves
+    columns = [np.array([getattr(p, name) for p in many]) for name in NAMES]
+    return record, curves | {"draws": drawn(columns)}
+
+
+def drawn(columns: Sequence[Array]) -> list[list[float]]:
+    """The first DRAWS resamples of constants, a row each, for intervals of what follows from them."""
+    rows = np.stack(columns, 1)
+    rows = rows[np.isfinite(rows).all(1)][:DRAWS]
+    return [[float(f"{value:.9g}") for value in row] for row in rows]
 
 
 def predicted_losses(problem: Problem, theta: Array, budgets: list[Budget]) -> list[dict[str, float]] | None:

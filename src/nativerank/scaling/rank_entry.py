@@ -13,23 +13,25 @@ from nativerank.scaling.surface import LEAST_RATIOS, SurfaceProblem, best_shapes
 from nativerank.scaling.sweep import Options, Sweep, scatter, settled, warn_undetermined
 
 
-def fit_surfaces(runs: Sequence[Run], options: Options) -> dict[str, Any] | None:
-    """The law with rank for every method that ran with enough ratios; None if none did.
+def fit_surfaces(runs: Sequence[Run], options: Options) -> tuple[dict[str, Any] | None, list[str]]:
+    """(the law with rank for every method that ran with enough ratios, None if none did; warnings).
 
     Raises:
         ValueError: none did, and nothing else was asked for; or one that did has too few runs.
     """
-    found = {}
+    found, warnings = {}, []
     for method in dict.fromkeys(run.method for run in runs):
         mine = [run for run in runs if run.method == method and run.rank_ratio is not None]
         if len({run.rank_ratio for run in mine}) >= LEAST_RATIOS:
             try:
                 found[method or "all"] = surface_record(mine, options)
             except ValueError as error:
-                raise ValueError(f"{method or 'all'}: {error}") from None
-    if not found and tuple(options.approaches) == ("surface",):
+                if options.approaches is not None:
+                    raise ValueError(f"{method or 'all'}: {error}") from None
+                warnings.append(f"no law with rank for {method or 'all'}: {error}")
+    if not found and options.approaches is not None:
         raise ValueError(f"the law with rank needs a method that ran with {LEAST_RATIOS} rank ratios")
-    return found or None
+    return found or None, warnings
 
 
 def surface_record(runs: Sequence[Run], options: Options) -> dict[str, Any]:

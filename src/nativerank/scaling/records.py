@@ -1,22 +1,20 @@
-"""One trained model of a sweep as five numbers, read from a CSV or from run folders, checked before anything is
-fitted.
+"""One trained model of a sweep as a few numbers; tables of them, checked before anything is fitted.
 
-    params, tokens, flops, loss [, rank_ratio, method, budget]
+    params, tokens, flops, loss [, rank_ratio, method, budget, lr, seed, size]
 
 params N, tokens D, FLOPs C of training, loss in nats per token of held-out text. A budget holds the runs whose FLOPs
 agree up to a factor of BUDGET_GAP between neighbours, unless a column says otherwise. FLOPs are counted by one of two
 conventions, which must be named: "6nd" is 6 N D with the N of the table, "exact" is rank-aware, attention and head
 included (`accounting.flops`), so that C / (N D) differs from model to model. A loss of "inf" or "diverged" is a run
-that was tried and has no loss; NaN and empty cells are errors.
+that was tried and has no loss; NaN and empty cells are errors. Other columns are ignored.
 """
 
 import csv
-import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 
@@ -24,7 +22,7 @@ Convention = Literal["6nd", "exact"]
 Count = Literal["non_embedding", "total"]
 
 REQUIRED = ("params", "tokens", "flops", "loss")
-OPTIONAL = ("rank_ratio", "method", "budget")
+OPTIONAL = ("rank_ratio", "method", "budget", "lr", "seed", "size")
 BUDGET_GAP = 1.3
 BUDGET_ERROR = 2.0  # largest factor between a run's FLOPs and those of the budget that it is said to belong to
 # Largest factor between flops and 6 N D that is no mistake. "exact" counts heads and attention, which are most of a
@@ -44,6 +42,7 @@ class Run:
         method: as it was named; "" if it was not.
         budget: FLOPs that its cell stands for; `with_budgets` fills it in.
         source: where it was read, for messages.
+        lr: rate of the matrices, where a cell ran with several. seed: of a replicate. size: name of the model.
     """
 
     params: float
@@ -54,36 +53,15 @@ class Run:
     method: str = ""
     budget: float | None = None
     source: str = ""
+    lr: float | None = None
+    seed: int | None = None
+    size: str = ""
 
     @property
     def group(self) -> str:
         """Runs that one law describes: "spectron rho=0.25"; "all" where nothing sets runs apart."""
         ratio = "" if self.rank_ratio is None else f"rho={self.rank_ratio:g}"
         return " ".join(filter(None, (self.method, ratio))) or "all"
-
-
-def read_runs(paths: Iterable[Path], convention: Convention = "6nd", count: Count = "non_embedding") -> list[Run]:
-    """The runs of CSV files, run folders and folders that hold run folders, with their budgets.
-
-    Args:
-        paths: files and folders. convention: of the FLOPs. count: which N run folders give; a CSV has one.
-
-    Raises:
-        ValueError: nothing there, or anything wrong with it, named by row and column.
-    """
-    if convention not in get_args(Convention):
-        raise ValueError(f"unknown FLOPs convention {convention!r}, known are {', '.join(get_args(Convention))}")
-    runs: list[Run] = []
-    for path in paths:
-        if path.is_dir():
-            runs += [read_folder(folder, convention, count) for folder in run_folders(path)]
-        elif path.is_file():
-            runs += read_csv(path, convention)
-        else:
-            raise ValueError(f"no such file or folder: {path}")
-    if not runs:
-        raise ValueError("no runs were given")
-    return with_budgets(runs)
 
 
 def read_csv(path: Path, convention: Convention = "6nd") -> list[Run]:
@@ -104,6 +82,19 @@ def read_csv(path: Path, convention: Convention = "6nd") -> list[Run]:
     if not runs:
         raise ValueError(f"{path} holds no runs below its header")
     return runs
+
+
+def write_csv(runs: Sequence[Run], file: Path) -> None:
+    """Writes a table that `read_csv` reads back."""
+    columns = (*REQUIRED, *OPTIONAL)
+    with file.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(columns)
+        for run in runs:
+            values = {name: getattr(run, name) for name in columns}
+            if run.loss == math.inf:
+                values["loss"] = DIVERGED
+            writer.writerow(["" if v is None else f"{v:.17g}" if isinstance(v, float) else v for v in values.values()])
 
 
 def check_columns(names: Sequence[str], path: Path) -> None:
@@ -128,7 +119,11 @@ def as_run(row: dict[str, Any], where: str, convention: Convention) -> Run:
     check_units(params, tokens, flops, where, convention)
     if budget and not 1 / BUDGET_ERROR <= flops / budget <= BUDGET_ERROR:
         raise ValueError(f"{where}, column budget: {budget:.3g} is not what flops says, {flops:.3g}")
-    return Run(params, tokens, flops, loss, ratio, texts["method"], budget, where)
+    lr = positive(texts["lr"], where, "lr") if texts["lr"] else None
+    seed = int(texts["seed"]) if texts["seed"].isdecimal() else None
+    if texts["seed"] and seed is None:
+        raise ValueError(f"{where}, column seed: {texts['seed']!r} is no whole number")
+    return Run(params, tokens, flops, loss, ratio, texts["method"], budget, where, lr, seed, texts["size"])
 
 
 def positive(text: str, where: str, column: str) -> float:
@@ -174,53 +169,3 @@ def with_budgets(runs: Sequence[Run]) -> list[Run]:
         for member in members:
             out[open_ones[member]] = replace(runs[open_ones[member]], budget=budget)
     return out
-
-
-def run_folders(path: Path) -> list[Path]:
-    """The folder itself if it is a run, else every run below it.
-
-    Raises:
-        ValueError: there is none.
-    """
-    from nativerank.train.folder import CONFIG
-    from nativerank.train.metrics import FILE
-
-    found = sorted(file.parent for file in path.rglob(FILE) if (file.parent / CONFIG).is_file())
-    if not found:
-        raise ValueError(f"{path} holds no run: no folder with {CONFIG} and {FILE}")
-    return found
-
-
-def read_folder(folder: Path, convention: Convention = "6nd", count: Count = "non_embedding") -> Run:
-    """What a run folder tells: parameters as they are at its end, the loss on the whole validation split.
-
-    Raises:
-        ValueError: the run has not ended.
-    """
-    from nativerank.train.folder import read_config
-    from nativerank.train.metrics import read_rows
-
-    config, rows = read_config(folder), read_rows(folder)
-    ends = [row for row in rows if row.get("event") == "end"]
-    stopped = [row for row in rows if row.get("action") == "stop"]
-    if not ends and not stopped:
-        raise ValueError(f"{folder} has not ended; go on with it by nativerank train --resume auto, or leave it out")
-    row = (ends or stopped)[-1]
-    known = [r["parameters"] for r in rows if "parameters" in r]
-    if not known or "tokens" not in row:
-        raise ValueError(f"{folder}: its metrics lack parameters or tokens")
-    params, tokens = float(known[-1][count]), float(row["tokens"])
-    loss = float(row["val_loss"]) if ends else math.inf
-    flops = 6 * params * tokens if convention == "6nd" else float(row["train_flops"])
-    ratio = config.rank.ratio if config.rank.value is None else share_of_width(config.rank.value, folder)
-    loss = loss if math.isfinite(loss) else math.inf
-    return Run(params, tokens, flops, loss, ratio, config.method or "", None, str(folder))
-
-
-def share_of_width(rank: int, folder: Path) -> float | None:
-    """The ratio that one rank for all matrices is, by the width of the model that a run left; None if it left none."""
-    file = folder / "model" / "config.json"
-    if not file.is_file():
-        return None
-    width = json.loads(file.read_text(encoding="utf-8")).get("hidden_size")
-    return float(f"{rank / width:.4g}") if width else None

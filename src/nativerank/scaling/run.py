@@ -17,31 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from nativerank.experiments.expect import seconds_for
-from nativerank.experiments.grid import Cell, finished, outcome, run_grid
+from nativerank.experiments.grid import run_grid
 from nativerank.experiments.request import put
+from nativerank.experiments.results import RESULTS, finished, outcome
 from nativerank.scaling.cells import Planned, subject_of
-from nativerank.scaling.design import Design
-from nativerank.scaling.runs_file import write_runs
+from nativerank.scaling.design import SWEEP, Design, read_sweep
+from nativerank.scaling.records import write_csv
+from nativerank.scaling.sources import run_of
 
-SWEEP, RUNS, TABLE = "sweep.json", "runs.csv", "table.md"
+RUNS, TABLE = "runs.csv", "table.md"
 FIXED = ("convention", "count", "common", "params_unit")  # what every use of a folder shares
-
-
-def read_sweep(folder: Path) -> dict[str, Any] | None:
-    """What sweep.json holds: `design` as of `Design.as_dict`, and the names of `cells`; None if there is none.
-
-    Raises:
-        ValueError: it cannot be read.
-    """
-    file = folder / SWEEP
-    if not file.exists():
-        return None
-    try:
-        plain = json.loads(file.read_text(encoding="utf-8"))
-        Design.from_dict(plain["design"])
-        return {"design": plain["design"], "cells": list(plain["cells"])}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"cannot read {file}: {' '.join(str(error).split())}") from None
 
 
 def claim(folder: Path, design: Design, cells: Sequence[Planned]) -> None:
@@ -108,7 +93,7 @@ def run_sweep(
         about=lambda cell: by_name[cell.name].row(),
         name=lambda cell: named(by_name[cell.name]),
         minutes=minutes,
-        results="results.jsonl" if only is None else f"results-{chosen[0].cell.name}.jsonl",
+        results=RESULTS if only is None else f"results-{chosen[0].cell.name}.jsonl",
     )
     done = finished(folder)
     failed = [row for row in ran if "error" in row]
@@ -122,7 +107,7 @@ def run_sweep(
 def write_files(design: Design, rows: Sequence[dict[str, Any]], folder: Path) -> None:
     """runs.csv and table.md of the runs that ended."""
     if rows:
-        write_runs(rows, folder / RUNS, design.convention, design.count)
+        write_csv([run_of(row, design, folder) for row in rows], folder / RUNS)
         put(folder / TABLE, table(design, rows))
 
 

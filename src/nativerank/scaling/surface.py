@@ -21,7 +21,7 @@ token
 and the best (N, rho) of a budget C minimises L(N, C / c(N, rho), rho) over sizes and the ratios that ran.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
@@ -150,6 +150,17 @@ def fit_cost(runs: Sequence[Run]) -> FamilyCost:
     found, _ = nnls(design / scale, np.ones_like(per_token))
     c0, c1, c2 = found / scale
     return FamilyCost(float(c0), float(c1), float(c2), error=float(np.abs(design @ (found / scale) - 1).max()))
+
+
+def fit_twin_cost(runs: Sequence[Mapping[str, Any]]) -> Callable[[Array], Array]:
+    """Training FLOPs per token of models of one rank ratio, or of dense ones, by their size.
+
+    Args:
+        runs: with params, tokens, flops.
+    """
+    plain = [Run(run["params"], run["tokens"], run["flops"], 1.0, 1.0) for run in runs]
+    cost = fit_cost(plain)
+    return lambda params: cost(params, np.ones(()))
 
 
 def best_shapes(surface: Surface, flops: float, cost: Cost, low: float, high: float) -> dict[str, Array]:

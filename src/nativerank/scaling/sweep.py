@@ -19,6 +19,7 @@ SAMPLES = 1000
 FAR_ABOVE = 0.1  # in log loss, and
 FAR_SCATTERS = 10
 STEEP = 5.0  # an exponent that only a term which is gone after the first few runs has
+NEGLIGIBLE = 0.01  # of the lowest loss: an E of which nothing is seen
 WIDE = 3.0  # high / low of an interval above which a constant is not determined
 
 
@@ -41,23 +42,31 @@ class Options:
     """How to fit.
 
     Args:
-        approaches: what to fit; each fails where the runs do not suffice for it.
+        approaches: what to fit, an error where the runs do not suffice for it; None is all, where one that they do not
+            suffice for is a warning as long as another one is left.
         samples: resamples for intervals. seed: of their draw. level: what intervals shall cover.
     """
 
-    approaches: Sequence[Approach] = APPROACHES
+    approaches: Sequence[Approach] | None = None
     samples: int = SAMPLES
     seed: int = 0
     level: float = LEVEL
 
     def __post_init__(self) -> None:
-        unknown = [name for name in self.approaches if name not in APPROACHES]
-        if unknown or not self.approaches:
+        unknown = [name for name in self.wanted if name not in APPROACHES]
+        if unknown or not self.wanted:
             raise ValueError(f"approaches are {' and '.join(APPROACHES)}, got {', '.join(unknown) or 'none'}")
+        if len(set(self.wanted)) < len(self.wanted):
+            raise ValueError(f"approaches names one twice: {', '.join(self.wanted)}")
         if self.samples < 10:
             raise ValueError(f"intervals need 10 resamples or more, got {self.samples}")
         if not 0 < self.level < 1:
             raise ValueError(f"level must lie between 0 and 1, got {self.level}")
+
+    @property
+    def wanted(self) -> Sequence[Approach]:
+        """What to fit."""
+        return APPROACHES if self.approaches is None else self.approaches
 
 
 @dataclass
@@ -131,7 +140,8 @@ def warn_undetermined(sweep: Sweep, constants: dict[str, float], spans: dict[str
     """Says which constants of the law these runs leave open."""
     for name in ("E", "alpha", "beta"):
         low, high = spans[name] or (0.0, np.inf)
-        if constants[name] <= 0 or low <= 0 or high > WIDE * low:
+        gone = name == "E" and constants[name] < NEGLIGIBLE * min(run.loss for run in sweep.runs)
+        if gone or constants[name] <= 0 or low <= 0 or high > WIDE * low:
             sweep.warnings.append(
                 f"{name} = {constants[name]:.3g} is not determined by these runs ({low:.3g} to {high:.3g})"
             )

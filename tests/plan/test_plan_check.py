@@ -10,6 +10,7 @@ from nativerank.plan.figures import figures
 from nativerank.plan.memory import bytes_of
 from nativerank.plan.subject import subject
 from nativerank.train.closing import peak_memory_bytes
+from nativerank.train.loop import train
 
 # Large enough for tensors to outweigh the process without a model; (preset, sequences of 256 tokens).
 SIZES = [("pocket", 32), ("demo", 16), ("llama-60m", 1)]
@@ -75,6 +76,19 @@ def test_a_check_compares_and_says_so(monkeypatch):
     assert found["beyond_base_bytes"] == {"predicted": 900, "measured": 1000, "ratio": 0.9}
     assert found["tokens_per_second"]["measured"] == 256 / 64 and found["kept_peak_bytes"] == 1500
     assert len(checked(found)) == 3 and checked(None) == []
+
+
+@LINUX
+@pytest.mark.parametrize("source", ["init", "config"])
+def test_tokens_of_a_check_are_those_of_the_model(source, run_config, tiny_config, tmp_path, listen):
+    if source == "init":  # its tokenizer is no other than that of tokens drawn at random
+        train(run_config(out=tmp_path / "run", train__steps=1), listen())
+    model = {"init": str(tmp_path / "run")} if source == "init" else {"model": ModelConfig(config=tiny_config)}
+    shape = TrainConfig(batch_size=1, accumulation=1, context=16)
+    one = subject(RunConfig(method="spectron", device="cpu", train=shape, **model))
+    assert one.vocab_size == 300  # not the preset's
+    found = room.measure({"config": room.to_dict(one.config), "vocab_size": one.vocab_size})
+    assert found["peak_bytes"] > 0 and found["seconds"] > 0
 
 
 def test_what_cannot_be_checked_here():

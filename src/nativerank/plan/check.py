@@ -31,6 +31,7 @@ from nativerank.data.loader import document_positions
 from nativerank.data.shards import Dataset
 from nativerank.distributed.grid import SINGLE
 from nativerank.evaluate.loss import check_loss
+from nativerank.hub.load import tokenizer_fingerprint
 from nativerank.models import materialize
 from nativerank.plan.subject import Subject
 from nativerank.schema import from_dict, to_dict
@@ -131,10 +132,11 @@ def warm_up(config: RunConfig, dataset: Dataset, device: torch.device) -> None:
 
 
 def data_of(config: RunConfig, vocab_size: int) -> Dataset:
-    """The folder of a run, or one that is not there and whose tokens would be of this vocabulary."""
+    """The folder of a run, or one that is not there, of this vocabulary and made with the tokenizer of --init."""
     if config.data.path is not None:
         return Dataset.open(config.data.path)
-    return Dataset(Path("random tokens"), {"vocab_size": vocab_size, "eot_id": 0, "tokenizer_sha256": ""})
+    known = tokenizer_fingerprint(Path(config.init)) if config.init else None
+    return Dataset(Path("random tokens"), {"vocab_size": vocab_size, "eot_id": 0, "tokenizer_sha256": known or ""})
 
 
 def random_batches(

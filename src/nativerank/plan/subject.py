@@ -1,6 +1,6 @@
 """What is planned: a resolved configuration as a model without numbers, its processes and its dense twin.
 
-A plan needs neither data nor memory. The vocabulary is that of `data.path` where one is given, else the preset's own;
+A plan needs neither data nor memory. The vocabulary is that of `data.path` where one is given, else the model's own;
 the processes are those of `parallel.*` and of the number of devices, whether or not they exist here.
 """
 
@@ -42,7 +42,7 @@ class Subject:
 
     Attributes:
         config: resolved.
-        vocab_size: rows of the token embedding of a preset.
+        vocab_size: of the data; rows of the token embedding of a preset.
         processes: that share it.
         sequences, passes: of one forward and backward pass of one process, and how many a step has.
     """
@@ -141,9 +141,12 @@ def subject(config: RunConfig, devices: int | None = None) -> Subject:
 
 
 def vocabulary(config: RunConfig) -> int:
-    """Tokens that the data knows, or the preset's number."""
+    """Tokens that the data knows; without data those of --init or of model.config, or the preset's number."""
     if config.data.path is not None:
         return Dataset.open(Path(config.data.path)).vocab_size
+    if config.init or config.model.config:
+        text = base_config(Path(config.init)) if config.init else read_hf_config(str(config.model.config))
+        return int(text.get_text_config().vocab_size)
     return find_preset(config.model.preset).vocab_size
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 from nativerank.accounting.flops import flops_per_token
 from nativerank.accounting.trace import BACKWARD, FORWARD, OPTIMIZER, trace_step
@@ -90,6 +91,21 @@ def test_a_pass_of_experts_does_the_exact_flops(method, tmp_path):
     router = 2 * model.config.hidden_size * model.config.num_local_experts * model.config.num_hidden_layers
     assert flops[FORWARD] == tokens * (exact.forward + router + 2 * exact.head)
     assert flops[BACKWARD] == tokens * (2 * (exact.forward + router - exact.head) + exact.attention / 2)
+
+
+def test_autocast_keeps_no_weights_of_what_is_made_again():
+    layers, width = 4, 64
+    with FakeTensorMode():
+        model, x = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(layers)), torch.empty(N, width)
+
+        def loss(model):
+            y = x
+            for layer in model:
+                y = checkpoint(layer, y, use_reentrant=False)
+            return y.float().sum()
+
+        found = trace_step(model, loss, autocast_bf16=True)
+    assert found.peak[FORWARD] < 2 * width * width * 2  # two narrow weights, not four
 
 
 @pytest.mark.parametrize("width", [64, 128])

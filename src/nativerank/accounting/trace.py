@@ -28,6 +28,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop, shape_wrapper
 
+from nativerank.layers.shared import bf16_products
+
 FORWARD, BACKWARD, OPTIMIZER = "forward", "backward", "optimizer"
 aten = torch.ops.aten
 # What PyTorch's counter knows under other names: attention on a CPU, which runs its scores again in the backward pass
@@ -174,7 +176,7 @@ def trace_step(
     tracer = Tracer(tensors_of(model, optimizer))
     with tracer:
         tracer.begin(FORWARD)
-        with torch.autocast("cpu", torch.bfloat16) if autocast_bf16 else nullcontext():
+        with bf16_products("cpu") if autocast_bf16 else nullcontext():
             value = loss(model)
         held = tracer.now - tracer.before
         tracer.begin(BACKWARD)

@@ -25,6 +25,7 @@ from nativerank.distributed.agree import totals
 from nativerank.distributed.grid import SINGLE, Grid
 from nativerank.distributed.wrap import evaluating
 from nativerank.evaluate.head_loss import IGNORED, head_gives_mean_loss, head_gives_token_losses, takes_chunks
+from nativerank.layers.shared import bf16_products
 from nativerank.models import check_predicts_next_token
 
 
@@ -54,7 +55,7 @@ class Loss:
 
 def autocast(device: torch.device) -> AbstractContextManager[Any]:
     """bfloat16 autocast on CUDA; nothing elsewhere (bf16 products are slower than fp32 on most CPUs)."""
-    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+    return bf16_products("cuda") if device.type == "cuda" else nullcontext()
 
 
 def mean_loss(

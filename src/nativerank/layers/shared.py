@@ -189,6 +189,15 @@ def joinable(down: nn.Module, like: Tensor) -> bool:
     return plain and narrows and weight.dtype == like.dtype and weight.device == like.device
 
 
+def bf16_products(kind: str) -> torch.autocast:
+    """Products in bfloat16 on this kind of device, with no cast weight kept for a second product.
+
+    Every weight has one per pass, so a cache would save nothing; where blocks are made again it would hold copies of
+    all their weights until the forward pass ends.
+    """
+    return torch.autocast(kind, torch.bfloat16, cache_enabled=False)
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast makes of the arguments of a product; None if it leaves them alone."""
     kind = x.device.type

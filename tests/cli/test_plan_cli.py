@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from nativerank.cli.plan_table import rank_line
+
 TINY = ("--model.preset", "pocket", "--train.steps", "10")
 CARD = "card: {memory_gb: 1, bf16_tflops: 10, fp32_tflops: 5, gb_per_second: 100, source: a sheet, price_per_hour: 2}"
 
@@ -52,6 +54,13 @@ def test_what_does_not_fit_says_what_to_change(cli, table):
     plan = json.loads(result.out)
     assert not plan["fits"] and "activations" in plan["change"] and "train.recompute" in plan["change"]
     assert 0 < plan["largest"]["batch_size"] < 512
+
+
+def test_the_largest_rank_in_words():
+    one = {"rank_key": "rank.ratio", "rank_limit": 1.0}
+    said = {rank: rank_line({**one, "rank": rank}) for rank in (0.0, 0.5, 1.0)}
+    assert said[0.0] == "no rank.ratio fits at this batch"
+    assert said[0.5].endswith(": 0.5") and said[1.0].endswith(": 1.0 (any)")
 
 
 def test_quiet_prints_nothing(cli, table, tmp_path):

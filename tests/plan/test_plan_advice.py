@@ -11,11 +11,11 @@ from nativerank.plan.advice import verdict
 SUBJECT = SimpleNamespace(dense=False, width=lambda: 256, sequences=8, tokens_per_step=2048)
 
 
-def plan_at(ratio, outside=0.6):
+def plan_at(ratio, outside=0.6, updates=0.2):
     token = {"exact": 60.0, "forward": 10.0, "of_forward": {"attention": 0.0, "head": 10 * outside}}
-    dense = {"time": {"seconds_per_step": 1.0}, "flops": {"per_token": {"exact": 100.0}}}
+    dense = {"time": {"seconds_per_step": 1.0, "optimizer_share": 0.01}, "flops": {"per_token": {"exact": 100.0}}}
     own = {
-        "time": {"seconds_per_step": ratio, "optimizer_share": 0.2},
+        "time": {"seconds_per_step": ratio, "optimizer_share": updates},
         "flops": {"per_token": token, "optimizer_over_exact": 0.1, "optimizer_per_step": 1000.0},
     }
     return own if ratio is None else {**own, "dense": dense}
@@ -42,6 +42,19 @@ def test_only_time_and_break_even_say_that_it_will_not_pay(ratio, rank, outside,
 def test_what_is_saved_stands_in_the_sentence():
     found = verdict(SUBJECT, report_of(), plan_at(0.91), DEVICES["rtx-3090"])
     assert "a step is 9% shorter than its twin's, with 0.60 of the twin's exact FLOPs" in found["pays_little"][0]
+
+
+@pytest.mark.parametrize(
+    ("outside", "updates", "why"),
+    [
+        (0.6, 0.5, "attention and head are 60%"),
+        (0.1, 0.5, "without the optimizers' updates it would take 0.63"),
+        (0.1, 0.02, "width 256 and passes of 8 sequences are too small for it"),
+    ],
+)
+def test_the_reason_is_the_one_that_a_step_has(outside, updates, why):
+    found = verdict(SUBJECT, report_of(), plan_at(1.24, outside, updates), DEVICES["h200"])
+    assert why in found["will_not_pay"][0]
 
 
 def test_without_a_twin_break_even_alone_says_so():

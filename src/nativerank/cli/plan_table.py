@@ -35,8 +35,7 @@ def sentences(plan: dict[str, Any]) -> list[str]:
     fits = f"fits: {gigabytes(plan['bytes']['peak'])} of {gigabytes(memory)} per device"
     lines = [plan["change"] or fits, batch_line(largest)]
     if "rank" in largest:
-        limit = " (any)" if largest["rank"] == largest["rank_limit"] else ""
-        lines.append(f"largest {largest['rank_key']} that fits at this batch: {largest['rank']}{limit}")
+        lines.append(rank_line(largest))
     for key, words in VERDICTS.items():
         lines += [f"low rank {words}: {reason}" for reason in plan[key]]
     lines.append(f"{device['name']}: {device['source']}. Time is a bound by its peaks, not a forecast.")
@@ -65,6 +64,14 @@ def batch_line(largest: dict[str, Any]) -> str:
         return f"no train.batch_size fits that keeps the sequences of a step ({fits})"
     batch = f"--train.batch_size {largest['batch_size']} --train.accumulation {largest['accumulation']}"
     return f"largest batch of a process with the sequences of this step: {batch} ({fits})"
+
+
+def rank_line(largest: dict[str, Any]) -> str:
+    """The largest rank at the planned batch."""
+    if not largest["rank"]:
+        return f"no {largest['rank_key']} fits at this batch"
+    limit = " (any)" if largest["rank"] == largest["rank_limit"] else ""
+    return f"largest {largest['rank_key']} that fits at this batch: {largest['rank']}{limit}"
 
 
 def _table(plan: dict[str, Any]) -> Any:

@@ -70,11 +70,15 @@ def beside_twin(planned: Subject, plan: dict[str, Any], ratio: float, device: De
     """One sentence for a step that takes about as long as its dense twin's, with the reason."""
     flops = plan["flops"]["per_token"]["exact"] / plan["dense"]["flops"]["per_token"]["exact"]
     outside = outside_of_matrices(plan)
-    why = (
-        head_share(outside)
-        if outside > DOMINATED
-        else f"width {planned.width()} and {planned.sequences} sequences of a pass are too small for it"
-    )
+    own, twin = plan["time"], plan["dense"]["time"]
+    without = ratio * (1 - own["optimizer_share"]) / (1 - twin["optimizer_share"])
+    if outside > DOMINATED:
+        why = head_share(outside)
+    elif without <= LITTLE:
+        why = f"without the optimizers' updates it would take {without:.2f}"
+    else:
+        number = f"{planned.sequences} sequence" + ("" if planned.sequences == 1 else "s")
+        why = f"width {planned.width()} and passes of {number} are too small for it"
     takes = (
         f"takes {ratio:.2f} of its dense twin's time" if ratio >= 1 else f"is {1 - ratio:.0%} shorter than its twin's"
     )

@@ -19,6 +19,7 @@ EXAMPLE = """examples:
   nativerank scaling run --grid miniature --jobs 2 --out runs/sweep
   nativerank scaling run --out runs/sweep --minutes 9
   nativerank scaling run --family pocket --widths 64,96,128 --budgets 1e12,3e12 --methods spectron --out runs/mine
+  nativerank scaling run --grid desk --data.path data --out runs/desk --ray 4,1
   sbatch --array=0-32 launch/slurm-array.sbatch --grid miniature --out /shared/runs/sweep
 
 Then: nativerank scaling fit runs/sweep
@@ -30,6 +31,7 @@ def add_flags(parser: Any) -> None:
     group = parser.add_argument_group("run")
     group.add_argument("--jobs", metavar="K", help="runs side by side, the threads divided among them (without: 1)")
     group.add_argument("--minutes", metavar="M", help="stop after this time; the runs that are not done are saved")
+    group.add_argument("--ray", metavar="CPU[,GPU]", help="runs as trials of Ray Tune, each with these resources")
     group.add_argument("--cell", metavar="I", help="only this cell, numbered from 0 as scaling plan --json does")
 
 
@@ -41,8 +43,11 @@ def run(argv: list[str]) -> int:
     if out is None:
         raise ValueError("scaling run needs --out DIR, the folder of the sweep")
     jobs, minutes, only = whole("jobs", flags.jobs, 1), positive_minutes(flags.minutes), cell_number(flags.cell)
+    trials = None if flags.ray is None else resources(flags.ray)
     if only is not None and jobs > 1:
         raise ValueError("--cell is one run, so --jobs has no meaning")
+    if trials and (only is not None or minutes is not None or flags.jobs is not None):
+        raise ValueError("--ray decides what runs where and when, so --cell, --jobs and --minutes have no meaning")
     design = stored(out) if design is None else design
     from nativerank.scaling.cells import plan_cells
     from nativerank.scaling.run import run_sweep
@@ -55,7 +60,7 @@ def run(argv: list[str]) -> int:
 
     try:
         with terminated_like_interrupted():
-            record = run_sweep(design, plan_cells(design), out, jobs, say, only, minutes)
+            record = run_sweep(design, plan_cells(design), out, jobs, say, only, minutes, trials)
     except (KeyboardInterrupt, SystemExit):
         print("nativerank: the runs are saved; the same command goes on from there", file=sys.stderr)
         raise
@@ -71,6 +76,14 @@ def positive_minutes(text: str | None) -> float | None:
     if value is not None and value <= 0:
         raise ValueError(f"--minutes must be positive, got {text}")
     return value
+
+
+def resources(text: str) -> dict[str, float]:
+    """The value of --ray."""
+    parts = [number("ray", word) for word in text.split(",")]
+    if len(parts) > 2 or min(parts) < 0 or parts[0] == 0:
+        raise ValueError(f"--ray takes CPU or CPU,GPU of each run, got {text}")
+    return dict(zip(("cpu", "gpu"), parts, strict=False))
 
 
 def cell_number(text: str | None) -> int | None:

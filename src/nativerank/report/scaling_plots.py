@@ -89,12 +89,13 @@ def draw_frontier(groups: dict[str, Any], file: Path) -> Path:
                 low, high = zip(*band, strict=True)
                 panel.fill_between(flops, low, high, color=look["color"], alpha=0.15, lw=0)
             panel.plot([row["flops"] for row in used], [row[key] for row in used], "o", color=look["color"], ms=5)
-    first = next(iter(groups.values()))["curves"]["isoflop"]["params"]
+    firsts = [group["curves"]["isoflop"]["params"] for group in groups.values()]
+    first = min(firsts, key=lambda curve: curve["best"][0])  # the slopes stand below all laws
     for label, (exponent, dash) in PUBLISHED.items():
         flops = [first["flops"][0], 10 * first["flops"][0]]
         scale = first["best"][0] / first["flops"][0] ** exponent
         line = {"color": "#999999", "linestyle": dash, "lw": 1, "label": f"paper's slope, {label}: {exponent:g}"}
-        panels[0].plot(flops, [0.55 * scale * c**exponent for c in flops], **line)
+        panels[0].plot(flops, [0.6 * scale * c**exponent for c in flops], **line)
     panels[0].set(xscale="log", yscale="log", xlabel="training FLOPs C", ylabel="best parameters N")
     panels[1].set(xscale="log", yscale="log", xlabel="training FLOPs C", ylabel="best tokens D")
     legend(figure, panels[0])
@@ -140,8 +141,8 @@ def draw_saving(record: dict[str, Any], file: Path) -> Path:
     figure, (panel,) = canvas(1, 7.0, 4.0)
     curve, last = record["saving"]["curve"], record["saving"]["last_budget"]
     rows = [(c, 100 * s, band) for c, s, band in zip(curve["flops"], curve["best"], curve["band"], strict=True)]
-    for keep, dash, label in ((lambda c: c <= last, "-", "this sweep"), (lambda c: c >= last, "--", "extrapolated")):
-        part = [row for row in rows if keep(row[0])]
+    here = sum(c <= last for c, _, _ in rows)
+    for part, dash, label in ((rows[:here], "-", "this sweep"), (rows[max(0, here - 1) :], "--", "extrapolated")):
         panel.plot([c for c, _, _ in part], [s for _, s, _ in part], dash, color="#d1495b", lw=1.5, label=label)
     if all(band for _, _, band in rows):
         low, high = zip(*[[100 * x for x in band] for _, _, band in rows], strict=True)
@@ -149,6 +150,8 @@ def draw_saving(record: dict[str, Any], file: Path) -> Path:
     paper = record["saving"]["paper"]
     panel.plot(paper["flops"], [100 * s for s in paper["saving"]], ":", color="#666666", lw=1.2, label=paper["label"])
     panel.axhline(0, color="black", lw=0.6)
-    panel.set(xscale="log", xlabel="training FLOPs C", ylabel="fewer parameters at inference (%)", ylim=(-110, 105))
+    lowest = min([s for _, s, _ in rows] + [100 * band[0] for _, _, band in rows if band])
+    panel.set_ylim(max(-100.0, min(-5.0, 1.1 * lowest)), 100)  # a wild interval must not flatten the curve
+    panel.set(xscale="log", xlabel="training FLOPs C", ylabel="fewer parameters at inference (%)")
     legend(figure, panel)
     return save(figure, file)

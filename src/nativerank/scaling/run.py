@@ -19,9 +19,10 @@ from typing import Any
 from nativerank.experiments.expect import seconds_for
 from nativerank.experiments.grid import run_grid
 from nativerank.experiments.request import put
-from nativerank.experiments.results import RESULTS, finished, outcome
+from nativerank.experiments.results import RESULTS, finished, outcome, outcomes
 from nativerank.scaling.cells import Planned, subject_of
 from nativerank.scaling.design import SWEEP, Design, read_sweep
+from nativerank.scaling.ray_trials import run_trials
 from nativerank.scaling.records import write_csv
 from nativerank.scaling.sources import run_of
 
@@ -63,6 +64,7 @@ def run_sweep(
     say: Callable[[str], None] = print,
     only: int | None = None,
     minutes: float | None = None,
+    trials: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Runs what has no result yet; returns {"cells": rows of the results, "planned", "done", "failed", "left"}.
 
@@ -73,6 +75,7 @@ def run_sweep(
         say: told about every run that ends.
         only: the number of the one cell to run, as a task of a job array.
         minutes: after which no run is started and those that run are stopped, to go on another time.
+        trials: {"cpu", "gpu"} of each run as a trial of Ray Tune, instead of processes here.
 
     Raises:
         ValueError: the folder holds something else, or there is no cell of this number.
@@ -85,16 +88,22 @@ def run_sweep(
     by_name = {planned.cell.name: planned for planned in cells}
     chosen = list(cells) if only is None else [cells[only]]
     say(expectation(chosen, folder, jobs))
-    ran = run_grid(
-        [planned.cell for planned in chosen],
-        folder,
-        jobs,
-        say,
-        about=lambda cell: by_name[cell.name].row(),
-        name=lambda cell: named(by_name[cell.name]),
-        minutes=minutes,
-        results=RESULTS if only is None else f"results-{chosen[0].cell.name}.jsonl",
-    )
+    if trials is not None:
+        todo = [n for n, planned in enumerate(cells) if planned.cell.name not in finished(folder)]
+        run_trials(todo, [cells[n].cell.name for n in todo], folder, trials, say)
+        rows = outcomes(folder)
+        ran = [rows[planned.cell.name] for planned in chosen if planned.cell.name in rows]
+    else:
+        ran = run_grid(
+            [planned.cell for planned in chosen],
+            folder,
+            jobs,
+            say,
+            about=lambda cell: by_name[cell.name].row(),
+            name=lambda cell: named(by_name[cell.name]),
+            minutes=minutes,
+            results=RESULTS if only is None else f"results-{chosen[0].cell.name}.jsonl",
+        )
     done = finished(folder)
     failed = [row for row in ran if "error" in row]
     if only is None:

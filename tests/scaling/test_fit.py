@@ -87,7 +87,8 @@ def test_a_diverged_cell_is_left_out_and_named(sweep, chinchilla):
     runs = sweep(noise=2e-4)
     runs[3] = replace(runs[3], loss=math.inf, source="runs/a")
     runs[12] = replace(runs[12], loss=1.5 * runs[12].loss, source="sweep.csv, row 14")
-    group = fit(runs, FEW)["groups"]["all"]
+    found = fit(runs, FEW)
+    group = found["groups"]["all"]
     assert [row["source"] for row in group["left_out"]] == ["runs/a", "sweep.csv, row 14"]
     assert group["warnings"][0] == "runs/a is left out: it diverged"
     assert "row 14 is left out: its loss lies far above" in group["warnings"][1]
@@ -99,7 +100,11 @@ def test_a_budget_without_a_minimum_takes_no_part(sweep, chinchilla):
     found = fit(runs, FEW)
     faults = [profile["fault"] for profile in found["isoflop"]["profiles"]]
     assert faults[:3] == [None] * 3 and "outside the grid" in faults[3] and "fewer than 3 sizes" in faults[4]
-    assert [w for w in found["groups"]["all"]["warnings"] if w.startswith("6e+19 FLOPs take no part in the power laws: the minimum")]
+    assert [
+        w
+        for w in found["groups"]["all"]["warnings"]
+        if w.startswith("6e+19 FLOPs take no part in the power laws: the minimum")
+    ]
     assert found["isoflop"]["n_exponent"] == pytest.approx(chinchilla.n_exponent, abs=0.01)
 
 

@@ -4,7 +4,7 @@
 |---|---|---|
 | spectron | the Spectron paper's own: 46 runs, 47M to 1.5B parameters at ratio 0.25, 4 budgets | 6nd, total |
 | miniature | dense and low rank on the built-in corpus, two cores, less than an hour | exact |
-| desk | dense and low rank at three ratios up to 300M, one GPU, about two days on an H100 | exact |
+| desk | dense and low rank at three ratios up to 320M; about a day of an H100 at 40% of its peak | exact |
 """
 
 from nativerank.config import nearest
@@ -40,6 +40,8 @@ SHAPES = (
 
 SMALL = ("32x1x2", "48x2x3", "64x2x4", "80x3x5", "96x3x6", "128x4x8", "160x5x10")
 
+MIDDLE = ("256x4x4", "320x5x5", "384x6x6", "448x7x7", "512x8x8", "640x10x10", "768x12x12", "896x16x14", "1024x20x16")
+
 GRIDS: dict[str, Design] = {
     "spectron": Design(
         sizes=tuple(f"spectron-s@{shape}" for shape in SHAPES),
@@ -57,11 +59,11 @@ GRIDS: dict[str, Design] = {
         tokens_per_param=(0.3, 90.0),
     ),
     "desk": Design(
-        sizes=tuple(f"spectron-s@{shape}" for shape in ("384x6x6", *SHAPES[:3], SHAPES[4], SHAPES[5])),
-        budgets=(5e16, 1.5e17, 4.5e17),
+        sizes=tuple(f"spectron-s@{shape}" for shape in MIDDLE),
+        budgets=(1e17, 3e17, 9e17),
         arms=(DENSE, low_rank(0.125), low_rank(0.25), low_rank(0.5)),
         convention="exact",
-        tokens_per_param=(1.0, 200.0),
+        tokens_per_param=(1.0, 150.0),
     ),
 }
 

@@ -39,7 +39,9 @@ def run_trials(
     if began_here:  # RAY_ADDRESS names a cluster; without it this machine is one
         ray.init(log_to_driver=False, include_dashboard=False)
 
-    class Told(tune.Callback):
+    callback: Any = tune.Callback
+
+    class Told(callback):
         """Says what became of a trial when it ends."""
 
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from nativerank.accounting.hardware import DEVICES
-from nativerank.config import ModelConfig, OptimConfig, ParallelConfig, RankConfig, RunConfig, TrainConfig
+from nativerank.config import GuideConfig, ModelConfig, OptimConfig, ParallelConfig, RankConfig, RunConfig, TrainConfig
 from nativerank.plan import figures as room
 from nativerank.plan.figures import FEW, Figures, figures, look
 from nativerank.plan.memory import bytes_of
@@ -49,6 +49,18 @@ def test_two_blocks_and_a_third_say_what_all_of_them_cost(method, recompute):
     for name in ("params", "flops", "held", "update", "update_ops"):
         near(getattr(few, name), getattr(whole, name))
     same_pass(few.traced[4], whole.traced[4])
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+@pytest.mark.parametrize("method", ["spectron", "self-guided"])
+def test_time_and_flops_are_of_the_same_passes(method, share):
+    one = planned(
+        method=method, **({"guide": GuideConfig(share=share, stochastic=False)} if "guided" in method else {})
+    )
+    found = figures(one)
+    token, tokens = found.flops["per_token"], 4 * one.context
+    done = sum(op.flops * calls for op, calls in found.traced[4].calls.items())
+    assert done == pytest.approx(tokens * (token["exact"] + token["of_forward"]["attention"] / 2))  # its scores twice
 
 
 @pytest.mark.parametrize("preset, sequences, recompute", [("pocket", 24, "up"), ("llama-60m", 6, "blocks")])

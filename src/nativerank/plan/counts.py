@@ -18,6 +18,12 @@ from nativerank.models import count_parameters
 from nativerank.plan.subject import Subject
 
 
+def with_guides(planned: Subject) -> float:
+    """Share of a run's passes that compute guides; 1 where there are none."""
+    guide = planned.config.guide
+    return guided_share(guide.share, guide.stochastic) if find_method(planned.config.method or "").guided else 1.0
+
+
 def count_flops(planned: Subject, model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """FLOPs per token, per optimizer step and of the run, of all processes together.
 
@@ -25,9 +31,7 @@ def count_flops(planned: Subject, model: nn.Module, groups: Sequence[Mapping[str
         model: whole or in shards, on the meta device.
         groups: of its optimizer.
     """
-    guide, guided = planned.config.guide, 1.0
-    if find_method(planned.config.method or "").guided:
-        guided = guided_share(guide.share, guide.stochastic)
+    guided = with_guides(planned)
     flops = flops_per_token(model, planned.context, guided)
     nd = six_nd(count_parameters(model)["non_embedding"])
     again = recomputed_flops(model, planned.context, planned.config.train.recompute, guided)

@@ -25,7 +25,7 @@ from nativerank.distributed.pretend import pretended
 from nativerank.distributed.wrap import DTYPES, blocks
 from nativerank.models import count_parameters
 from nativerank.optim.optimizer import LowRankOptimizer
-from nativerank.plan.counts import count_flops
+from nativerank.plan.counts import count_flops, with_guides
 from nativerank.plan.passes import Stage, resident
 from nativerank.plan.subject import Subject
 from nativerank.train.setup import gradient_grid, optimizer_for, precisions, spread
@@ -153,6 +153,10 @@ def look(planned: Subject, depth: int | None, counts: Sequence[int]) -> tuple[An
     """The `Figures` of a model of so many blocks; None is all of them."""
     stage = Stage(planned, depth)
     traced = {n: as_pass(stage.run(n)) for n in counts}
+    if (share := with_guides(planned)) < 1 and planned.sequences in traced:  # bytes with guides, time as in the run
+        n = planned.sequences
+        without = as_pass(stage.run(n, guided=False))
+        traced[n] = replace(traced[n], calls=between(without.calls, traced[n].calls, share))
     model, _ = planned.build(depth)
     params: Numbers = {**count_parameters(model)}
     optimizer = optimizer_for(planned.config, model)

@@ -17,6 +17,7 @@ from nativerank.distributed.grid import Grid
 from nativerank.distributed.wrap import DTYPES
 from nativerank.evaluate import head_loss
 from nativerank.evaluate.loss import check_loss, mean_loss
+from nativerank.layers.guided import guided_layers
 from nativerank.plan.subject import Subject
 from nativerank.train.setup import optimizer_for, precisions
 
@@ -43,9 +44,13 @@ class Stage:
             self.model.to_empty(device="cpu")
             check_loss(self.model, config.train.loss)  # asks the model now: its answer is no part of a pass
 
-    def run(self, sequences: int) -> Trace:
-        """One pass of so many sequences; gradients are there before where `resident` says so."""
+    def run(self, sequences: int, guided: bool = True) -> Trace:
+        """One pass of so many sequences, with the guides of a self-guided run or without; gradients are there before
+        where `resident` says so.
+        """
         config = self.planned.config
+        for layer in guided_layers(self.model).values():
+            layer.active = guided
         chunked = config.train.loss != "whole"
         with self.mode, chunks_of(self.planned), self._documents(), experts_at_once():
             ids = torch.zeros(sequences, self.planned.context, dtype=torch.long)

@@ -71,11 +71,6 @@ RULES: dict[str, Rule] = {
 }
 
 
-def makes_host_wait(rule: str, options: Mapping[str, Any]) -> bool:
-    """Whether a step reads from its device (`why_host_waits`)."""
-    return why_host_waits(rule, options) is not None
-
-
 def why_host_waits(rule: str, options: Mapping[str, Any]) -> str | None:
     """What a step reads from its device, in words, or None: frames ask whether any needs more care, and LAPACK's
     eigenvalues, behind exact and certified norms, whether they were found."""

@@ -179,3 +179,40 @@ def test_an_interrupt_ends_what_runs_and_starts_no_more(tmp_path, monkeypatch):
         run_grid([*CELLS, *(Cell.of(optim__lr=lr) for lr in (0.04, 0.05, 0.06))], tmp_path, jobs=2, say=interrupt)
     assert time.monotonic() - began < 30 and len(codes) <= 2
     assert 143 in codes and set(codes) <= {143, -15}, "one was there to hear it, a second one perhaps not yet"
+
+
+def test_results_of_others_count_and_a_result_outweighs_a_failure(tmp_path, fake):
+    run_grid(CELLS[:1], tmp_path, say=lambda line: None, results="results-a.jsonl")
+    fake.broken = {0.02}
+    run_grid(CELLS[1:2], tmp_path, say=lambda line: None, results="results-b.jsonl")
+    fake.broken = set()
+    run_grid(CELLS[1:2], tmp_path, say=lambda line: None, results="results-a.jsonl")
+    assert not (tmp_path / RESULTS).exists() and len(finished(tmp_path)) == 2
+    fake.ran = []
+    rows = run_grid(CELLS, tmp_path, say=lambda line: None)
+    assert fake.ran == [0.03] and [row["val_loss"] for row in rows] == [0.01, 0.02, 0.03]
+
+
+def test_after_the_minutes_cells_are_stopped_and_go_on_next_time(tmp_path, monkeypatch):
+    """Cells of a second each, two at a time, for a second and a half: the first two end, the next two are stopped."""
+    seconds = {0.01: 0.0, 0.02: 0.0, 0.03: 60.0, 0.04: 60.0, 0.05: 0.0}
+    cells = [Cell.of(method="spectron", optim__lr=lr) for lr in seconds]
+    summary = dict(bits_per_byte=1.0, step=8, tokens=256, seconds=0.1, peak_memory_bytes=1)
+    real = grid.Children.run
+
+    def run(self, command, environment):
+        lr = float(command[command.index("--optim.lr") + 1])
+        said = json.dumps({"val_loss": lr, **summary})
+        code = f"import time; time.sleep({seconds[lr]}); print({said!r})"
+        return real(self, [sys.executable, "-c", code], environment)
+
+    monkeypatch.setattr(grid.Children, "run", run)
+    said = []
+    began = time.monotonic()
+    rows = run_grid(cells, tmp_path, jobs=2, say=said.append, minutes=3 / 60)
+    assert time.monotonic() - began < 30
+    assert [row["val_loss"] for row in rows] == [0.01, 0.02] and len(finished(tmp_path)) == 2
+    assert "with 3 to go" in said[-1]
+    seconds.update(dict.fromkeys(seconds, 0.0))
+    rows = run_grid(cells, tmp_path, jobs=2, say=said.append, minutes=5)
+    assert [row["val_loss"] for row in rows] == list(seconds) and len(finished(tmp_path)) == 5

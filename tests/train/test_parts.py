@@ -1,5 +1,6 @@
 """The table by parts: it adds up to the step, knows what is made again, and stands at the end of every profiled run."""
 
+import gc
 import json
 
 import pytest
@@ -9,7 +10,7 @@ from nativerank.accounting.flops import flops_per_token
 from nativerank.methods import build_optimizer, factorize
 from nativerank.models import make_hf_config, materialize, read_hf_config, skeleton
 from nativerank.train.parts import COMPILED, DOWN, UP, WAYS, Names, parts_of
-from nativerank.train.profile import Profiler
+from nativerank.train.profile import WAIT, Profiler
 from nativerank.train.recompute import recompute_blocks
 from nativerank.train.step import train_step
 
@@ -84,6 +85,18 @@ def test_what_runs_again_is_told_apart(tmp_path, make):
     for name in (UP, "norms", "attention", "activation, residuals"):
         assert rows[name]["milliseconds"]["again"] > 0
     assert rows["head and loss"]["milliseconds"]["again"] == 0
+
+
+def test_what_building_left_is_collected_before_steps_are_profiled(tmp_path, make):
+    profiler, seen = Profiler(tmp_path, make("spectron"), CONTEXT, BATCH * CONTEXT, False, {}), []
+    gc.callbacks.append(lambda phase, info: seen.append((profiler.steps, phase, info["generation"])))
+    try:
+        for _ in range(WAIT):
+            profiler.step()
+    finally:
+        gc.callbacks.pop()
+        profiler.close()
+    assert (WAIT, "stop", 2) in seen
 
 
 def test_layers_that_share_a_product_count_as_down(make):

@@ -2,6 +2,7 @@
 the parts of the model (`train.parts`).
 """
 
+import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -52,6 +53,7 @@ class Profiler:
         self.steps += 1
         if self.steps == WAIT:
             self.names = Names(parts_of(self.model, self.compiled))
+            gc.collect()  # what building the model left: a pause as long as a small model's step
         self.profile.step()
         if self.steps == WAIT + WARMUP + ACTIVE:
             self.close()

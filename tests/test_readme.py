@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.distributed.run import get_args_parser
 
-from nativerank.cli import convert
+from nativerank.cli import convert, scaling
 from nativerank.cli.compare import read_request
 from nativerank.cli.main import COMMANDS, Parser
 from nativerank.cli.train import parse
@@ -31,7 +31,7 @@ def test_there_are_commands_to_check():
 @pytest.mark.parametrize("line", commands())
 def test_every_command_shown_parses(line):
     words = shlex.split(line, comments=True)[1:]
-    typed = {"train": parse, "compare": read_request, "convert": convert.parse}
+    typed = {"train": parse, "compare": read_request, "convert": convert.parse, "scaling": scaling.parse}
     if words[0] in typed:
         typed[words[0]](words[1:])
         return

@@ -28,19 +28,29 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(argv: list[str]) -> int:
-    """Dispatches to the module of an action.
+    """Dispatches to the module of an action."""
+    if argv and argv[0] in ("-h", "--help"):
+        print(overview())
+        return 0
+    return int(module_of(argv).run(argv[1:]))
+
+
+def parse(argv: list[str]) -> Any:
+    """What `run` reads from its words, without doing it; errors are its errors."""
+    return module_of(argv).parse(argv[1:])
+
+
+def module_of(argv: list[str]) -> Any:
+    """The module of an action.
 
     Raises:
         ValueError: no action, or an unknown one.
     """
-    if argv and argv[0] in ("-h", "--help"):
-        print(overview())
-        return 0
     if not argv or argv[0] not in ACTIONS:
         hint = nearest(argv[0], ACTIONS) if argv else ""
         got = f"unknown action {argv[0]!r}{hint}" if argv else "no action"
         raise ValueError(f"{got}: nativerank scaling takes {', '.join(ACTIONS)}")
-    return int(importlib.import_module(f"nativerank.cli.scaling_{argv[0]}").run(argv[1:]))
+    return importlib.import_module(f"nativerank.cli.scaling_{argv[0]}")
 
 
 def overview() -> str:

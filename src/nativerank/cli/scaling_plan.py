@@ -32,9 +32,14 @@ def add_flags(parser: Any) -> None:
     group.add_argument("--efficiency", type=float, default=1.0, help="share of the roofline to reckon with")
 
 
+def parse(argv: list[str]) -> tuple[Any, Any, Any]:
+    """(design, flags, --out), as `read_design`."""
+    return read_design(argv, design_parser("plan", DESCRIPTION, EXAMPLE, "[--grid NAME] ", add_flags))
+
+
 def run(argv: list[str]) -> int:
     """Plans and shows."""
-    design, flags, out = read_design(argv, design_parser("plan", DESCRIPTION, EXAMPLE, "[--grid NAME] ", add_flags))
+    design, flags, out = parse(argv)
     check_json(flags.json)
     if flags.quiet and flags.json is None:
         raise ValueError("--quiet leaves nothing of a plan; add --json, or drop it")

@@ -52,9 +52,14 @@ def make_parser() -> Any:
     return parser
 
 
+def parse(argv: list[str]) -> Any:
+    """The flags."""
+    return make_parser().parse_args(argv)
+
+
 def run(argv: list[str]) -> int:
     """Reads or fits, decides, shows."""
-    flags = make_parser().parse_args(argv)
+    flags = parse(argv)
     check_json(flags.json)
     from nativerank.scaling.decide import decide
 

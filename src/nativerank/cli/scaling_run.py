@@ -35,10 +35,14 @@ def add_flags(parser: Any) -> None:
     group.add_argument("--cell", metavar="I", help="only this cell, numbered from 0 as scaling plan --json does")
 
 
+def parse(argv: list[str]) -> tuple[Any, Any, Any]:
+    """(design, flags, --out), as `read_design`."""
+    return read_design(argv, design_parser("run", DESCRIPTION, EXAMPLE, "[--grid NAME] --out DIR ", add_flags))
+
+
 def run(argv: list[str]) -> int:
     """Runs and shows."""
-    parser = design_parser("run", DESCRIPTION, EXAMPLE, "[--grid NAME] --out DIR ", add_flags)
-    design, flags, out = read_design(argv, parser)
+    design, flags, out = parse(argv)
     check_json(flags.json)
     if out is None:
         raise ValueError("scaling run needs --out DIR, the folder of the sweep")

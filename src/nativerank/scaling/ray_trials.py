@@ -44,16 +44,27 @@ def run_trials(
     class Told(callback):
         """Says what became of a trial when it ends."""
 
+        def __init__(self, tell: Callable[[int], None] | None = None) -> None:
+            self.tell = tell
+
+        def __getstate__(self) -> dict[str, Any]:
+            return {"tell": None}  # Ray keeps a copy in its own record of the experiment
+
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            name = name_of[trial.config["cell"]]
-            row = outcomes(folder).get(name, {"error": "it left no result"})
-            say(f"cell {trial.config['cell']} ({name}): {outcome(row)}")
+            if self.tell:
+                self.tell(trial.config["cell"])
+
+    def tell(number: int) -> None:
+        row = outcomes(folder).get(name_of[number], {"error": "it left no result"})
+        say(f"cell {number} ({name_of[number]}): {outcome(row)}")
 
     try:
         tune.Tuner(
             tune.with_resources(trial_of(folder), dict(resources)),
             param_space={"cell": tune.grid_search(list(numbers))},
-            run_config=tune.RunConfig(name="ray", storage_path=str(folder.resolve()), callbacks=[Told()], verbose=0),
+            run_config=tune.RunConfig(
+                name="ray", storage_path=str(folder.resolve()), callbacks=[Told(tell)], verbose=0
+            ),
         ).fit()
     finally:
         if began_here:

@@ -7,6 +7,7 @@ import pytest
 
 from nativerank.experiments import grid
 from nativerank.experiments.arms import Arm
+from nativerank.scaling import run as sweeps
 from nativerank.scaling.cells import plan_cells
 from nativerank.scaling.design import SWEEP, Design, read_sweep
 from nativerank.scaling.run import run_sweep
@@ -35,6 +36,7 @@ def fake(monkeypatch):
         return 0, json.dumps(summary), ""
 
     monkeypatch.setattr(grid.Children, "run", run)
+    monkeypatch.setattr(sweeps, "training_tokens", lambda source: 100_000)
     run.ran, run.broken = ran, broken
     return run
 
@@ -51,7 +53,8 @@ def rows_of(folder):
 def test_a_sweep_is_read_back_as_it_was_planned(design, fake, tmp_path):
     record, said = go(design, tmp_path / "s")
     assert (record["planned"], record["done"], record["failed"], record["left"]) == (8, 8, 0, 0)
-    assert len(said) == 9 and said[0].startswith("8 runs, 1 at a time") and "pocket@32x1x2" in said[1]
+    assert len(said) == 10 and said[0].startswith("8 runs, 1 at a time") and "pocket@32x1x2" in said[2]
+    assert "data: 100,000 training tokens" in said[1] and "times are worth less than new ones" in said[1]
     runs, cells = read_runs([tmp_path / "s"]), plan_cells(design)
     for run, cell in zip(runs, cells, strict=True):
         assert (run.params, run.budget, run.lr) == (cell.params["total"], cell.budget, cell.lr)
@@ -67,7 +70,7 @@ def test_nothing_runs_twice_and_more_may_join(design, fake, tmp_path):
     before = (tmp_path / "results.jsonl").read_text()
     fake.ran.clear()
     record, said = go(design, tmp_path)
-    assert fake.ran == [] and record["done"] == 8 and said == ["8 runs, all done"]
+    assert fake.ran == [] and record["done"] == 8 and said[0] == "8 runs, all done"
     assert (tmp_path / "results.jsonl").read_text() == before
     more = replace(design, sizes=("pocket@48x2x3",))
     go(more, tmp_path)

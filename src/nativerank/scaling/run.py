@@ -25,8 +25,10 @@ from nativerank.scaling.design import SWEEP, Design, read_sweep
 from nativerank.scaling.ray_trials import run_trials
 from nativerank.scaling.records import write_csv
 from nativerank.scaling.sources import run_of
+from nativerank.train.setup import open_data
 
 RUNS, TABLE = "runs.csv", "table.md"
+MOST_EPOCHS = 4  # up to which repeated tokens are almost as good as new ones (Muennighoff et al. 2023)
 FIXED = ("convention", "count", "common", "params_unit")  # what every use of a folder shares
 
 
@@ -88,6 +90,7 @@ def run_sweep(
     by_name = {planned.cell.name: planned for planned in cells}
     chosen = list(cells) if only is None else [cells[only]]
     say(expectation(chosen, folder, jobs))
+    say(repetition(chosen))
     if trials is not None:
         todo = [n for n, planned in enumerate(cells) if planned.cell.name not in finished(folder)]
         run_trials(todo, [cells[n].cell.name for n in todo], folder, trials, say)
@@ -140,6 +143,24 @@ def expectation(cells: Sequence[Planned], folder: Path, jobs: int) -> str:
     seconds = seconds_for([planned.flops["exact"] for planned in todo], known, jobs, on_cpu)
     time = "time known after the first" if seconds is None else f"about {max(1, round(seconds / 60))} min to go"
     return f"{runs}{f' ({ready} done)' if ready else ''}, {jobs} at a time: {time}"
+
+
+def repetition(cells: Sequence[Planned]) -> str:
+    """One line on how often the longest run reads the data."""
+    longest = max(cells, key=lambda planned: planned.tokens)
+    known = training_tokens(longest.source)
+    times = longest.tokens / known
+    line = f"data: {known:,} training tokens, of which the longest run reads {longest.tokens:,} ({times:.1f} times)"
+    if times <= MOST_EPOCHS:
+        return line
+    return (
+        f"{line}; tokens read more than {MOST_EPOCHS} times are worth less than new ones, so laws bend: give more data"
+    )
+
+
+def training_tokens(source: str) -> int:
+    """Of the data that settings (JSON) name."""
+    return open_data(subject_of(source).config, quiet=True).split("train").tokens
 
 
 COLUMNS = ("budget", "method", "ratio", "size", "N", "tokens", "tokens/N", "steps", "lr", "seed", "val loss", "minutes")

@@ -54,7 +54,7 @@ def test_a_sweep_is_read_back_as_it_was_planned(design, fake, tmp_path):
     record, said = go(design, tmp_path / "s")
     assert (record["planned"], record["done"], record["failed"], record["left"]) == (8, 8, 0, 0)
     assert len(said) == 10 and said[0].startswith("8 runs, 1 at a time") and "pocket@32x1x2" in said[2]
-    assert "data: 100,000 training tokens" in said[1] and "times are worth less than new ones" in said[1]
+    assert "data: 100,000 training tokens" in said[1] and "worth less than new ones" in said[1]
     runs, cells = read_runs([tmp_path / "s"]), plan_cells(design)
     for run, cell in zip(runs, cells, strict=True):
         assert (run.params, run.budget, run.lr) == (cell.params["total"], cell.budget, cell.lr)

@@ -4,7 +4,7 @@
         / results.jsonl   a line per finished or failed cell; results-*.jsonl those of job arrays
         / cells/HASH/     its run folder
         / runs.csv        the runs that ended, as `nativerank scaling fit` and other programs read them
-        / table.md
+        / table.md        the same for people, after every run
 
 More sizes, budgets, methods, rates or seeds may join a folder: what has run is not run again, and what an earlier use
 planned stays part of the sweep.
@@ -91,34 +91,49 @@ def run_sweep(
     chosen = list(cells) if only is None else [cells[only]]
     say(expectation(chosen, folder, jobs))
     say(repetition(chosen))
+
+    def told(line: str) -> None:
+        say(line)
+        if only is None:  # tasks of an array must not write one file
+            write_files(design, folder)
+
     if trials is not None:
-        todo = [n for n, planned in enumerate(cells) if planned.cell.name not in finished(folder)]
-        run_trials(todo, [cells[n].cell.name for n in todo], folder, trials, say)
-        rows = outcomes(folder)
-        ran = [rows[planned.cell.name] for planned in chosen if planned.cell.name in rows]
+        ran = run_on_ray(cells, folder, trials, told)
     else:
         ran = run_grid(
             [planned.cell for planned in chosen],
             folder,
             jobs,
-            say,
+            told,
             about=lambda cell: by_name[cell.name].row(),
             name=lambda cell: named(by_name[cell.name]),
             minutes=minutes,
             results=RESULTS if only is None else f"results-{chosen[0].cell.name}.jsonl",
         )
-    done = finished(folder)
-    failed = [row for row in ran if "error" in row]
     if only is None:
-        write_files(design, [done[name] for name in (read_sweep(folder) or {})["cells"] if name in done], folder)
+        write_files(design, folder)
+    done, failed = finished(folder), sum("error" in row for row in ran)
     ready = sum(planned.cell.name in done for planned in chosen)
-    counts = {"planned": len(chosen), "done": ready, "failed": len(failed), "left": len(chosen) - ready - len(failed)}
+    counts = {"planned": len(chosen), "done": ready, "failed": failed, "left": len(chosen) - ready - failed}
     return {**counts, "cells": ran}
 
 
-def write_files(design: Design, rows: Sequence[dict[str, Any]], folder: Path) -> None:
-    """runs.csv and table.md of the runs that ended."""
-    if rows:
+def run_on_ray(
+    cells: Sequence[Planned], folder: Path, trials: Mapping[str, float], say: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Runs what has no result as trials; the rows of all cells that ended."""
+    done = finished(folder)
+    todo = [number for number, planned in enumerate(cells) if planned.cell.name not in done]
+    run_trials(todo, [cells[number].cell.name for number in todo], folder, trials, say)
+    rows = outcomes(folder)
+    return [rows[planned.cell.name] for planned in cells if planned.cell.name in rows]
+
+
+def write_files(design: Design, folder: Path) -> None:
+    """runs.csv and table.md of the runs of a sweep that ended."""
+    sweep, done = read_sweep(folder), finished(folder)
+    assert sweep is not None
+    if rows := [done[name] for name in sweep["cells"] if name in done]:
         write_csv([run_of(row, design, folder) for row in rows], folder / RUNS)
         put(folder / TABLE, table(design, rows))
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nativerank.cli.output import STDOUT, check_json, write_json
+from nativerank.cli.output import check_json, teller, write_json
 from nativerank.cli.train import build_parser, parse
 from nativerank.config import RunConfig, differences, to_dict
 
@@ -198,12 +198,7 @@ def run(argv: list[str]) -> int:
         if not write_json({"plan": lines}, flags.json):
             print("\n".join(lines))
         return 0
-    stream = sys.stderr if flags.json == STDOUT else sys.stdout
-
-    def say(line: str) -> None:
-        if not flags.quiet:
-            print(line, file=stream, flush=True)
-
+    say = teller(flags)
     try:
         with terminated_like_interrupted():
             record = carry_out(request, say)

@@ -2,6 +2,8 @@
 
 import json
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,17 @@ def check_json(target: str | None) -> None:
         raise ValueError(f"--json {file}: there is no folder {file.parent}")
     if not os.access(file if file.exists() else file.parent, os.W_OK):
         raise ValueError(f"--json {file} cannot be written")
+
+
+def teller(flags: Any) -> Callable[[str], None]:
+    """What progress is told to: lines at once, none with --quiet, on stderr where the result goes to stdout."""
+    stream = sys.stderr if flags.json == STDOUT else sys.stdout
+
+    def say(line: str) -> None:
+        if not flags.quiet:
+            print(line, file=stream, flush=True)
+
+    return say
 
 
 def write_json(result: dict[str, Any], target: str | None) -> bool:

@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 from nativerank.cli.compare import terminated_like_interrupted, whole
-from nativerank.cli.output import STDOUT, check_json, write_json
+from nativerank.cli.output import check_json, teller, write_json
 from nativerank.cli.scaling_design import design_parser, number, read_design
 from nativerank.cli.scaling_plan import stored
 
@@ -56,12 +56,7 @@ def run(argv: list[str]) -> int:
     from nativerank.scaling.cells import plan_cells
     from nativerank.scaling.run import run_sweep
 
-    stream = sys.stderr if flags.json == STDOUT else sys.stdout
-
-    def say(line: str) -> None:
-        if not flags.quiet:
-            print(line, file=stream, flush=True)
-
+    say = teller(flags)
     try:
         with terminated_like_interrupted():
             record = run_sweep(design, plan_cells(design), out, jobs, say, only, minutes, trials)

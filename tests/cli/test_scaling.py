@@ -141,9 +141,32 @@ def test_a_report_of_a_fit_is_that_of_its_runs(capsys, table, tmp_path):
     _, again, _ = call(capsys, "report", table(), *question, "--json")
     assert json.loads(out) == json.loads(again)
     code, out, _ = call(capsys, "report", table(), *question, "--out", tmp_path / "report")
-    assert code == 0 and "fewer parameters" in out and "with equal prefactors save 48% there" in out
-    assert "break-even" in out and "100.00G tokens served" in out
+    assert code == 0
+    assert max(map(len, out.splitlines()[:-1])) <= 80  # the last one names the folder
+    said = " ".join(out.split())
+    assert "fewer parameters" in said and "with equal prefactors save 48% there" in said
+    assert "must meet at 0.043 FLOPs" in said and "EXTRAPOLATED by 7.0 decades" in said
+    assert "break-even" in said and "100.00G tokens served (parametric laws)" in said
     assert {file.name for file in (tmp_path / "report").iterdir()} == {"scaling-report.json", "saving.svg"}
+
+
+def test_a_report_of_two_fits_is_that_of_one(capsys, table, tmp_path):
+    rows = Path(table()).read_text().splitlines()
+    for name in ("dense", "spectron"):
+        (tmp_path / f"{name}.csv").write_text("\n".join([rows[0], *(row for row in rows if name in row)]))
+        call(capsys, "fit", tmp_path / f"{name}.csv", "--samples", "50", "--json", tmp_path / f"{name}.json", "--quiet")
+    call(capsys, "fit", table(), "--samples", "50", "--json", tmp_path / "both.json", "--quiet")
+    fits = [tmp_path / "spectron.json", tmp_path / "dense.json"]
+    _, apart, _ = call(capsys, "report", *fits, "--budget", "1e20", "--json")
+    _, joint, _ = call(capsys, "report", tmp_path / "both.json", "--budget", "1e20", "--json")
+    apart, joint = json.loads(apart)["saving"], json.loads(joint)["saving"]  # their budgets are means of runs
+    assert apart["at_budget"] == pytest.approx(joint["at_budget"]) and apart["interval"] == pytest.approx(
+        joint["interval"]
+    )
+    assert "'dense-adamw' stands in another fit" in error(capsys, "report", fits[1], tmp_path / "both.json")
+    assert "is fitted already" in error(capsys, "report", fits[0], table())
+    fits[0].write_text('{"groups": {"a": {"curves": {}}}, "surface": null}')
+    assert "is no fit that" in error(capsys, "report", fits[0])
 
 
 @pytest.mark.parametrize(

@@ -107,9 +107,26 @@ def test_break_even_is_where_the_costs_cross(found):
     for factor, cheaper in ((0.5, 0), (2.0, 1)):
         costs = [cheapest(side, loss, factor * even["tokens"])["total_flops"] for side in (dense, thin)]
         assert costs[cheaper] < costs[1 - cheaper]
-    assert break_even(thin, dense, loss) == {"tokens": even["tokens"], "before": "lowrank", "after": "dense"}
+    swapped = break_even(thin, dense, loss)
+    assert (swapped["before"], swapped["after"]) == ("lowrank", "dense")
+    assert swapped["tokens"] == pytest.approx(even["tokens"])
     always = break_even(*sides(found()), loss)
-    assert always == {"tokens": None, "before": "lowrank", "after": "lowrank"}
+    assert always == {"tokens": None, "before": "lowrank", "after": "lowrank", "again": []}
+
+
+def test_sides_that_change_places_twice_are_told_so():
+    """A law with a sharp corner: more tokens for any size, a larger smallest model, and the best of both between."""
+
+    def side(law):
+        runs = [{"params": n, "tokens": 1e10, "flops": 6e10 * n, "budget": 1e19} for n in (1e8, 3e8, 1e9)]
+        return Side("side", {"parametric": law.as_dict(), "isoflop": None, "curves": {"runs": runs}})
+
+    dense, thin = side(DENSE), side(Parametric(1.8, 5.9e13, 4610.0, 1.7163, 0.366))
+    even = break_even(dense, thin, 2.6)
+    assert (even["before"], even["after"], len(even["again"])) == ("dense", "lowrank", 1)
+    for served, cheaper in ((0.0, 0), (2 * even["tokens"], 1), (even["again"][0] / 2, 1), (2 * even["again"][0], 0)):
+        costs = [cheapest(s, 2.6, served)["total_flops"] for s in (dense, thin)]
+        assert costs[cheaper] < costs[1 - cheaper]
 
 
 def test_the_papers_half_is_arithmetic():
@@ -153,6 +170,7 @@ def test_one_group_is_reported_alone(sweep):
         ({"budget": -1.0}, "--budget must be a finite number above 0, got -1"),
         ({"inference": float("nan")}, "--inference must be a finite number"),
         ({"loss": 1.0}, "a loss of 1 is not above E = 1.8"),
+        ({"dense": "dense-muon", "lowrank": "dense-muon"}, "name one group, 'dense-muon'"),
         (
             {"dense": "denseadam"},
             r"--dense: the fit has no group 'denseadam' \(groups: dense-muon, spectron",

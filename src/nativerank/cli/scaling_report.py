@@ -21,7 +21,7 @@ EXAMPLE = """examples:
   nativerank scaling report fit.json --budget 1e21 --inference 1e12
   nativerank scaling report runs/sweep --loss 3.2 --dense dense-muon --lowrank "spectron rho=0.25" --out runs/sweep
 
-Takes what scaling fit takes, or the fit.json that it wrote. A served token costs 2 N FLOPs (6nd), or a third of the
+Takes what scaling fit takes, or fit.json files that it wrote. A served token costs 2 N FLOPs (6nd), or a third of the
 exact FLOPs of training on it. Extrapolations are marked; they are as good as their laws.
 """
 REPORT = "scaling-report.json"
@@ -37,7 +37,7 @@ def make_parser() -> Any:
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("runs", nargs="+", metavar="SWEEP|RUN|FILE.csv|FIT.json", help="what is reported on")
+    parser.add_argument("runs", nargs="+", metavar="SWEEP|RUN|FILE.csv|FIT.json", help="runs, or fits of them")
     parser.add_argument("--budget", type=float, metavar="C", help="training FLOPs (without: the largest of the runs)")
     parser.add_argument("--inference", type=float, metavar="T", help="tokens that will be served")
     parser.add_argument("--loss", type=float, metavar="L", help="to be reached (without: the dense one of the budget)")
@@ -74,24 +74,44 @@ def run(argv: list[str]) -> int:
 
 
 def read_fit(names: list[str], flags: Any) -> dict[str, Any] | None:
-    """The record in a fit.json; None if something else was named.
+    """The records of fit.json files as one; None if something else was named.
 
     Raises:
-        ValueError: it holds no fit, or does not stand alone.
+        ValueError: one holds no fit, two hold the same group, or runs were named beside them.
     """
     files = [name for name in names if name.endswith(".json")]
     if not files:
         return None
-    if len(names) > 1:
-        raise ValueError(f"{files[0]} is a fit of its own; give it alone, or give the runs of all")
+    if len(files) < len(names):
+        raise ValueError(f"{files[0]} is fitted already; give fits, or give runs, which are fitted together")
     if flags.convention or flags.count:
         raise ValueError(f"{files[0]} is fitted already, so --convention and --count have no meaning")
+    groups: dict[str, Any] = {}
+    surfaces: dict[str, Any] = {}
+    for file in files:
+        found = read_one(file)
+        for kind, more in ((groups, found["groups"]), (surfaces, found["surface"] or {})):
+            if twice := kind.keys() & more.keys():
+                raise ValueError(f"{file}: the group {min(twice)!r} stands in another fit, too")
+            kind.update(more)
+    return {"groups": groups, "surface": surfaces or None}
+
+
+def read_one(name: str) -> dict[str, Any]:
+    """The record in a fit.json.
+
+    Raises:
+        ValueError: it holds none.
+    """
     try:
-        found: dict[str, Any] = json.loads(Path(files[0]).read_text(encoding="utf-8"))
-        if not all("curves" in group for group in found["groups"].values()):
-            raise KeyError("curves")
+        found: dict[str, Any] = json.loads(Path(name).read_text(encoding="utf-8"))
+        found["surface"]
+        for group in found["groups"].values():
+            laws = [key for key in ("isoflop", "parametric") if group[key]]
+            if not (laws and group["curves"]["runs"] and all("draws" in group["curves"][key] for key in laws)):
+                raise KeyError("curves")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{files[0]} is no fit that `nativerank scaling fit` wrote: {error}") from None
+        raise ValueError(f"{name} is no fit that `nativerank scaling fit` wrote: {error}") from None
     return found
 
 
@@ -120,9 +140,18 @@ def show(record: dict[str, Any]) -> None:
     console.print(f"[bold]best models of {record['budget']:.3g} training FLOPs[/bold]")
     console.print(models(record["groups"]))
     for line in [*saved(record), *served(record), *ratios(record)]:
-        console.print(escape(line))
+        console.print(escape(wrapped(line, console.width)))
     for line in record["warnings"]:
-        console.print(f"[yellow]warning:[/yellow] {escape(line)}")
+        console.print(
+            "[yellow]warning:[/yellow]" + escape(wrapped(f"warning: {line}", console.width))[len("warning:") :]
+        )
+
+
+def wrapped(line: str, width: int) -> str:
+    """A sentence in lines, those after the first indented."""
+    import textwrap
+
+    return textwrap.fill(line, width, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
 
 
 def models(groups: dict[str, Any]) -> Any:
@@ -131,14 +160,15 @@ def models(groups: dict[str, Any]) -> Any:
 
     from nativerank.cli.plan_table import count
 
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    for name in ("", "N", "interval", "tokens", "tokens/N", "loss"):
-        table.add_column(name, justify="left" if not name else "right", no_wrap=True)
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    for name in ("", "N", "interval", "tokens", "tokens/N", "loss", "N by"):
+        table.add_column(name, justify="left" if name in ("", "N by") else "right", no_wrap=True)
     for name, row in groups.items():
         span = row["params_interval"]
         shown = "" if span is None else f"{count(span[0])} .. {count(span[1])}"
         loss = "" if row["loss"] is None else f"{row['loss']:.4f}"
-        table.add_row(name, count(row["params"]), shown, count(row["tokens"]), f"{row['tokens_per_param']:.3g}", loss)
+        cells = (count(row["params"]), shown, count(row["tokens"]), f"{row['tokens_per_param']:.3g}", loss)
+        table.add_row(name, *cells, row["source"])
     return table
 
 
@@ -157,9 +187,10 @@ def saved(record: dict[str, Any]) -> list[str]:
     return [
         f"{record['lowrank']} against {record['dense']}: {here} fewer parameters in its best model, which is what a "
         "served token saves (2 N FLOPs)",
-        f"extrapolated by {found['decades_beyond']:.1f} decades to 1e26 FLOPs: {at_last}",
+        f"EXTRAPOLATED by {found['decades_beyond']:.1f} decades beyond the last budget, to 1e26 FLOPs: {at_last}",
         f"the paper's exponents, 0.479 against 0.49, with equal prefactors save {percent(paper['at_last'])} there; "
-        f"laws that meet at 2.2e18 FLOPs save {percent(paper['at_last_if_meeting_at_2.2e18'])}",
+        f"laws that meet at 2.2e18 FLOPs save {percent(paper['at_last_if_meeting_at_2.2e18'])}; for 50% they must "
+        f"meet at {paper['half_if_meeting_at']:.2g} FLOPs",
     ]
 
 
@@ -170,7 +201,10 @@ def served(record: dict[str, Any]) -> list[str]:
         return []
     from nativerank.cli.plan_table import count
 
-    lines = [f"cheapest models for a loss of {found['loss']:.4f} with {count(found['served'])} tokens served:"]
+    lines = [
+        f"cheapest models for a loss of {found['loss']:.4f} with {count(found['served'])} tokens served "
+        "(parametric laws):"
+    ]
     for name in ("dense", "lowrank"):
         if row := found[name]:
             lines.append(
@@ -179,12 +213,13 @@ def served(record: dict[str, Any]) -> list[str]:
             )
     even = found["break_even"]
     if even and even["tokens"] is None:
-        lines.append(f"  break-even: none; {record[even['before']]} costs less however much is served")
+        lines.append(f"  break-even: none; {record[even['before']]} costs less, served or not")
     elif even:
         lines.append(
             f"  break-even at {even['tokens']:.3g} served tokens: below them {record[even['before']]} costs less, "
             f"above them {record[even['after']]}"
         )
+        lines += [f"  and the other way round again from {again:.3g} on" for again in even["again"]]
     return lines
 
 

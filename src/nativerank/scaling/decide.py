@@ -18,7 +18,7 @@ from nativerank.methods import METHODS
 from nativerank.scaling.frontier import Side, best_model, break_even, cheapest, reached_loss, saving, saving_curve
 from nativerank.scaling.surface import FamilyCost, Surface, best_shapes
 
-FAR = 1.0  # decades beyond the last budget from which on an extrapolation is warned of
+FAR = 0.1  # decades beyond the runs from which on an extrapolation is warned of
 CONSTANTS = ("E", "A", "B", "alpha", "beta", "gamma", "kappa", "rho_ref")
 
 
@@ -48,6 +48,8 @@ def decide(
     sides = {name: Side(name, group) for name, group in found["groups"].items()}
     if not sides:
         raise ValueError("the fit holds no law of a group; fit with --approaches isoflop or parametric")
+    if dense is not None and dense == lowrank:
+        raise ValueError(f"--dense and --lowrank name one group, {dense!r}: nothing to compare")
     at = budget or max(side.last_budget for side in sides.values())
     full, thin = chosen(sides, dense, "dense"), chosen(sides, lowrank, "lowrank")
     record: dict[str, Any] = {
@@ -129,7 +131,7 @@ def serving(
     for side, key in zip(there, [n for n in ("dense", "lowrank") if found[n]], strict=True):
         trained, last = found[key]["train_flops"], side.last_budget
         if trained > 10**FAR * last:
-            warnings.append(f"{side.name}: the loss {target:.4g} takes {trained / last:.3g} times the largest budget")
+            warnings.append(f"{side.name}: reaching {target:.4g} takes {trained / last:.3g} times the largest budget")
     return found
 
 

@@ -30,6 +30,8 @@ POINTS = 61
 FORWARD = 3  # times which a training pass costs a forward pass
 SIZES = 4001  # of the grid over log N on which a cheapest model is looked for
 MOST_TOKENS = 1e18  # served, beyond which no break-even is looked for
+SERVED = 145  # of the points at which the two sides are compared, eight to a decade
+BISECTIONS = 50
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,23 @@ def paper_saving(flops: Array) -> dict[str, Any]:
     }
 
 
+def reaching(side: Side, loss: float) -> tuple[Array, Array, Array]:
+    """Models that reach a loss, from the smallest that can: (N, D, training FLOPs per token), (SIZES,) each.
+
+    Raises:
+        ValueError: there is no parametric law, or none of its models reaches the loss.
+    """
+    law = side.law
+    if law is None:
+        raise ValueError(f"{side.name} has no parametric law, which --loss and --inference need")
+    if loss <= law.E:
+        raise ValueError(f"a loss of {loss:g} is not above E = {law.E:.4g}, which no model of {side.name} goes below")
+    smallest = (law.A / (loss - law.E)) ** (1 / law.alpha)
+    params = np.exp(np.log(smallest) + np.geomspace(1e-4, np.log(1e9), SIZES))
+    tokens = (law.B / (loss - law.E - law.A * params**-law.alpha)) ** (1 / law.beta)
+    return params, tokens, side.cost()(params)
+
+
 def cheapest(side: Side, loss: float, served: float) -> dict[str, float]:
     """The model that reaches a loss at the lowest cost of training and serving.
 
@@ -168,16 +187,7 @@ def cheapest(side: Side, loss: float, served: float) -> dict[str, float]:
     Raises:
         ValueError: there is no parametric law, or none of its models reaches the loss.
     """
-    law = side.law
-    if law is None:
-        raise ValueError(f"{side.name} has no parametric law, which --loss and --inference need")
-    if loss <= law.E:
-        raise ValueError(f"a loss of {loss:g} is not above E = {law.E:.4g}, which no model of {side.name} goes below")
-    smallest = (law.A / (loss - law.E)) ** (1 / law.alpha)
-    log_params = np.log(smallest) + np.geomspace(1e-4, np.log(1e9), SIZES)
-    params = np.exp(log_params)
-    tokens = (law.B / (loss - law.E - law.A * params**-law.alpha)) ** (1 / law.beta)
-    per_token = side.cost()(params)
+    params, tokens, per_token = reaching(side, loss)
     train, serve = per_token * tokens, per_token / FORWARD * served
     i = int(np.argmin(train + serve))
     found = {"params": params[i], "tokens": tokens[i], "train_flops": train[i], "serve_flops": serve[i]}
@@ -188,22 +198,35 @@ def break_even(dense: Side, lowrank: Side, loss: float) -> dict[str, Any]:
     """How many tokens must be served until the other side costs less in all.
 
     Returns:
-        {"tokens", "before", "after"}: the side that is cheaper when fewer, and when more than `tokens` are served;
-        tokens is None where that is one side, up to 1e18.
+        {"tokens", "before", "after", "again"}: the side that is cheaper when fewer, and when more than `tokens` are
+        served; tokens is None where that is one side, up to 1e18. again: where the sides change places once more.
     """
+    lines = []
+    for side in (lowrank, dense):
+        _, tokens, per_token = reaching(side, loss)
+        lines.append((per_token * tokens, per_token / FORWARD))
 
-    def cheaper(served: float) -> str:
-        low, full = (cheapest(side, loss, served)["total_flops"] for side in (lowrank, dense))
-        return "lowrank" if low <= full else "dense"
+    def lowrank_costs_less(served: float) -> bool:
+        low, full = (float((train + serve * served).min()) for train, serve in lines)
+        return low <= full
 
-    before, after = cheaper(0.0), cheaper(MOST_TOKENS)
-    if before == after:
-        return {"tokens": None, "before": before, "after": after}
-    low, high = 0.0, float(np.log(MOST_TOKENS))
-    for _ in range(60):
+    points = [0.0, *np.geomspace(1.0, MOST_TOKENS, SERVED)]
+    less = [lowrank_costs_less(served) for served in points]
+    places = [k for k in range(SERVED) if less[k] != less[k + 1]]
+    crossings = [crossing(lowrank_costs_less, points[k], points[k + 1]) for k in places]
+    names = {True: "lowrank", False: "dense"}
+    after = less[places[0] + 1] if places else less[0]
+    first = crossings[0] if crossings else None
+    return {"tokens": first, "before": names[less[0]], "after": names[after], "again": crossings[1:]}
+
+
+def crossing(holds: Callable[[float], bool], low: float, high: float) -> float:
+    """Where an answer changes between two points, by bisection."""
+    before = holds(low)
+    for _ in range(BISECTIONS):
         middle = (low + high) / 2
-        low, high = (middle, high) if cheaper(float(np.exp(middle))) == before else (low, middle)
-    return {"tokens": float(np.exp(high)), "before": before, "after": after}
+        low, high = (middle, high) if holds(middle) == before else (low, middle)
+    return float(high)
 
 
 def reached_loss(dense: Side, flops: float) -> float:

@@ -182,6 +182,19 @@ def test_bad_questions_are_one_clear_line(found, question, message):
         decide(found(), **question)
 
 
+@pytest.mark.parametrize(("loss", "said"), [(2.2, "times the largest budget"), (4.0, "of the smallest budget")])
+def test_a_loss_beyond_the_runs_is_warned_of(found, loss, said):
+    lines = decide(found(), loss=loss)["warnings"]
+    assert [line.split(":")[0] for line in lines if said in line] == ["dense-muon", "spectron rho=0.25"]
+
+
+def test_low_rank_alone_needs_the_loss_to_reach(sweep):
+    fitted = fit([replace(run, method="spectron", rank_ratio=0.25) for run in sweep()], FEW)
+    with pytest.raises(ValueError, match="without a dense group --inference needs --loss"):
+        decide(fitted, inference=1e9)
+    assert decide(fitted, inference=1e9, loss=2.8)["serving"]["lowrank"]["serve_flops"] > 0
+
+
 def test_without_a_parametric_law_serving_cannot_be_asked(sweep):
     runs = [replace(run, method="dense-muon") for run in sweep(DENSE)]
     fitted = fit(runs, replace(FEW, approaches=("isoflop",)))

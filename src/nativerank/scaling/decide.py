@@ -129,9 +129,11 @@ def serving(
         warnings.append(f"serving is left out: {error}")
         return None
     for side, key in zip(there, [n for n in ("dense", "lowrank") if found[n]], strict=True):
-        trained, last = found[key]["train_flops"], side.last_budget
-        if trained > 10**FAR * last:
-            warnings.append(f"{side.name}: reaching {target:.4g} takes {trained / last:.3g} times the largest budget")
+        trained, reaching = found[key]["train_flops"], f"{side.name}: reaching {target:.4g} takes"
+        if trained > 10**FAR * side.last_budget:
+            warnings.append(f"{reaching} {trained / side.last_budget:.3g} times the largest budget")
+        elif trained * 10**FAR < side.first_budget:
+            warnings.append(f"{reaching} {trained / side.first_budget:.3g} of the smallest budget")
     return found
 
 

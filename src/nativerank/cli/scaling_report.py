@@ -7,6 +7,7 @@ nativerank scaling report runs/sweep --loss 3.2 --out runs/sweep
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -172,9 +173,13 @@ def models(groups: dict[str, Any]) -> Any:
     return table
 
 
-def percent(share: float, span: list[float] | None = None) -> str:
-    """A share, with its interval."""
-    return f"{100 * share:.0f}%" + ("" if span is None else f" ({100 * span[0]:.0f} .. {100 * span[1]:.0f}%)")
+def percent(share: float, span: Sequence[float] | None = None) -> str:
+    """A share, with its interval; what a wild extrapolation gives is not written out."""
+
+    def shown(value: float) -> str:
+        return f"{100 * value:.0f}" if value > -10 else "below -1000"
+
+    return f"{shown(share)}%" + ("" if span is None else f" ({shown(span[0])} .. {shown(span[1])}%)")
 
 
 def saved(record: dict[str, Any]) -> list[str]:

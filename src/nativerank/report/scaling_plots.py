@@ -15,7 +15,6 @@ from nativerank.report.plots import canvas, legend, save, style
 
 BUDGETS = ("#1f4e79", "#2a7f9e", "#4fae8f", "#a6b93c", "#d99a2b", "#c2512f", "#8a2f5b", "#5b3a8c")
 PUBLISHED = {"low rank": (0.479, ":"), "dense": (0.49, "--")}  # exponents of N, Spectron paper
-COLUMNS = 3
 
 
 def draw(found: dict[str, Any], folder: Path) -> list[Path]:
@@ -51,9 +50,9 @@ def looks(groups: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def draw_isoflop(groups: dict[str, Any], file: Path) -> Path:
     """Runs as dots, parabolas as lines, minima as rings."""
-    figure, panels = canvas(min(COLUMNS, len(groups)), 4.2 * min(COLUMNS, len(groups)) + 0.4, 4.0)
+    figure, panels = canvas(len(groups), 0.4 + (4.2 if len(groups) < 3 else 3.3) * len(groups), 4.0)
     budgets = sorted({row["flops"] for group in groups.values() for row in group["isoflop"]["profiles"]})
-    for panel, (name, group) in zip(panels, groups.items(), strict=False):
+    for panel, (name, group) in zip(panels, groups.items(), strict=True):
         for row in group["isoflop"]["profiles"]:
             color = BUDGETS[budgets.index(row["flops"]) % len(BUDGETS)]
             runs = [run for run in group["curves"]["runs"] if run["budget"] == row["flops"]]
@@ -66,8 +65,10 @@ def draw_isoflop(groups: dict[str, Any], file: Path) -> Path:
                 panel.plot(row["params"], row["loss"], "o", color=color, ms=9, mfc="none")
         panel.set(xscale="log", xlabel="parameters N", title=name)
     panels[0].set_ylabel("loss (nats/token)")
-    for panel in panels[1:]:
-        panel.sharey(panels[0])
+    losses = [run["loss"] for group in groups.values() for run in group["curves"]["runs"]]
+    margin = 0.05 * (max(losses) - min(losses))
+    for panel in panels:  # one scale, by the runs: a parabola may rise far beyond them
+        panel.set_ylim(min(losses) - margin, max(losses) + margin)
     legend(figure, panels[0])
     return save(figure, file)
 

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from written_runs import end, full_rows, start, step_row, write_run
+from written_runs import end, full_rows, probes, start, step_row, write_run
 
 from nativerank.report.page import Sources, render
 from nativerank.report.runs import read_run
@@ -80,8 +80,20 @@ def test_the_bound_is_counted(full_run, tmp_path):
         if row.get("step") == 100 and "probes" in row:
             next(iter(row["probes"].values()))["update_ratio"] = 1.25
     page = render(Sources(runs=[read_run(write_run(tmp_path / "run", rows))]))
-    assert "at most 1.25; 1 of 120 looks lie above the bound 1." in page
+    assert "of 6 matrices: at most 1.25; 1 of 120 looks lie above the bound 1." in page
     assert "at most 0.65; 0 of 120 looks lie above the bound 1." in render(Sources(runs=[read_run(full_run)]))
+
+
+def test_of_many_matrices_some_are_drawn_and_all_are_told_of(tmp_path):
+    names = [f"model.layers.{i}.mlp.up_proj" for i in range(40)]
+    rows = [start(40), *(step_row(s, 40, probes=probes(s, names)) for s in range(1, 41)), end(40)]
+    page = render(Sources(runs=[read_run(write_run(tmp_path / "run", rows))]))
+    charts = {chart["id"]: chart for chart in data_of(page)["charts"]}
+    drawn = [trace for trace in charts["bound"]["data"] if trace.get("legendgroup")]
+    assert [trace["name"].split()[0] for trace in drawn] == ["0", "5", "10", "15", "20", "24", "29", "34", "39"]
+    assert [trace.get("visible", True) for trace in drawn].count(True) == 3
+    assert "of 40 matrices: at most 2.35; " in charts["bound"]["summary"]  # that of the last one
+    assert len(data_of(page)["frames"][1]["depths"]) == 40
 
 
 def test_several_runs_over_one_another(full_run, tmp_path):

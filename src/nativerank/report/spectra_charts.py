@@ -5,7 +5,6 @@ more than LISTED only some at equal distances: the map has all.
 """
 
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -49,66 +48,72 @@ def probed(run: Run) -> dict[str, dict[str, Series]]:
 
 
 def spectral_charts(run: Run, seen: dict[str, dict[str, Series]]) -> list[Chart]:
-    """All charts that the probed figures allow."""
-    if len(seen) > LISTED:
-        names = list(seen)
-        seen = {names[i]: seen[names[i]] for i in np.linspace(0, len(names) - 1, LISTED).round().astype(int)}
+    """All charts that the probed figures allow; their sentences tell of all matrices, drawn or not."""
     charts = [norms(run, seen), bound(run, seen)]
     for key, (title, unit, log) in FIGURES.items():
-        there = {module: kinds[key] for module, kinds in seen.items() if key in kinds}
+        there = of_figure(seen, key)
         if there:
             text = f"{unit}: {span(np.concatenate([y for _, y in there.values()]))} over {len(there)} matrices."
-            data = [
-                trace for module, pair in there.items() for trace in of_matrix(run, seen, module, {"": (pair, "solid")})
-            ]
-            charts.append(Chart(key, title, text, data, layout(unit, log="y" if log else ""), over_steps=True))
+            shape = layout(unit, log="y" if log else "")
+            charts.append(Chart(key, title, text, curves(run, seen, key), shape, over_steps=True))
     return [chart for chart in charts if chart is not None]
 
 
-def of_matrix(run: Run, seen: dict[str, Any], module: str, parts: dict[str, tuple[Series, str]]) -> Iterator[Trace]:
-    """Curves of one matrix: one entry in the legend, a dash for each part."""
+def of_figure(seen: dict[str, dict[str, Series]], key: str) -> dict[str, Series]:
+    """The matrices of which a figure was recorded."""
+    return {module: kinds[key] for module, kinds in seen.items() if key in kinds}
+
+
+def listed(seen: dict[str, dict[str, Series]]) -> list[str]:
+    """The matrices that charts may draw."""
     names = list(seen)
-    index = names.index(module)
-    first = {0, len(names) // 2, len(names) - 1} if len(names) > SHOWN else set(range(SHOWN))
-    points = POINTS // sum(len(kinds) for kinds in seen.values())
-    for i, (part, ((x, y), dash)) in enumerate(parts.items()):
-        more: dict[str, Any] = {"dash": dash, "legendgroup": module, "showlegend": i == 0, "points": points}
-        trace = line(short_name(module), x, y, color_of(index), run.name, **more)
-        if part:
-            trace["hovertemplate"] = f"%{{y:.4g}} {part}<extra>%{{fullData.name}}</extra>"
-        yield trace if index in first else trace | {"visible": "legendonly"}
+    places = np.unique(np.linspace(0, len(names) - 1, min(LISTED, len(names))).round().astype(int))
+    return [names[i] for i in places]
+
+
+def curves(run: Run, seen: dict[str, dict[str, Series]], *keys: str) -> list[Trace]:
+    """These figures of some matrices: one entry in the legend each, a dash for each figure."""
+    names = listed(seen)
+    points = POINTS // sum(len(seen[name]) for name in names)
+    middle = (0, len(names) // 2, len(names) - 1)
+    found = []
+    for index, module in enumerate(names):
+        there = [key for key in keys if key in seen[module]]
+        for i, key in enumerate(there):
+            name, dash = NORMS.get(key, ("", "solid"))
+            more: dict[str, Any] = {"dash": dash, "legendgroup": module, "showlegend": i == 0, "points": points}
+            trace = line(short_name(module), *seen[module][key], color_of(index), run.name, **more)
+            if name:
+                trace["hovertemplate"] = f"%{{y:.4g}} {name}"
+            found.append(trace if index in middle else trace | {"visible": "legendonly"})
+    return found
 
 
 def norms(run: Run, seen: dict[str, dict[str, Series]]) -> Chart | None:
     """||W||, and of factors ||A||, ||B||."""
-    data: list[Trace] = []
-    for module, kinds in seen.items():
-        parts = {name: (kinds[key], dash) for key, (name, dash) in NORMS.items() if key in kinds}
-        data += of_matrix(run, seen, module, parts)
-    if not data:
+    last = [y[-1] for _, y in of_figure(seen, "sigma_W").values()]
+    if not last:
         return None
-    last = [kinds["sigma_W"][1][-1] for kinds in seen.values() if "sigma_W" in kinds]
     text = f"Solid ||W||, dashed ||A||, dotted ||B||, a colour per matrix. ||W|| at the last look: {span(last)}."
+    data = curves(run, seen, *NORMS)
     return Chart("norms", "Spectral norms", text, data, layout("largest singular value"), over_steps=True)
 
 
 def bound(run: Run, seen: dict[str, dict[str, Series]]) -> Chart | None:
     """||dW|| / eta where the rule promises a bound; else ||dW||."""
-    ratios = {module: kinds["update_ratio"] for module, kinds in seen.items() if "update_ratio" in kinds}
-    steps = {module: kinds["update_norm"] for module, kinds in seen.items() if "update_norm" in kinds}
+    ratios, steps = of_figure(seen, "update_ratio"), of_figure(seen, "update_norm")
     if not ratios and not steps:
         return None
-    shown = ratios or steps
-    data = [t for module, pair in shown.items() for t in of_matrix(run, seen, module, {"": (pair, "solid")})]
-    highest = max(float(y.max()) for _, y in shown.values())
+    values = np.concatenate([y for _, y in (ratios or steps).values()])
     if not ratios:
-        text = f"||dW||_2 of a step: at most {highest:.4g}. This rule promises no bound."
+        text = f"||dW||_2 of a step: at most {values.max():.4g}. This rule promises no bound."
+        data = curves(run, seen, "update_norm")
         return Chart("update", "Change of W in a step", text, data, layout("||dW||", log="y"), over_steps=True)
-    ends = [min(x[0] for x, _ in shown.values()), max(x[-1] for x, _ in shown.values())]
+    ends = [min(x[0] for x, _ in ratios.values()), max(x[-1] for x, _ in ratios.values())]
+    data = curves(run, seen, "update_ratio")
     data.append(line("bound", ends, [1.0, 1.0], "#b3261e", run.name, dash="dash", mode="lines"))
-    beyond = sum(int((y > 1).sum()) for _, y in shown.values())
-    all_looks = sum(len(y) for _, y in shown.values())
-    text = f"||dW||_2 / eta: at most {highest:.4g}; {beyond} of {all_looks} looks lie above the bound 1."
+    text = f"||dW||_2 / eta of {len(ratios)} matrices: at most {values.max():.4g}; "
+    text += f"{(values > 1).sum()} of {len(values)} looks lie above the bound 1."
     return Chart("bound", "Change of W against its bound", text, data, layout("||dW|| / eta"), over_steps=True)
 
 

@@ -120,7 +120,7 @@ def configuration_page() -> str:
     lines = [
         "# Configuration",
         "",
-        "Every key may stand in a YAML file (`--config run.yaml`) or as a flag (`--optim.lr 0.02`); a flag wins. `null`",
+        "Every key may stand in a YAML file (`--config run.yaml`) or as a flag (`--optim.lr 0.02`); flags win. `null`",
         "is what the preset or the method says. Lengths are in tokens, batches in sequences, rates per step.",
         "",
     ]

@@ -1,5 +1,7 @@
 """Activations that are made again in the backward pass: the same bits, and exactly the memory that the rule says."""
 
+import gc
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -88,6 +90,7 @@ def test_gradients_have_the_same_bits(make, case, keep):
 
 def memory(model, ids):
     """(bytes that wait at the end of the forward pass, the most that was held), beyond what was there before."""
+    gc.collect()  # what earlier models left must not be freed meanwhile
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
         with torch.profiler.record_function("end of the forward pass"):

@@ -75,6 +75,8 @@ class TrainConsole:
             self.say(f"note: {warning}")
         if len(warnings) > SHOWN_WARNINGS:
             self.say(f"note: and {len(warnings) - SHOWN_WARNINGS} more like these, in metrics.jsonl")
+        if "tracked" in facts:
+            self.say("{by}: {look}".format(**facts["tracked"]))
         if facts["event"] == "resume":
             self.say(f"resumed at step {facts['step']} from {facts['checkpoint']}")
         self.steps, self.first, self.began = facts["steps"], facts["step"], time.monotonic()

@@ -5,6 +5,7 @@ import math
 import os
 import struct
 import sys
+import time
 import typing
 
 import pytest
@@ -59,7 +60,11 @@ def scalars_of_wandb(run):
 
     found = []
     for file in sorted(run.glob("wandb/offline-run-*/*.wandb")):
-        for record in map(Record.FromString, records(file)):
+        deadline = time.monotonic() + 20
+        while not (read := [Record.FromString(record) for record in records(file)]) or not read[-1].HasField("exit"):
+            assert time.monotonic() < deadline, f"{file} has no end"
+            time.sleep(0.05)  # its process writes on for a moment after `finish`
+        for record in read:
             if record.HasField("history"):
                 items = {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item}
                 found += [(items["step"], name, value) for name, value in items.items() if name != "step"]

@@ -15,8 +15,8 @@ LEVELS = {
     3: ("methods", "models", "rank"),
     4: ("accounting", "evaluate", "hub"),
     5: ("train", "convert", "integrations"),
-    6: ("experiments", "bench", "report", "export", "scores", "plan"),
-    7: ("scaling",),
+    6: ("experiments", "bench", "export", "scores", "plan"),
+    7: ("scaling", "report"),
     8: ("cli",),
     9: ("__main__",),
 }

@@ -116,7 +116,7 @@ def run_folders(path: Path) -> list[Path]:
     Raises:
         ValueError: there is none.
     """
-    from nativerank.train.folder import CONFIG
+    from nativerank.train.kept_config import CONFIG
     from nativerank.train.metrics import FILE
 
     found = sorted(file.parent for file in path.rglob(FILE) if (file.parent / CONFIG).is_file())
@@ -131,7 +131,7 @@ def read_folder(folder: Path, convention: Convention = "6nd", count: Count = "no
     Raises:
         ValueError: the run has not ended.
     """
-    from nativerank.train.folder import read_config
+    from nativerank.train.kept_config import read_config
     from nativerank.train.metrics import read_rows
 
     config, rows = read_config(folder), read_rows(folder)

@@ -36,6 +36,7 @@ def start_facts(run: RunState, device: torch.device, resumed: Path | None) -> di
         "steps": run.steps,
         "tokens_per_step": run.tokens_per_step,
         "train_tokens": run.dataset.split("train").tokens,
+        "ranks": run.ranks.ranks.now,
         "lr": c.optim.lr,
         "aux_lr": c.optim.aux_lr,
         "device": str(device),

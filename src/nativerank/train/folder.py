@@ -17,12 +17,12 @@ from pathlib import Path
 
 import yaml
 
-from nativerank.config import RunConfig, differences, from_dict, to_dict
+from nativerank.config import RunConfig, differences, to_dict
 from nativerank.distributed.agree import restarts
+from nativerank.train.kept_config import CONFIG, read_config
 from nativerank.train.resolve import free_folder, run_name
 from nativerank.train.setup import versions
 
-CONFIG = "config.yaml"
 PARTIAL_CONFIG = f".{CONFIG}.partial"
 LOCK = ".lock"
 RESTART_SECONDS = 120.0  # that a job which was started again waits for the lock of its predecessor
@@ -165,21 +165,6 @@ def refuse_or_resume(config: RunConfig, out: Path) -> None:
     changed = [key for key in differences(before, config) if not key.startswith(FREE)]
     if changed:
         raise ValueError(f"{out} holds another run, which differs in {', '.join(changed)}; choose another --out")
-
-
-def read_config(out: Path) -> RunConfig:
-    """The resolved configuration that a run folder keeps.
-
-    Raises:
-        ValueError: it is damaged, or of a version with other keys.
-    """
-    try:
-        values = yaml.safe_load((out / CONFIG).read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError("it holds no keys")
-        return from_dict(RunConfig, values)
-    except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"cannot read {out / CONFIG}: {' '.join(str(error).split())}") from None
 
 
 def write_config(config: RunConfig, out: Path) -> None:

@@ -35,8 +35,8 @@ from nativerank.models import allocate, find_preset
 from nativerank.rank.follow import stored_rank
 from nativerank.train import checkpoint
 from nativerank.train.closing import training_of
-from nativerank.train.folder import CONFIG as RUN_CONFIG
-from nativerank.train.folder import read_config
+from nativerank.train.kept_config import CONFIG as RUN_CONFIG
+from nativerank.train.kept_config import read_config
 from nativerank.train.metrics import FILE as METRICS
 from nativerank.train.metrics import read_rows
 from nativerank.train.piece_files import Stored

@@ -12,21 +12,13 @@ gradient_not_finite, loss_not_finite), `action` (skip, rollback, none, stop) and
 steps it undid stay in the file and come again, so the last row of a step is the one that counts. With optim.layerwise a
 loss is judged before there are gradients (grad_norm is then "nan"), and `kept` counts the parameters that had moved
 before a gradient that is not finite ended the step. Other rows with `event` (start, resume, ranks, checkpoint_damaged,
-<<<<<<< HEAD
 tracker_failed, interrupted, end) carry what belongs to the event; that of a start on many processes has their
-`replicas` and `shards`, and as `uneven` the matrices that are not cut along their long side, and with --track `tracked`
-{by, id, look}; the one of the end counts `refused_steps` and has `parameters`, `train_flops`, the `ranks` of every
-matrix and the `mfu` of all steps since start or resume; tracker_failed says which `tracker` was left behind and for
-what `reason`. `ranks`: a look at the spectra after this step changed some: `ranks` {module: [before, after]}, `energy`
-{module: share of ||W||_F^2 that is left}, and from now on `parameters` and `train_flops_per_token`.
-=======
-interrupted, end) carry what belongs to the event; that of a start on many processes has their `replicas` and `shards`,
-and as `uneven` the matrices that are not cut along their long side, and that of any start or resume the `ranks`
-{module: rank} from which it goes on; the one of the end counts `refused_steps` and has `parameters`, `train_flops`, the
-`ranks` of every matrix and the `mfu` of all steps since start or resume. `ranks`: a look at the spectra after this step
-changed some: `ranks` {module: [before, after]}, `energy` {module: share of ||W||_F^2 that is left}, and from now on
-`parameters` and `train_flops_per_token`.
->>>>>>> 8d9f4a4bd093ee2492babc6f9c3c07c3c0832b9b
+`replicas` and `shards`, and as `uneven` the matrices that are not cut along their long side, and that of any start or
+resume the `ranks` {module: rank} from which it goes on, with --track also `tracked` {by, id, look}; the one of the end
+counts `refused_steps` and has `parameters`, `train_flops`, the `ranks` of every matrix and the `mfu` of all steps since
+start or resume; tracker_failed says which `tracker` was left behind and for what `reason`. `ranks`: a look at the
+spectra after this step changed some: `ranks` {module: [before, after]}, `energy` {module: share of ||W||_F^2 that is
+left}, and from now on `parameters` and `train_flops_per_token`.
 
 probes, of each probed matrix W (the formulas: docs/math.md, "What is recorded"): update_norm (||dW||_2 of this step,
 weight decay included, 0 if the guard refused it), sigma_W (||W||_2), stable_rank, output_change (RMS change of the

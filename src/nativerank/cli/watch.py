@@ -13,6 +13,7 @@ from typing import Any
 
 from nativerank.cli.flags import add_quiet
 from nativerank.cli.output import STDOUT, add_json, check_json, write_json
+from nativerank.terminal import console as open_console
 
 DESCRIPTION = """Shows a run on the terminal: how far it is, loss, rates, speed, spectral norms, what happened. It reads
 the run folder alone, so it works beside a run, over ssh, and after it. In a pipe it prints once."""
@@ -51,12 +52,11 @@ def run(flags: Any) -> int:
     if flags.json is not None:
         if write_json(watched.record(), flags.json) or flags.quiet:
             return 0
-    from rich.console import Console
 
     from nativerank.cli.dashboard import Dashboard
 
     terminal = sys.stdout.isatty()
-    console = Console(highlight=False, width=None if terminal else 80)
+    console = open_console()
     if terminal and not flags.once and flags.json in (None, STDOUT):
         follow(watched, console, flags.every)
     console.print(Dashboard(watched))

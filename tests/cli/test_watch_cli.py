@@ -1,8 +1,10 @@
 """watch: a run on 80 columns, once in a pipe, until its end on a terminal; one line for what is wrong."""
 
 import json
+import re
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -10,6 +12,8 @@ from rich.console import Console
 from nativerank.cli.dashboard import ASCII, BLOCKS, Dashboard, spark
 from nativerank.report.watch import Series, watch_run
 from nativerank.train.metrics import read_rows
+
+PAGE = Path(__file__).parents[2] / "docs" / "watch.md"
 
 
 @pytest.fixture
@@ -152,3 +156,15 @@ def test_a_sparkline_has_its_lowest_and_highest():
     constant = Series()
     constant.put(1, 5.0)
     assert spark(constant, BLOCKS, 5) == BLOCKS[0]
+
+
+def test_the_picture_in_the_docs_has_every_line(cli, finished):
+    (picture,) = re.findall(r"```\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.S)
+    assert max(map(len, picture.splitlines())) <= 80
+
+    def heads(text):
+        return {line.split("  ")[0].rstrip() for line in text.splitlines() if "\u2581" in line}
+
+    assert heads(cli("watch", finished).out) == heads(picture)
+    titles = re.findall(r"^step \d+ +(sigma_W.*)$", picture, re.M)
+    assert titles and all(re.search(" +".join(map(re.escape, t.split())), cli("watch", finished).out) for t in titles)

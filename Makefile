@@ -1,6 +1,7 @@
 # make train   a natively low-rank language model on real English, minutes on two cores
 # make test    lint, types and tests as CI runs them; make test-slow for the long ones
-# Both create .venv first; nothing but Python 3.11 and make has to be there.
+# make docs    the documentation as a site, in build/site
+# All create .venv first; nothing but Python 3.11 and make has to be there.
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 TESTABLE := $(VENV)/.testable
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: install train test test-slow lint bench clean
+.PHONY: install train test test-slow lint docs bench clean
 
 install: $(INSTALLED)
 
@@ -40,6 +41,10 @@ test: lint
 test-slow: $(TESTABLE)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2 --dist loadfile -m slow
 
+# The site, in build/site. A link that leads nowhere is an error.
+docs: $(TESTABLE)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 STEPS := spectron spectron+compile lowrank-adamw+compile dense-adamw hf-dense
 RECORDS := benchmarks/results
 CPU := --threads 1 --clock cpu
@@ -67,4 +72,4 @@ bench: install
 		--prompt_tokens 16 --new_tokens 8 --clock cpu --json $(RECORDS)/bench-generate.json
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) build .pytest_cache .ruff_cache .mypy_cache

@@ -232,7 +232,8 @@ class TrainConfig:
     """The loop.
 
     Args:
-        steps: optimizer steps; tokens: the same as a token count, rounded up to whole steps (set at most one).
+        steps: optimizer steps.
+        tokens: the same as a token count, rounded up to whole steps; set at most one of both.
         batch_size: sequences of one forward and backward pass.
         accumulation: passes per optimizer step; tokens_per_step = batch_size * accumulation * context. None keeps the
             preset's sequences per step at another batch_size (a larger batch than a preset without accumulation has

@@ -82,7 +82,7 @@ def test_certified_step_survives_bad_gradients():
 
 
 def test_tangent_part_of_an_orthonormal_step_is_at_most_2_over_sqrt_3():
-    """docs/math.md; attained for a = 1/3, so no smaller constant would do."""
+    """docs/methods/stiefel-spectron.md; attained for a = 1/3, so no smaller constant would do."""
     g = torch.Generator().manual_seed(0)
     U = torch.eye(6, dtype=torch.float64)[:, :3]
     worst = 0.0

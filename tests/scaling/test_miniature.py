@@ -54,6 +54,14 @@ def test_the_page_quotes_the_fit(found):
         assert quoted[2:7:2] == pytest.approx([profile["loss"] for profile in profiles], abs=1e-3)
         exponents = [iso["n_exponent"], *iso["n_interval"], law["n_exponent"], *law["n_interval"]]
         assert quoted[7:] == pytest.approx(exponents, abs=0.01)
+    for name in ("spectron rho=0.125", "spectron rho=0.5"):
+        (row,) = re.findall(rf"^\| {re.escape(name)} \| (.*) \|$", page, flags=re.M)
+        group = found["groups"][name]
+        minima = [number for p in group["isoflop"]["profiles"] for number in (p["params"] / 1e3, p["loss"])]
+        assert numbers(row)[0] == group["runs"]
+        assert numbers(row)[1:] == pytest.approx(minima, rel=0.01)
+    best = found["surface"]["spectron"]["best"]
+    assert "The best ratio is 0.5 at all three budgets" in page and {row["rank_ratio"] for row in best} == {0.5}
     saving = decide(found)["saving"]
     (quoted_saving,) = re.findall(r"by (-?\d+% \(.*?\)) at 9e12", page)
     assert numbers(quoted_saving) == pytest.approx([100 * x for x in (saving["at_budget"], *saving["interval"])], abs=1)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from nativerank.cli.flags import add_quiet
 from nativerank.cli.output import add_json, check_json, teller, write_json
 
 DESCRIPTION = """One self-contained HTML page of runs (run folders, or folders of them), comparisons (of compare) and
@@ -34,7 +35,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--out", type=Path, metavar="FILE", help=f"the page (without: {PAGE} in the folder, or here)")
     parser.add_argument("--title", default="", help="of the page")
     parser.add_argument("--no_plan", action="store_true", help="do not plan the run again to compare its cost")
-    parser.add_argument("--quiet", action="store_true", help="print nothing")
+    add_quiet(parser)
     add_json(parser)
     parser.set_defaults(run=run)
 

@@ -48,7 +48,10 @@ class FactorLayer(Protocol):
         """The r leading singular values of W (..., r), descending, found without forming W."""
 
     def resize(self, rank: int, generator: torch.Generator | None = None) -> list[Resized]:
-        """Another rank, in place; W changes by no more than the energy that is dropped. What became of which column."""
+        """Another rank, in place; W changes by no more than the energy that is dropped. What became of which column.
+
+        The generator draws new directions where the rank grows.
+        """
 
     def reshape(self, rank: int) -> list[Resized]:
         """Another rank for numbers that are loaded next."""

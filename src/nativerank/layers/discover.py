@@ -67,10 +67,12 @@ class Matrix:
 
     @property
     def d_in(self) -> int:
+        """Length of what it maps."""
         return self.weight.shape[-1]
 
     @property
     def d_out(self) -> int:
+        """Length of what it maps to."""
         return self.weight.shape[-2]
 
     @property
@@ -80,7 +82,9 @@ class Matrix:
 
     @torch.no_grad()
     def init_dense(self, std: float, seed: int) -> None:
-        """Fills W with iid normal numbers, the very ones that `init_factor_layer` with the same name truncates."""
+        """Fills W with iid normal numbers of this std, the very ones that `init_factor_layer` with the same name and
+        seed truncates.
+        """
         weights = [self.weight] if self.weight.ndim == 2 else list(self.weight)
         names = [self.name] if self.weight.ndim == 2 else [f"{self.name}.{e}" for e in range(self.stack)]
         for name, W in zip(names, weights, strict=True):
@@ -120,7 +124,8 @@ def linear_modules(model: nn.Module, include: Patterns = (), exclude: Patterns =
 
 
 def matrix_parameters(model: nn.Module, include: Patterns = (), exclude: Patterns = ()) -> list[str]:
-    """Names of the parameters of the dense hidden matrices, as `named_parameters` has them."""
+    """Names of the parameters of a model's dense hidden matrices, as `named_parameters` has them; include and exclude
+    as in `linear_modules`."""
     return [m.parameter_name for m in linear_modules(model, include, exclude).values()]
 
 

@@ -63,7 +63,10 @@ class LowRankExperts(nn.Module):
 
     @classmethod
     def replacing(cls, experts: nn.Module, projection: str, rank: int) -> Self:
-        """An unfilled stack shaped like the parameter `projection` of an experts module, which is left as it is."""
+        """An unfilled stack of this rank, shaped like the parameter `projection` of an experts module.
+
+        That is left as it is.
+        """
         weight = getattr(experts, projection)
         num_experts, d_out, d_in = weight.shape
         active = active_experts(experts)
@@ -91,7 +94,7 @@ class LowRankExperts(nn.Module):
 
     @torch.no_grad()
     def resize(self, rank: int, generator: torch.Generator | None = None) -> list[Resized]:
-        """Another rank for every expert, in place; as `LowRankLinear.resize`."""
+        """Another rank for every expert, in place; generator as of `LowRankLinear.resize`."""
         check_rank(rank, self.in_features, self.out_features, type(self).__name__)
         return self._take(*resized_pair(*self.factors(), rank, generator)) if rank != self.rank else []
 

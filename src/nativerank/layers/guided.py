@@ -31,7 +31,7 @@ class GuidedLinear(LowRankLinear):
     """Maps (..., d_in) to (..., d_out) through `rank` dimensions, beside a dense guide while there is one.
 
     In evaluation both branches are always mixed. Saved models know it as what it becomes, a `LowRankLinear`; the
-    arguments are that class's.
+    arguments (bias, device and dtype among them) are that class's.
     """
 
     wants_dense = False  # whether the guide starts as the dense initialisation instead of the product
@@ -57,7 +57,7 @@ class GuidedLinear(LowRankLinear):
         self.guide.copy_(W)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., d_in) -> (..., d_out)."""
+        """x (..., d_in) -> (..., d_out)."""
         if self.guide is None or (self.training and not self.active):
             return super().forward(x)
         low_rank = self.up(self.inner(x))  # (..., d_out); the modules, which others may have wrapped
@@ -171,5 +171,5 @@ class Guides:
 
 
 def guided_layers(model: nn.Module) -> dict[str, Any]:
-    """Modules that have, or had, a guide."""
+    """The modules of a model that have, or had, a guide."""
     return {name: module for name, module in model.named_modules() if hasattr(module, "free_guide")}

@@ -31,7 +31,7 @@ GRID_POINTS = 1 << 16  # of the Marchenko-Pastur distribution function; the quan
 
 
 def init_seed(seed: int, name: str) -> int:
-    """A 63-bit seed for one parameter: stable over machines, versions and the order of modules."""
+    """A 63-bit seed for the parameter `name` of a run: stable over machines, versions, the order of modules."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big") >> 1
 
 
@@ -41,7 +41,11 @@ def named_generator(seed: int, name: str) -> torch.Generator:
 
 
 def dense_init(name: str, d_out: int, d_in: int, std: float, seed: int) -> Tensor:
-    """The iid normal float32 matrix W (d_out, d_in) that any method starts the named matrix from."""
+    """The iid normal float32 matrix W (d_out, d_in) that any method starts the named matrix from.
+
+    Args:
+        name: of the matrix in its model. std: of the entries. seed: of the run; with the name it fixes every number.
+    """
     return torch.randn(d_out, d_in, generator=named_generator(seed, name)).mul_(std)
 
 
@@ -49,6 +53,9 @@ def truncated_svd(W: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The best rank-r approximation A B^T of W (d_out, d_in), balanced: A (d_out, r), B (d_in, r), at least float32.
 
     Equal input gives equal factors on any LAPACK.
+
+    Raises:
+        ValueError: the rank lies outside [1, min(d_in, d_out)], or W is not finite.
     """
     if not torch.isfinite(W).all():
         raise ValueError(f"cannot factorize a weight of shape {tuple(W.shape)} that holds NaN or infinity")
@@ -58,7 +65,8 @@ def truncated_svd(W: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def gaussian_spectrum(d_in: int, d_out: int, rank: int, std: float) -> Tensor:
-    """The r largest singular values (r,) that a (d_out, d_in) matrix of iid entries has: Marchenko-Pastur quantiles.
+    """The `rank` largest singular values (r,) of a (d_out, d_in) matrix of iid entries with standard deviation `std`:
+    Marchenko-Pastur quantiles.
 
     The i-th of m values stands at probability (i - 1/2) / m. With s = 1 - sqrt(beta) cos(theta) the law becomes
     sin^2(theta) sqrt((s + a)(s + b)) / (pi s) dtheta, which is smooth on (0, pi) for square matrices too.
@@ -94,6 +102,8 @@ def sampled_factors(
     flat: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Factors A (d_out, r), B (d_in, r) with the law of `truncated_svd` of a Gaussian matrix, no dense matrix formed.
+
+    rank is r, std the standard deviation of the Gaussian matrix.
 
     Numbers are drawn on the CPU (by torch's global generator if none is given), the QR runs on `device`. With `flat`
     all singular values are equal and W has the Frobenius norm of the Gaussian matrix before truncation.

@@ -65,7 +65,9 @@ class LowRankLinear(nn.Module):
 
     @classmethod
     def replacing(cls, module: nn.Module, rank: int) -> Self:
-        """An unfilled layer in the place of a linear `module`, which loses its weight and bias to become the shell.
+        """An unfilled layer of this rank in the place of a linear `module`.
+
+        The module loses its weight and bias to become the shell.
 
         `module.weight` is (d_out, d_in), or (d_in, d_out) in a transformers `Conv1D`.
         """
@@ -80,7 +82,7 @@ class LowRankLinear(nn.Module):
         return layer
 
     def share(self, other: Self) -> None:
-        """Takes over the factors of another layer, for modules whose weights were tied."""
+        """Takes over the factors of the `other` layer, for modules whose weights were tied."""
         self.up.weight, self.down.weight = other.up.weight, other.down.weight
 
     @torch.no_grad()
@@ -156,7 +158,7 @@ class LowRankLinear(nn.Module):
         return UnformedWeight((self.out_features, self.in_features), self.up.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., d_in) -> (..., d_out)."""
+        """x (..., d_in) -> (..., d_out)."""
         h = self.inner(x)  # (..., r)
         return self.up(h)  # (..., d_out)
 

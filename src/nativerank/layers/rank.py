@@ -37,7 +37,11 @@ def check_rank(rank: int, d_in: int, d_out: int, name: str) -> None:
 
 
 def rank_from_ratio(ratio: float, d_in: int, d_out: int, rule: str = "auto") -> int:
-    """The rank a ratio means for a (d_out, d_in) matrix, always in [1, min(d_in, d_out)]."""
+    """The rank a ratio means for a (d_out, d_in) matrix, always in [1, min(d_in, d_out)].
+
+    By rule "auto" int(ratio * d_in), or int(ratio * min(d_in, d_out)) where that reaches break-even; by rule "code" the
+    first, clipped. A ratio or a rule out of range is a ValueError.
+    """
     check_ratio(ratio)
     if rule not in RULES:
         raise ValueError(f"unknown rank rule {rule!r}; known: {', '.join(RULES)}")

@@ -55,7 +55,7 @@ class FactorizeEntry:
 
 @dataclass(frozen=True)
 class FactorizeReport:
-    """All entries, and the parameter counts of the whole model before and after."""
+    """All entries, and the parameter counts of the whole model, `params_before` and `params_after`."""
 
     entries: tuple[FactorizeEntry, ...]
     params_before: int

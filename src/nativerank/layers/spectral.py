@@ -21,7 +21,8 @@ from nativerank.linalg.spectrum import product_spectrum, spectral_form
 
 
 class SpectralLinear(LowRankLinear):
-    """Maps (..., d_in) to (..., d_out) through `rank` singular directions; the arguments are LowRankLinear's."""
+    """Maps (..., d_in) to (..., d_out) through `rank` singular directions; the arguments (d_in, d_out, rank, bias,
+    device, dtype) are LowRankLinear's."""
 
     kind = "spectral"
     s: nn.Parameter
@@ -50,7 +51,7 @@ class SpectralLinear(LowRankLinear):
         self.s.copy_(s)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., d_in) -> (..., d_out)."""
+        """x (..., d_in) -> (..., d_out)."""
         h = self.inner(x)  # (..., r)
         return self.up(h * self.s.to(h.dtype))  # (..., d_out)
 

@@ -75,8 +75,8 @@ def symmetric_product(X: Tensor, Y: Tensor) -> Tensor:
 def gram_root(X: Tensor, reduce: Reduce | None = None) -> Tensor:
     """Some S (..., r, r) in float64 with S^T S = X^T X, so that X y and S y have the same length for every y.
 
-    From the eigenvalues of the float64 Gram matrix: works for zero and rank-deficient X, where Cholesky stops; NaN for
-    an X that is not finite.
+    `reduce` as in `gram`. From the eigenvalues of the float64 Gram matrix: works for zero and rank-deficient X, where
+    Cholesky stops; NaN for an X that is not finite.
     Singular values of X below about 1e-8 of the largest are lost. MPS has no float64, so there it runs on the CPU.
     """
     return symmetric_root(gram(to_float64(X), reduce))

@@ -14,7 +14,10 @@ from nativerank.linalg.gram import Reduce, at_least_float32, full_precision, gra
 
 
 def spectral_norm(X: Tensor, reduce: Reduce | None = None) -> Tensor:
-    """sigma_max (...) of X (..., d, r), exact up to rounding (relative error r eps); NaN where X is not finite."""
+    """sigma_max (...) of X (..., d, r), exact up to rounding (relative error r eps); NaN where X is not finite.
+
+    `reduce` as in `gram`.
+    """
     if X.shape[-2] < X.shape[-1]:
         if reduce:
             raise ValueError("a sharded matrix must be tall: pass its transpose")

@@ -66,7 +66,8 @@ def coefficients(method: str, steps: int) -> Coefficients:
 def orthogonalizing_factor(G: Tensor, method: str = "newton-schulz", steps: int = 5) -> Tensor:
     """Q (..., r, r) such that M Q is the orthogonalized M, from G = M^T M.
 
-    A zero G gives a finite Q, so a zero M stays zero. Runs in G's dtype, float32 or float64.
+    method and steps as of `orthogonalize`. A zero G gives a finite Q, so a zero M stays zero. Runs in G's dtype,
+    float32 or float64.
     """
     polynomials = coefficients(method, steps)
     trace = G.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(torch.finfo(G.dtype).tiny)[..., None, None]
@@ -141,6 +142,9 @@ def orthogonalize(M: Tensor, method: str = "newton-schulz", steps: int = 5, redu
         method: "newton-schulz" or "polar-express".
         steps: iterations.
         reduce: sums Gram matrices over the processes that hold the other rows.
+
+    Raises:
+        ValueError: an unknown method, or rows of a wide matrix.
     """
     if M.shape[-2] < M.shape[-1]:
         if reduce:
@@ -153,7 +157,7 @@ def orthogonalize(M: Tensor, method: str = "newton-schulz", steps: int = 5, redu
 
 
 def orthogonalize_plain(M: Tensor, method: str = "newton-schulz", steps: int = 5) -> Tensor:
-    """The same polynomial in float64, iterated on M itself as published: slow, explicit, the oracle."""
+    """The same polynomial (method, steps) in float64, iterated on M itself as published: slow, explicit, the oracle."""
     if M.shape[-2] < M.shape[-1]:
         return orthogonalize_plain(M.mT, method, steps).mT
     X = M.double()

@@ -61,6 +61,9 @@ def retract(X: Tensor, way: str = "cholesky", start: Tensor | None = None, reduc
         way: "qr", "cholesky", "polar" or "cayley".
         start: the frames before the step; cayley needs them.
         reduce: as in `frame_factor`.
+
+    Raises:
+        ValueError: an unknown way, or cayley without a start.
     """
     if way != "cayley":
         return frame_factor(X, way, reduce)[0]
@@ -70,7 +73,8 @@ def retract(X: Tensor, way: str = "cholesky", start: Tensor | None = None, reduc
 
 
 def tangent(Q: Tensor, G: Tensor, reduce: Reduce | None = None) -> Tensor:
-    """G - Q sym(Q^T G): the part of G (..., d, r) along which the frames Q stay orthonormal to first order."""
+    """G - Q sym(Q^T G): the part of G (..., d, r) along which the frames Q stay orthonormal to first order;
+    `reduce` as in `gram`."""
     with full_precision(Q.device):
         C = _summed(Q.mT @ G, reduce)
         return G - Q @ ((C + C.mT) / 2)
@@ -81,7 +85,7 @@ def qr_vjp(Q: Tensor, R: Tensor, dQ: Tensor, reduce: Reduce | None = None, inver
 
         dA = (dQ - Q S) R^-T,   S = T + T^T - diag(T),   T = triu(Q^T dQ)
 
-    R is upper triangular and invertible; `inverse` is R^-1 for who has it.
+    R is upper triangular and invertible; `inverse` is R^-1 for who has it; `reduce` as in `gram`.
     """
     with full_precision(Q.device):
         T = _summed(Q.mT @ dQ, reduce).triu()

@@ -56,7 +56,7 @@ def singular_values(X: Tensor) -> Tensor:
 
 
 def stable_rank(spectrum: Tensor) -> Tensor:
-    """||W||_F^2 / ||W||_2^2 from singular values (..., r); 0 for a zero matrix, else 1 to the rank."""
+    """||W||_F^2 / ||W||_2^2 from a spectrum, singular values (..., r); 0 for a zero matrix, else 1 to the rank."""
     squares = spectrum.square()
     largest = squares.amax(-1)
     return torch.where(largest == 0, 0.0, squares.sum(-1) / largest.clamp_min(torch.finfo(squares.dtype).tiny))

@@ -1,0 +1,89 @@
+"""The public API says what it takes, gives and raises: `nativerank`, `nativerank.layers`, `nativerank.linalg`."""
+
+import ast
+import inspect
+import re
+import textwrap
+
+import pytest
+
+import nativerank as nr
+
+
+def public():
+    """(dotted name, object) of every public function, class, and public method of such a class."""
+    found = {f"nr.{name}": getattr(nr, name) for name in nr.__all__ if name not in (*nr.ROOMS, "__version__")}
+    for room in nr.ROOMS:
+        module = getattr(nr, room)
+        found |= {f"nr.{room}.{name}": getattr(module, name) for name in module.__all__}
+    for name, thing in list(found.items()):
+        if inspect.isclass(thing):
+            methods = {
+                k: v for k, v in vars(thing).items() if not k.startswith("_") and (callable(v) or is_accessor(v))
+            }
+            found |= {f"{name}.{k}": unwrapped(v) for k, v in methods.items()}
+    return {name: thing for name, thing in found.items() if callable(thing)}
+
+
+def is_accessor(value):
+    return isinstance(value, (property, classmethod, staticmethod))
+
+
+def unwrapped(value):
+    """The function behind a property or a class method."""
+    return value.fget if isinstance(value, property) else inspect.unwrap(getattr(value, "__func__", value))
+
+
+def own_doc(thing):
+    """What is written at the thing itself, or at what it overrides."""
+    return inspect.getdoc(thing) or ""
+
+
+def parameters(thing):
+    """Names of what a caller gives."""
+    function = thing.__init__ if inspect.isclass(thing) else thing
+    try:
+        names = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return []
+    return [name for name in names if name not in ("self", "cls", "args", "kwargs") and not name.startswith("_")]
+
+
+def raises_value_error(thing):
+    """Whether its own code raises one."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(thing)))
+    except (OSError, TypeError, SyntaxError):
+        return False
+    raised = [node.exc for node in ast.walk(tree) if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)]
+    return any(isinstance(call.func, ast.Name) and call.func.id == "ValueError" for call in raised)
+
+
+PUBLIC = public()
+
+
+def test_there_is_something_to_check():
+    assert {
+        "nr.factorize",
+        "nr.layers.LowRankLinear",
+        "nr.layers.LowRankLinear.factors",
+        "nr.linalg.gram",
+    } <= PUBLIC.keys()
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_it_says_what_it_is(name):
+    assert len(own_doc(PUBLIC[name])) > 15
+
+
+@pytest.mark.parametrize("name", [name for name, thing in PUBLIC.items() if parameters(thing)])
+def test_every_argument_is_named(name):
+    doc = own_doc(PUBLIC[name])
+    missing = [p for p in parameters(PUBLIC[name]) if not re.search(rf"(?<!\w){re.escape(p)}(?!\w)", doc)]
+    assert missing == []
+
+
+@pytest.mark.parametrize("name", [name for name, thing in PUBLIC.items() if inspect.isfunction(thing)])
+def test_what_it_raises_stands_there(name):
+    if raises_value_error(PUBLIC[name]):
+        assert re.search(r"Raises|ValueError|Refuses|error", own_doc(PUBLIC[name]))

@@ -9,7 +9,7 @@ import nativerank
 
 SOURCE = Path(nativerank.__file__).parent
 LEVELS = {
-    0: ("schema", "version", "files", "extras", "allocator"),
+    0: ("schema", "version", "files", "extras", "allocator", "terminal"),
     1: ("config", "linalg", "distributed"),
     2: ("layers", "optim", "data"),
     3: ("methods", "models", "rank"),

@@ -364,7 +364,9 @@ class RunConfig:
         init: run or model folder whose weights are trained on; it decides architecture and ranks, the preset the rest.
         device: cpu, cuda or mps; None takes cuda, then cpu.
         compile: torch.compile each transformer block.
-        track: mirror metrics.jsonl into a tracker.
+        track: show the run in a service besides metrics.jsonl; each works without network and account. "tensorboard"
+            (extra `track`) and "wandb" (extra `wandb`, sent along if somebody is logged in) write into the run folder,
+            "trackio" (extra `trackio`) into its own.
         profile: write a profiler trace and table of a few steps into the run folder.
     """
 
@@ -374,7 +376,7 @@ class RunConfig:
     init: str | None = None
     device: Literal["cpu", "cuda", "mps"] | None = None
     compile: bool = False
-    track: Literal["none", "tensorboard"] = "none"
+    track: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
     profile: bool = False
     model: ModelConfig = field(default_factory=ModelConfig)
     rank: RankConfig = field(default_factory=RankConfig)

@@ -1,15 +1,14 @@
-"""metrics.jsonl: the documented keys, JSON only, one row a step; TensorBoard mirrors it."""
+"""metrics.jsonl: the documented keys, JSON only, one row a step."""
 
 import json
 import math
 import re
-import sys
 
 import pytest
 
 from nativerank.train import metrics
 from nativerank.train.loop import train
-from nativerank.train.metrics import JsonLines, flatten, read_rows
+from nativerank.train.metrics import JsonLines, read_rows
 
 STEP_KEYS = {
     "step", "tokens", "loss", "lr", "aux_lr", "grad_norm", "tokens_per_second", "seconds", "optimizer_share",
@@ -106,32 +105,6 @@ def test_a_row_can_be_read_as_soon_as_it_is_written(tmp_path):
     lines.row({"step": 1})
     assert read_rows(tmp_path) == [{"step": 1}]
     lines.close()
-
-
-def test_flatten_keeps_numbers_only():
-    row = {"step": 3, "loss": 1.5, "event": "end", "flag": True, "probes": {"a": {"rho": 0.5}}, "list": [1]}
-    assert dict(flatten(row)) == {"step": 3, "loss": 1.5, "probes/a/rho": 0.5}
-
-
-def test_tensorboard_holds_the_numbers(tmp_path, run_config, listen, crash):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    common = dict(out=tmp_path / "run", track="tensorboard", train__checkpoint_every=3, train__probe_every=4)
-    with pytest.raises(crash):
-        train(run_config(**common), listen(crash_after=5))
-    train(run_config(resume="auto", **common), listen())
-    events = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
-    losses = {r["step"]: r["loss"] for r in read_rows(tmp_path / "run") if "loss" in r}
-    found = [(e.step, pytest.approx(e.value)) for e in events.Scalars("loss")]
-    assert found == list(losses.items()), "each step once, also across the crash"
-    assert "probes/model.layers.0.self_attn.q_proj/sigma_A" in events.Tags()["scalars"]
-
-
-def test_tensorboard_that_is_not_installed_is_an_error_before_anything_is_made(tmp_path, cli, flags, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorboard", None)
-    result = cli("train", *flags(out=tmp_path / "run", track="tensorboard"))
-    assert result.code == 2 and "pip install 'nativerank[track]'" in result.err
-    assert not (tmp_path / "run").exists()
 
 
 def test_a_profile_is_a_trace_and_a_table(tmp_path, run_config, listen):

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +15,8 @@ import torch
 from nativerank.train.step import Stopwatch
 
 T = TypeVar("T")
+Watch = Callable[[str, int, int], None]
+WATCH: ContextVar[Watch] = ContextVar("WATCH", default=lambda what, done, total: None)
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
@@ -24,9 +27,21 @@ def check_sizes(**sizes: int | None) -> None:
             raise ValueError(f"--{name} must be at least 1, got {value}")
 
 
+@contextmanager
+def told(watch: Watch) -> Iterator[None]:
+    """In the block `watch` hears of every round before it begins, which is when nothing is measured."""
+    token = WATCH.set(watch)
+    try:
+        yield
+    finally:
+        WATCH.reset(token)
+
+
 def rounds(contestants: Sequence[T], repeats: int, warmup: int) -> Iterator[tuple[list[T], bool]]:
     """(the contestants, in reverse order every other time, and whether this round counts)."""
+    watch = WATCH.get()
     for turn in range(warmup + repeats):
+        watch("rounds", turn, warmup + repeats)
         yield (list(contestants) if turn % 2 else list(reversed(contestants))), turn >= warmup
 
 

@@ -26,6 +26,7 @@ from nativerank.cli.bench_step70b import add_flags as step70b_flags
 from nativerank.cli.bench_step70b import show_step70b
 from nativerank.cli.flags import add_quiet
 from nativerank.cli.output import add_json, check_json, write_json
+from nativerank.terminal import console as open_console
 
 EXAMPLE = """examples:
   nativerank bench train
@@ -146,7 +147,13 @@ def runner(name: str, show: Callable[[dict[str, Any]], None]) -> Callable[[argpa
     def run(flags: argparse.Namespace) -> int:
         check_json(flags.json)
         measure = getattr(importlib.import_module(f"nativerank.bench.{name}"), f"bench_{name}")
-        result = measure(**{k: v for k, v in vars(flags).items() if k not in ("run", "json", "quiet", "benchmark")})
+        from nativerank.bench.measure import told
+        from nativerank.cli.console import progress
+
+        settings = {k: v for k, v in vars(flags).items() if k not in ("run", "json", "quiet", "benchmark")}
+        with progress(flags.quiet, still=True) as watch, told(watch):
+            watch(name)
+            result = measure(**settings)
         if not write_json(result, flags.json) and not flags.quiet:
             show(result)
         return 0
@@ -156,7 +163,6 @@ def runner(name: str, show: Callable[[dict[str, Any]], None]) -> Callable[[argpa
 
 def show_frames(result: dict[str, Any]) -> None:
     """Seconds of a step and what of them the frames take."""
-    from rich.console import Console
     from rich.table import Table
 
     (case,) = result["cases"]
@@ -167,12 +173,11 @@ def show_frames(result: dict[str, Any]) -> None:
         table.add_column(column, justify="right" if column else "left")
     for side, seconds in case["seconds"].items():
         table.add_row(side, f"{1e3 * seconds:,.0f}", f"{case['share'][side]:.1%}")
-    Console(highlight=False).print(table)
+    open_console().print(table)
 
 
 def show_bound(result: dict[str, Any]) -> None:
     """A table of the largest ratios; the worst cases in words are in the JSON."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title=f"largest ||dW|| / eta over {result['cases'][0]['cases']:,} adversarial steps")
@@ -182,7 +187,7 @@ def show_bound(result: dict[str, Any]) -> None:
         by_vector = row["max_ratio_by_power_vector"]
         figures = [f"{value:.3f}" for value in (row["max_ratio"], *(by_vector[k] for k in ("exact", "cold", "stale")))]
         table.add_row(row["form"], *figures, f"{row['violations']:,}")
-    console = Console(highlight=False)
+    console = open_console()
     console.print(table)
     for run in result["training"]:
         console.print(
@@ -194,7 +199,6 @@ def show_bound(result: dict[str, Any]) -> None:
 
 def show_conditioning(result: dict[str, Any]) -> None:
     """A row for each group of runs: median over matrices, and in brackets the worst."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title="medians over matrices (and the worst)")
@@ -207,7 +211,7 @@ def show_conditioning(result: dict[str, Any]) -> None:
         name = f"{run}, {row['seeds']} seed{'s' * (row['seeds'] > 1)}"
         cells = [f"{row['median'][c]:.3g} ({row['worst'][c]:.3g})" for c in figures.values()]
         table.add_row(f"{name}\n{row['layer']}", *cells)
-    console = Console(highlight=False)
+    console = open_console()
     console.print(table)
     console.print("norm bound: known norm of W over its norm; spread: largest over smallest singular value")
     console.print("cond: of the map from steps of the factors to dW; balanced: the least of a pair with this product")

@@ -3,6 +3,8 @@
 import argparse
 from typing import Any
 
+from nativerank.terminal import console as open_console
+
 EXAMPLE = """examples:
   nativerank bench distributed
   nativerank bench distributed --processes 2 --json benchmarks/results/bench-distributed.json
@@ -37,9 +39,7 @@ def add_flags(names: Any) -> argparse.ArgumentParser:
 
 def show_distributed(result: dict[str, Any]) -> None:
     """Steps and the contest, or the cases on paper."""
-    from rich.console import Console
-
-    console = Console(highlight=False)
+    console = open_console()
     if "once" not in result:
         for case in result["cases"]:
             console.print(_paper(case))

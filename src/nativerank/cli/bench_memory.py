@@ -4,6 +4,7 @@ import argparse
 from typing import Any
 
 from nativerank.cli.bench_race import add_rounds, add_size, show_races, threads
+from nativerank.terminal import console as open_console
 
 EXAMPLE = """examples:
   nativerank bench memory
@@ -53,7 +54,6 @@ def _parser(names: Any, name: str, what: str) -> argparse.ArgumentParser:
 
 def show_memory(result: dict[str, Any]) -> None:
     """Megabytes at the peak of both sides by policy."""
-    from rich.console import Console
     from rich.table import Table
 
     title = "peak of {steps} steps of {preset}, {batch_size} x {context} tokens".format(**result["settings"])
@@ -66,7 +66,7 @@ def show_memory(result: dict[str, Any]) -> None:
             before, ratio = f"{case['base_bytes'][name] / 1e6:,.0f}", f"{case['peak_ratio'][name]:.2f}"
             table.add_row(policy, name, before, f"{peak / 1e6:,.0f}", ratio, f"{case['seconds'][name]:.2f}")
             policy = ""
-    Console(highlight=False).print(table)
+    open_console().print(table)
 
 
 def show_loss(result: dict[str, Any]) -> None:

@@ -3,6 +3,8 @@
 import argparse
 from typing import Any
 
+from nativerank.terminal import console as open_console
+
 HELP_THREADS = "numbers of threads (default: 1 and PyTorch's own)"
 DEVICES = ("cpu", "cuda", "mps")
 
@@ -96,7 +98,6 @@ def _stacks(case: dict[str, Any]) -> str:
 
 def show_train(result: dict[str, Any]) -> None:
     """Milliseconds of a step and of its parts."""
-    from rich.console import Console
 
     settings = result["settings"]
     layers = f"{settings['layers']} layer{'s' * (settings['layers'] > 1)}"
@@ -108,7 +109,7 @@ def show_train(result: dict[str, Any]) -> None:
     show_races(result, about, threads, extra)
     (case,) = result["cases"]
     shares = ", ".join(f"{name} {share:.1%}" for name, share in case["optimizer_share"].items())
-    console = Console(highlight=False)
+    console = open_console()
     console.print(_phases(case))
     console.print(f"optimizer, of the step: {shares}")
     for name, share in case["optimizer_adds"].items():
@@ -140,13 +141,12 @@ def show_races(result: dict[str, Any], title: str, describe: Any, extra: dict[st
     Args:
         describe: what a case is about. extra: text of a column by case and contestant.
     """
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    console = open_console()
     for case in result["cases"]:
         table = Table(title=f"{title}; {describe(case['case'])}; medians of {result['settings']['repeats']}")
-        table.add_column("")
+        table.add_column("", overflow="fold")
         for column in ("ms", "least - most", f"/ {case['reference']}", *extra):
             table.add_column(column, justify="right")
         for name, seconds in case["seconds"].items():
@@ -158,9 +158,7 @@ def show_races(result: dict[str, Any], title: str, describe: Any, extra: dict[st
 
 def show_optimizer(result: dict[str, Any]) -> None:
     """Times for each number of threads, then the FLOPs, which hold on any machine."""
-    from rich.console import Console
-
-    console = Console(highlight=False)
+    console = open_console()
     show_races(result, "optimizer", _part, {})
     console.print(_optimizer_flops(result))
     console.print("k = 5 steps on (d, r): gram 4 d r^2 + (4 k - 3) 2 r^3, plain k (4 d r^2 + 2 r^3); norm: 6 d r")

@@ -3,6 +3,8 @@
 import argparse
 from typing import Any
 
+from nativerank.terminal import console as open_console
+
 EXAMPLE = """examples:
   nativerank bench step70b --layerwise
   nativerank bench step70b --layerwise --state momentum-bf16 --attention real --gqa
@@ -47,9 +49,7 @@ def add_flags(names: Any) -> argparse.ArgumentParser:
 
 def show_step70b(result: dict[str, Any]) -> None:
     """Measured memory and seconds, the race, the paper's table."""
-    from rich.console import Console
-
-    console = Console(highlight=False)
+    console = open_console()
     console.print(_variants(result["cases"]))
     for race in result["literal"]:
         console.print(

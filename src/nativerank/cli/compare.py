@@ -16,6 +16,7 @@ from typing import Any
 from nativerank.cli.output import check_json, teller, write_json
 from nativerank.cli.train import build_parser, parse
 from nativerank.config import RunConfig, differences, to_dict
+from nativerank.terminal import console as open_console
 
 DESCRIPTION = """Train methods on identical data from identical dense matrices and say which is better, by how much and
 how surely. Arms x rates x seeds; or, with --tune, a line search of every arm's rates. Calling it again continues."""
@@ -234,22 +235,22 @@ def draw_figures(record: dict[str, Any], folder: Path, say: Callable[[str], None
 
 def show(record: dict[str, Any]) -> None:
     """The table for a terminal, with fewer columns than table.md; its notes as lines below."""
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     from nativerank.experiments.table import difference, notes, number
 
-    console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
-    table = Table(title=escape(record["title"]))
-    for column in ("arm", "lr", "aux_lr", "init", "n", "val loss", "sd", "against the first (95%)"):
-        table.add_column(column, justify="left" if column == "arm" else "right")
+    console = open_console(soft_wrap=True)
+    table = Table(title=escape(record["title"]), title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("arm", overflow="fold")  # a name is long, and worth nothing without its end
+    for column in ("lr", "aux_lr", "init", "n", "val loss", "sd", "against the first (95%)"):
+        table.add_column(column, justify="right", no_wrap=True)
     ranked = sorted(record["arms"], key=lambda e: (e["group"], e["mean"] is None, e["mean"] or 0.0))
     for entry in ranked:
         rates = [number((entry["best"] or {}).get(key), ".4g") for key in LISTS.values()]
         losses = [str(entry["n"]), number(entry["mean"], ".4f"), number(entry["sd"], ".4f")]
         table.add_row(escape(entry["label"]), *rates, *losses, escape(difference(entry)))
-    console.print(table)
+    console.print(table, soft_wrap=False)
     lines = [f"{entry['label']}: {notes(entry)}" for entry in ranked if notes(entry)]
     for line in [*lines, *record.get("study", {}).get("lines", [])]:
         console.print(escape(line))

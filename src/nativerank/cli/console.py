@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from nativerank.terminal import console as open_console
 
 PLAIN_EVERY_SECONDS = 15.0
 SHOWN_WARNINGS = 3
@@ -19,15 +20,51 @@ Watch = Callable[..., None]  # what is going on, how much of it is done, of how 
 
 
 @contextmanager
-def progress(quiet: bool) -> Iterator[Watch]:
-    """Shows, on standard error, what a command is doing: a bar on a terminal, nothing elsewhere."""
-    if quiet or not sys.stderr.isatty():
+def progress(quiet: bool, still: bool = False) -> Iterator[Watch]:
+    """Shows, on standard error, what a command is doing and how long it will take: a bar on a terminal, else `Lines`.
+
+    Args:
+        quiet: show nothing.
+        still: draw only when told something, so that nothing runs beside what is measured.
+    """
+    if quiet:
         yield lambda what, done=0, total=0: None
         return
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda what, done=0, total=0: bar.update(task, description=what, completed=done, total=total or None)
+    if not sys.stderr.isatty():
+        yield Lines()
+        return
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}", markup=False))
+    with Progress(*columns, console=open_console(stderr=True), transient=True, auto_refresh=not still) as bar:
+        task, before = bar.add_task("", total=None), ""
+
+        def watch(what: str, done: int = 0, total: int = 0) -> None:
+            nonlocal before
+            if what != before:
+                bar.reset(task, description=what)  # its time is its own
+            before = what
+            bar.update(task, completed=done, total=total or None, refresh=still)
+
+        yield watch
+
+
+class Lines:
+    """Progress where no bar can be: a line every PLAIN_EVERY_SECONDS, with the time that is left."""
+
+    def __init__(self) -> None:
+        self.what, self.first = "", 0
+        self.began = self.shown = time.monotonic()
+
+    def __call__(self, what: str, done: int = 0, total: int = 0) -> None:
+        now = time.monotonic()
+        if what != self.what:
+            self.what, self.began, self.first = what, now, done
+        if now - self.shown < PLAIN_EVERY_SECONDS:
+            return
+        self.shown = now
+        text = f"{what}: {done:,} of {total:,}" if total else what
+        if total and done > self.first:
+            text += f", about {(now - self.began) / (done - self.first) * (total - done):.0f} s left"
+        print(text, file=sys.stderr, flush=True)
 
 
 class TrainConsole:
@@ -35,7 +72,7 @@ class TrainConsole:
 
     def __init__(self, quiet: bool = False, to_stderr: bool = False):
         self.quiet = quiet
-        self.console = Console(stderr=to_stderr, quiet=quiet, highlight=False, soft_wrap=not sys.stdout.isatty())
+        self.console = open_console(to_stderr, quiet=quiet, soft_wrap=not sys.stdout.isatty())
         self.bar: Progress | None = None
         self.task: Any = None
         self.steps, self.val_loss, self.shown, self.first = 0, "", 0.0, 0
@@ -75,6 +112,8 @@ class TrainConsole:
             self.say(f"note: {warning}")
         if len(warnings) > SHOWN_WARNINGS:
             self.say(f"note: and {len(warnings) - SHOWN_WARNINGS} more like these, in metrics.jsonl")
+        if "tracked" in facts:
+            self.say("{by}: {look}".format(**facts["tracked"]))
         if facts["event"] == "resume":
             self.say(f"resumed at step {facts['step']} from {facts['checkpoint']}")
         self.steps, self.first, self.began = facts["steps"], facts["step"], time.monotonic()

@@ -10,6 +10,7 @@ import sys
 from typing import Any
 
 from nativerank.cli.output import add_json, check_json, write_json
+from nativerank.terminal import console as open_console
 
 # What the user leaves out takes the default of `prepare`, where it has its home.
 PREPARE_OPTIONS = (
@@ -138,7 +139,7 @@ def run_verify(args: argparse.Namespace) -> int:
     from nativerank.data.shards import verify
 
     check_json(args.json)
-    dataset = verify(args.path)
+    dataset = verify(args.path, args.quiet)
     shards = sum(len(entry["shards"]) for entry in dataset.manifest["splits"].values())
     result = {"path": args.path, "shards": shards, "tokenizer_sha256": dataset.tokenizer_sha256}
     if not write_json(result, args.json) and not args.quiet:
@@ -153,7 +154,6 @@ def _show(result: dict[str, Any], args: argparse.Namespace) -> None:
 
 
 def _table(result: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title=result["path"], title_justify="left")
@@ -162,7 +162,7 @@ def _table(result: dict[str, Any]) -> None:
     for name, entry in result["splits"].items():
         text = f"{entry['text_bytes'] / 1e6:,.2f} MB"
         table.add_row(name, f"{entry['documents']:,}", text, f"{entry['tokens']:,}", str(entry["shards"]))
-    console = Console()
+    console = open_console()
     console.print(table)
     rest = f"vocabulary {result['vocab_size']:,}, {result['bytes_per_token']:.2f} bytes per token, {result['dtype']}"
     console.print(rest, highlight=False)

@@ -3,10 +3,11 @@
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
 
+from nativerank.cli.console import progress
 from nativerank.cli.flags import add_device, add_quantize, add_step, device_of
 from nativerank.cli.output import add_json, check_json, write_json
 
@@ -72,7 +73,7 @@ def run(flags: argparse.Namespace) -> int:
     device, prompts = device_of(flags), prompts_of(flags)
     writer, requests, facts = prepare(flags, sampling, prompts, device)
     began = time.perf_counter()
-    texts = write_texts(writer, requests, flags.batch_size, show=flags.json is None)
+    texts = write_texts(writer, requests, flags.batch_size, flags.json is None, flags.quiet)
     seconds = time.perf_counter() - began
     tokens = sum(text.tokens for text in texts)
     facts |= {"seconds": seconds, "tokens": tokens, "tokens_per_second": tokens / seconds}
@@ -121,10 +122,11 @@ def prepare(flags: argparse.Namespace, sampling: Any, prompts: list[str], device
     return writer, requests, facts | {"quantize": flags.quantize, "device": str(device), "batch_size": batch}
 
 
-def write_texts(writer: Any, requests: Any, batch_size: int, show: bool) -> list[Any]:
+def write_texts(writer: Any, requests: Any, batch_size: int, show: bool, quiet: bool) -> list[Any]:
     """All continuations; shown with their prompts and a blank line between, and streamed where one is written alone."""
     if not show:
-        return list(writer.write_all(requests, batch_size))
+        with progress(quiet) as watch:
+            return list(counted(writer.write_all(requests, batch_size), len(requests), watch))
     show_text = printer()
     made: list[Any] = []
     if min(batch_size, len(requests)) == 1:
@@ -137,6 +139,13 @@ def write_texts(writer: Any, requests: Any, batch_size: int, show: bool) -> list
         show_text(("\n" if made else "") + f"{text.prompt}{text.text}\n")
         made.append(text)
     return made
+
+
+def counted(texts: Iterable[Any], total: int, watch: Callable[..., None]) -> Iterator[Any]:
+    """The texts, each told of when it is there."""
+    for done, text in enumerate(texts, 1):
+        watch("texts", done, total)
+        yield text
 
 
 def printer() -> Callable[[str], None]:

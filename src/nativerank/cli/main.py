@@ -29,6 +29,7 @@ COMMANDS = {
     "export": "write a trained model in the form that others read, checked",
     "convert": "turn a dense model into factors that training goes on from",
     "scaling": "scaling laws: sweeps at equal compute, fits with intervals, what to train",
+    "watch": "a run on the terminal while it goes on, also over ssh",
     "report": "what runs, comparisons and sweeps did, as one HTML page",
     "compare": "train methods side by side: rates, seeds, budgets, statistics",
     "bench": "measure speed, as ratios within one process",

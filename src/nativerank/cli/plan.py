@@ -47,9 +47,11 @@ def run(argv: list[str]) -> int:
     check_json(flags.json)
     if flags.quiet and flags.json is None:
         raise ValueError("--quiet leaves nothing of a plan; add --json, or drop it")
+    from nativerank.cli.console import progress
     from nativerank.plan.make import Request, make_plan
 
-    plan = make_plan(config, Request(flags.on, flags.table, flags.price, flags.efficiency, flags.check))
+    with progress(flags.quiet) as watch:
+        plan = make_plan(config, Request(flags.on, flags.table, flags.price, flags.efficiency, flags.check), watch)
     if not flags.quiet and flags.json != STDOUT:
         from nativerank.cli.plan_table import show_plan
 

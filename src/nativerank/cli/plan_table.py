@@ -3,6 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
+from nativerank.terminal import WIDTH
+from nativerank.terminal import console as open_console
+
 LABELS = {"owned_copies": "  of which owned weights"}
 Cell = Callable[[dict[str, Any]], str]
 VERDICTS = {"will_not_pay": "will not pay", "pays_little": "pays little", "saves_less": "saves less here"}
@@ -10,10 +13,9 @@ VERDICTS = {"will_not_pay": "will not pay", "pays_little": "pays little", "saves
 
 def show_plan(plan: dict[str, Any]) -> None:
     """Prints the table and the sentences below it."""
-    from rich.console import Console
     from rich.markup import escape
 
-    console = Console(highlight=False, width=80)
+    console = open_console(width=WIDTH)
     s, device = plan["settings"], plan["device"]
     grid = s["replicas"] * s["shards"]
     console.print(

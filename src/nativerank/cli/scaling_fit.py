@@ -11,6 +11,7 @@ from typing import Any
 
 from nativerank.cli.main import Parser
 from nativerank.cli.output import STDOUT, add_json, check_json, write_json
+from nativerank.terminal import console as open_console
 
 DESCRIPTION = """IsoFLOP parabolas per budget and the power laws through their minima, the parametric law
 L = E + A/N^alpha + B/D^beta, and with three rank ratios or more the law with rank; each with bootstrap intervals."""
@@ -73,6 +74,7 @@ def run(argv: list[str]) -> int:
 
 def fitted(flags: Any) -> dict[str, Any]:
     """The record of the fit."""
+    from nativerank.cli.console import progress
     from nativerank.scaling.fit import fit
     from nativerank.scaling.sources import read_runs
     from nativerank.scaling.sweep import Options
@@ -81,7 +83,8 @@ def fitted(flags: Any) -> dict[str, Any]:
     names = None if flags.approaches is None else tuple(w.strip() for w in flags.approaches.split(",") if w.strip())
     options = Options(names, flags.samples, flags.seed, flags.level)  # checks the names
     runs = read_runs([Path(name) for name in flags.runs], flags.convention, flags.count, complaints.append)
-    found = fit(runs, options)
+    with progress(flags.quiet) as watch:
+        found = fit(runs, options, watch)
     found["warnings"] = complaints + found["warnings"]
     return found
 
@@ -112,10 +115,9 @@ def write_files(found: dict[str, Any], out: Path) -> list[str]:
 
 def show(found: dict[str, Any]) -> None:
     """Tables in 80 columns and the warnings."""
-    from rich.console import Console
     from rich.markup import escape
 
-    console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 80)
+    console = open_console(soft_wrap=True)
     for name, group in found["groups"].items():
         console.print(f"[bold]{escape(name)}[/bold]: {group['runs']} runs")
         if group["isoflop"]:

@@ -5,11 +5,11 @@ nativerank scaling plan --grid spectron --on h100-sxmx8 --price 3
 nativerank scaling plan --family pocket --widths 64,96,128 --budgets 1e12,3e12 --methods spectron,dense-muon
 """
 
-import sys
 from typing import Any
 
 from nativerank.cli.output import STDOUT, check_json, write_json
 from nativerank.cli.scaling_design import design_parser, read_design
+from nativerank.terminal import console as open_console
 
 DESCRIPTION = """Budgets x sizes x methods x rates as a table of runs: parameters, tokens, steps, rate, FLOPs by both
 conventions; with --on the time on a device. Nothing is trained and no data are read."""
@@ -93,10 +93,9 @@ def planned_record(design: Any, cells: list[Any], flags: Any) -> dict[str, Any]:
 
 def show(record: dict[str, Any]) -> None:
     """A table for each method and rank ratio, in 80 columns, and a line with the sums."""
-    from rich.console import Console
     from rich.markup import escape
 
-    console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 80)
+    console = open_console(soft_wrap=True)
     groups: dict[tuple[str, Any], list[dict[str, Any]]] = {}
     for row in record["cells"]:
         groups.setdefault((row["method"], row["rank_ratio"]), []).append(row)

@@ -14,6 +14,7 @@ from typing import Any
 from nativerank.cli.main import Parser
 from nativerank.cli.output import STDOUT, add_json, check_json, write_json
 from nativerank.cli.scaling_fit import fitted
+from nativerank.terminal import console as open_console
 
 DESCRIPTION = """The best model of a budget by the laws of a sweep, dense against low rank: what it saves at inference,
 what training and serving cost together, and from how many served tokens on low rank pays."""
@@ -134,10 +135,9 @@ def write_files(record: dict[str, Any], out: Path) -> list[str]:
 
 def show(record: dict[str, Any]) -> None:
     """A table of the groups, sentences and warnings, in 80 columns."""
-    from rich.console import Console
     from rich.markup import escape
 
-    console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 80)
+    console = open_console(soft_wrap=True)
     console.print(f"[bold]best models of {record['budget']:.3g} training FLOPs[/bold]")
     console.print(models(record["groups"]))
     for line in [*saved(record), *served(record), *ratios(record)]:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,16 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nativerank"
 
 
-def damaged(folder: Path, expected: Mapping[str, tuple[int, str]], fresh: bool = False) -> list[str]:
+def damaged(
+    folder: Path,
+    expected: Mapping[str, tuple[int, str]],
+    fresh: bool = False,
+    advance: Callable[[int], None] = lambda num_bytes: None,
+) -> list[str]:
     """Checks files against (size, sha256) and says what is wrong with which, an empty list if nothing is.
 
-    Sizes are compared always, hashes where no record vouches for the file or `fresh` asks for it.
+    Sizes are compared always, hashes where no record vouches for the file or `fresh` asks for it. `advance` is told the
+    bytes of each file that is done.
     """
     known = {} if fresh else _read_records(folder)
     good, problems = {}, []
@@ -42,6 +48,7 @@ def damaged(folder: Path, expected: Mapping[str, tuple[int, str]], fresh: bool =
             problems.append(f"{path} is damaged: its sha256 is not the one in the manifest")
         else:
             good[name] = record
+        advance(size)
     if good != known:
         _write_records(folder, good)
     return problems

@@ -4,6 +4,8 @@ import sys
 import time
 from types import TracebackType
 
+from nativerank.terminal import console
+
 PLAIN_EVERY_SECONDS = 10.0
 
 
@@ -40,7 +42,9 @@ class ByteProgress:
     def _print(self) -> None:
         rate = self.done / max(time.monotonic() - self.started, 1e-9)
         of = f" of about {self.total / 1e6:.1f}" if self.total else ""
-        print(f"{self.label}: {self.done / 1e6:.1f}{of} MB, {rate / 1e6:.1f} MB/s", file=sys.stderr, flush=True)
+        more = (self.total or 0) - self.done
+        left = f", about {more / rate:.0f} s left" if more > 0 and rate else ""
+        print(f"{self.label}: {self.done / 1e6:.1f}{of} MB, {rate / 1e6:.1f} MB/s{left}", file=sys.stderr, flush=True)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if self._bar is not None:
@@ -52,8 +56,7 @@ class ByteProgress:
 
 
 def _bar():
-    from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    return Progress(TextColumn("{task.description}"), *columns, console=Console(stderr=True))
+    return Progress(TextColumn("{task.description}"), *columns, console=console(stderr=True))

@@ -19,6 +19,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from nativerank.data.integrity import damaged
+from nativerank.data.progress import ByteProgress
 from nativerank.data.tokenizer import FILE_NAME, load_tokenizer, tokenizer_hash
 
 FORMAT, VERSION = "nativerank-shards", 1
@@ -180,11 +181,13 @@ class Dataset:
         """The tokenizer the shards were made with; ValueError if the file is another one."""
         return self._tokenizer
 
-    def _check(self, fresh: bool) -> None:
+    def _check(self, fresh: bool, quiet: bool = True) -> None:
         itemsize = np.dtype(self.manifest["dtype"]).itemsize
         shards = [s for entry in self.manifest["splits"].values() for s in entry["shards"]]
         expected = {s["file"]: (s["tokens"] * itemsize, s["sha256"]) for s in shards}
-        if problems := damaged(self.path, expected, fresh):
+        with ByteProgress("verify", sum(size for size, _ in expected.values()), quiet) as progress:
+            problems = damaged(self.path, expected, fresh, progress.advance)
+        if problems:
             raise ValueError("; ".join(problems))
 
 
@@ -212,9 +215,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def verify(path: str | Path) -> Dataset:
-    """Hashes everything again; ValueError names every file that is missing, truncated or altered."""
+def verify(path: str | Path, quiet: bool = True) -> Dataset:
+    """Hashes everything again, with progress unless `quiet`; ValueError names every file that is missing, truncated or
+    altered.
+    """
     dataset = Dataset(Path(path), read_manifest(Path(path)))
-    dataset._check(fresh=True)
+    dataset._check(fresh=True, quiet=quiet)
     dataset.tokenizer()
     return dataset

@@ -1,5 +1,6 @@
 """The whole plan of a configuration, beside that of its dense twin, as one record for JSON and for the table."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -41,8 +42,11 @@ class Request:
     search: bool = True
 
 
-def make_plan(config: RunConfig, request: Request) -> dict[str, Any]:
+def make_plan(config: RunConfig, request: Request, watch: Callable[[str], None] = lambda what: None) -> dict[str, Any]:
     """Parameters, FLOPs, bytes and time of a run that is not made.
+
+    Args:
+        watch: told what is going on.
 
     Raises:
         ValueError: an unknown device, a number out of range, or a configuration that a run would refuse.
@@ -54,16 +58,20 @@ def make_plan(config: RunConfig, request: Request) -> dict[str, Any]:
         check_here(planned)
     if request.on is None and device.on_cpu:
         device = shared(device, planned.processes.world)
+    watch("a step, traced")
     plan, found = side(planned, device, request, full_chunks(planned))
     report = planned.build(depths(planned)[-1])[1]
     twin = dense_twin(config)
     if twin is not None:
+        watch("a step of the dense twin, traced")
         plan["dense"] = side(subject(twin, count), device, request)[0]
     plan["fits"] = plan["bytes"]["peak"] <= device.memory_bytes
+    watch("the largest that fits" if request.search else "what to change")
     plan["largest"] = largest(planned, found, report, device, request.search)
     plan["change"] = what_to_change(planned, plan["bytes"], device.memory_bytes)
     plan |= verdict(planned, report, plan, device)
     if request.check:
+        watch("two real steps")
         plan["check"] = check(planned, plan)
     return {**described(planned, device), **plan, "conventions": CONVENTIONS, "left_out": LEFT_OUT}
 

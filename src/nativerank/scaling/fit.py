@@ -42,11 +42,16 @@ from nativerank.scaling.sweep import Options, Sweep, settled
 T = TypeVar("T")
 
 
-def fit(runs: Sequence[Run], options: Options | None = None) -> dict[str, Any]:
+def fit(
+    runs: Sequence[Run],
+    options: Options | None = None,
+    watch: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> dict[str, Any]:
     """Everything that the runs tell; see above for what comes out.
 
     Args:
         runs: as `sources.read_runs` gives them. options: None for the defaults.
+        watch: told which law is fitted, how many are done, of how many.
 
     Raises:
         ValueError: the runs of a group do not suffice for an approach that was asked for.
@@ -61,7 +66,10 @@ def fit(runs: Sequence[Run], options: Options | None = None) -> dict[str, Any]:
     order = sorted(runs, key=lambda run: (run.method, run.rank_ratio or 0))
     names = list(dict.fromkeys(run.group for run in order))
     groups: dict[str, Any] = {}
-    for name in names if {"isoflop", "parametric"} & set(options.wanted) else ():
+    single = names if {"isoflop", "parametric"} & set(options.wanted) else ()
+    laws = len(single) + ("surface" in options.wanted)
+    for done, name in enumerate(single):
+        watch("laws", done, laws)
         try:
             groups[name] = fit_group([run for run in runs if run.group == name], options)
         except ValueError as error:
@@ -71,6 +79,7 @@ def fit(runs: Sequence[Run], options: Options | None = None) -> dict[str, Any]:
             warnings.append(f"no law for {text}")
     surfaces = None
     if "surface" in options.wanted:
+        watch("laws", len(single), laws)
         surfaces, more = fit_surfaces(runs, options)
         warnings += more
     top = {key: groups[names[0]][key] for key in ("isoflop", "parametric")} if len(groups) == len(names) == 1 else {}

@@ -8,9 +8,10 @@ from nativerank.data.shards import Dataset
 from nativerank.distributed.grid import SINGLE, Grid
 from nativerank.train.guard import Diverged
 from nativerank.train.listen import Listener
-from nativerank.train.metrics import Tracker
+from nativerank.train.metrics import FILE, JsonLines, Tracker, read_rows
 from nativerank.train.setup import Built
 from nativerank.train.state import RunState, described
+from nativerank.train.trackers import Mirror
 
 
 class GuardedRun(RunState):
@@ -26,6 +27,27 @@ class GuardedRun(RunState):
         self.listener = listener
         self.trackers: list[Tracker] = []
         super().__init__(config, out, dataset, built, self._complain, grid)
+
+    def _open_trackers(self) -> None:
+        """metrics.jsonl, and the service that --track names."""
+        track, old = self.config.track, self.out / FILE
+        before = read_rows(self.out) if track != "none" and old.exists() else []
+        self.trackers.append(JsonLines(self.out, self.step))  # drops what comes again
+        if track != "none":
+            self.trackers.append(Mirror(self.config, self.out, self.step, before, self._untracked))
+
+    def tracked(self) -> dict[str, Any]:
+        """`tracked` of the row of a start: who shows the run, under which name."""
+        for tracker in self.trackers:
+            if isinstance(tracker, Mirror) and tracker.service:
+                return {"tracked": {"by": self.config.track, "id": tracker.service.id, "look": tracker.service.look}}
+        return {}
+
+    def _untracked(self, error: Exception) -> None:
+        """Notes that a service was left behind."""
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        self.listener.warn(f"--track {self.config.track} stopped, training goes on: {reason}")
+        self._record({"event": "tracker_failed", "step": self.step, "tracker": self.config.track, "reason": reason})
 
     def _record(self, row: dict[str, Any]) -> None:
         for tracker in self.trackers:

@@ -43,12 +43,12 @@ from nativerank.train.facts import start_facts, step_row, summary_row, utilizati
 from nativerank.train.folder import claim, write_config
 from nativerank.train.guard import Diverged
 from nativerank.train.listen import Listener, Silence
-from nativerank.train.metrics import JsonLines, TensorBoard, require_tensorboard
 from nativerank.train.profile import LEAST, Profiler
 from nativerank.train.resolve import check_parallel, resolve
 from nativerank.train.setup import Built, build, check_same_data, open_data, versions
 from nativerank.train.signals import Interrupted, Stopping, catch_signals
 from nativerank.train.step import Batch, StepResult, layerwise_step, to_device, train_step
+from nativerank.train.trackers import check_tracker
 
 
 def train(config: RunConfig, listener: Listener) -> dict[str, Any]:
@@ -64,8 +64,7 @@ def train(config: RunConfig, listener: Listener) -> dict[str, Any]:
     own_name = bool(config.out)
     with together():
         config = resolve(config)
-        if config.track == "tensorboard":
-            require_tensorboard()
+        check_tracker(config.track)
     settings = {key: value for key, value in flat(config).items() if key != "out"}
     equal(settings | {package: versions()[package] for package in ("nativerank", "torch", "transformers")})
     p = config.parallel
@@ -133,9 +132,7 @@ class Run(GuardedRun):
         check_loss(self.model, config.train.loss)
         if self.grid.rank == 0:
             write_config(config, out)
-            self.trackers.append(JsonLines(out, self.step))
-            if config.track == "tensorboard":
-                self.trackers.append(TensorBoard(out, self.step))
+            self._open_trackers()
         for message in damaged:
             self._complain(message)
         if config.compile:
@@ -144,7 +141,7 @@ class Run(GuardedRun):
                 compile_blocks(self.teacher.model, self.listener.warn)
         self.profiler = self._profiler() if config.profile and self.grid.rank == 0 else None
         if self.grid.rank == 0:
-            facts = start_facts(self, self.device, origin)
+            facts = start_facts(self, self.device, origin) | self.tracked()
             for tracker in self.trackers:
                 tracker.row(facts)
             self.listener.begin(facts)
@@ -346,5 +343,5 @@ class Run(GuardedRun):
         self.saver.close()
         if self.profiler:
             self.profiler.close()
-        for tracker in self.trackers:
+        for tracker in reversed(self.trackers):  # the record last: it keeps what goes wrong with a service
             tracker.close()

@@ -12,12 +12,13 @@ gradient_not_finite, loss_not_finite), `action` (skip, rollback, none, stop) and
 steps it undid stay in the file and come again, so the last row of a step is the one that counts. With optim.layerwise a
 loss is judged before there are gradients (grad_norm is then "nan"), and `kept` counts the parameters that had moved
 before a gradient that is not finite ended the step. Other rows with `event` (start, resume, ranks, checkpoint_damaged,
-interrupted, end) carry what belongs to the event; that of a start on many processes has their `replicas` and `shards`,
-and as `uneven` the matrices that are not cut along their long side, and that of any start or resume the `ranks`
-{module: rank} from which it goes on; the one of the end counts `refused_steps` and has `parameters`, `train_flops`, the
-`ranks` of every matrix and the `mfu` of all steps since start or resume. `ranks`: a look at the spectra after this step
-changed some: `ranks` {module: [before, after]}, `energy` {module: share of ||W||_F^2 that is left}, and from now on
-`parameters` and `train_flops_per_token`.
+tracker_failed, interrupted, end) carry what belongs to the event; that of a start on many processes has their
+`replicas` and `shards`, and as `uneven` the matrices that are not cut along their long side, and that of any start or
+resume the `ranks` {module: rank} from which it goes on, with --track also `tracked` {by, id, look}; the one of the end
+counts `refused_steps` and has `parameters`, `train_flops`, the `ranks` of every matrix and the `mfu` of all steps since
+start or resume; tracker_failed says which `tracker` was left behind and for what `reason`. `ranks`: a look at the
+spectra after this step changed some: `ranks` {module: [before, after]}, `energy` {module: share of ||W||_F^2 that is
+left}, and from now on `parameters` and `train_flops_per_token`.
 
 probes, of each probed matrix W (the formulas: docs/math.md, "What is recorded"): update_norm (||dW||_2 of this step,
 weight decay included, 0 if the guard refused it), sigma_W (||W||_2), stable_rank, output_change (RMS change of the
@@ -29,17 +30,14 @@ Norms are those of after the step.
 import json
 import math
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
-
-from nativerank.extras import require
 
 FILE = "metrics.jsonl"
 
 
 class Tracker(Protocol):
-    """Something that wants to see every row."""
+    """Something that wants to see every row; services of others are in `trackers`."""
 
     def row(self, row: dict[str, Any]) -> None: ...
 
@@ -56,42 +54,11 @@ class JsonLines:
         self.stream = self.file.open("a", encoding="utf-8")
 
     def row(self, row: dict[str, Any]) -> None:
-        self.stream.write(json.dumps(_finite(row)) + "\n")
+        self.stream.write(json.dumps(finite(row)) + "\n")
         self.stream.flush()
 
     def close(self) -> None:
         self.stream.close()
-
-
-def require_tensorboard() -> None:
-    """Raises a ValueError if TensorBoard is not installed, before anything is made."""
-    require("tensorboard", "track", "--track tensorboard")
-
-
-class TensorBoard:
-    """Mirrors the numbers of each row into TensorBoard event files under the run folder."""
-
-    def __init__(self, folder: Path, from_step: int):
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=from_step + 1 if from_step else None)
-
-    def row(self, row: dict[str, Any]) -> None:
-        for name, value in flatten(row):
-            if name != "step":
-                self.writer.add_scalar(name, value, row["step"])
-
-    def close(self) -> None:
-        self.writer.close()
-
-
-def flatten(row: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers of a nested row under slash-joined names."""
-    for key, value in row.items():
-        if isinstance(value, dict):
-            yield from flatten(value, f"{prefix}{key}/")
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            yield prefix + key, value
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
@@ -113,8 +80,8 @@ def _keep_until(file: Path, step: int) -> None:
     os.replace(partial, file)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """JSON has no NaN: what is not finite becomes a string."""
     if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
+        return {k: finite(v) for k, v in value.items()}
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

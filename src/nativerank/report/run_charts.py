@@ -16,6 +16,7 @@ EVENTS = {
     "ranks": "ranks changed",
     "checkpoint_damaged": "a damaged checkpoint was passed over",
     "interrupted": "interrupted by a signal",
+    "tracker_failed": "the tracker failed and was left behind",
     "loss_spike": "loss spike",
     "sigma_spike": "spike of a factor's norm",
     "gradient_not_finite": "gradient not finite",

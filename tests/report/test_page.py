@@ -100,7 +100,11 @@ def test_several_runs_over_one_another(full_run, tmp_path):
     other = write_run(tmp_path / "other", full_rows(100), "method: sct\nmodel:\n  preset: pocket\n")
     page = render(Sources(runs=[read_run(full_run), read_run(other)]))
     assert valid(page) >= 4
-    assert all(len(chart["data"]) == 2 for chart in data_of(page)["charts"])
+    for chart in data_of(page)["charts"]:
+        curves, marks = chart["data"][:2], chart["data"][2:]
+        assert [trace["name"] for trace in curves] == ["full", "other"]
+        assert [trace["name"] for trace in marks] == ["events of full", "events of other"]
+        assert [trace["marker"]["color"] for trace in curves] == [trace["marker"]["color"] for trace in marks]
     table = page[page.index('data-name="runs"') :]
     assert ">method<" in table and "model.preset" not in table  # the setting in which they differ
 

@@ -1,14 +1,15 @@
 """Charts of one run: loss, rates, speed, memory; and what only its events say."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from nativerank.report.charts import COLORS, Chart, Column, Table, Trace, label, layout, line, span
+from nativerank.report.charts import COLORS, Chart, Column, Table, Trace, color_of, label, layout, line, span
 from nativerank.report.runs import Row, Run, number
 from nativerank.report.thin import MEDIANS, medians, short
 
-TRAINING, VALIDATION, FAINT = COLORS[0], COLORS[1], "#8fa8bd"
+TRAINING, VALIDATION, FAINT, ALARM = COLORS[0], COLORS[1], "#8fa8bd", "#b3261e"
 AXIS_POINTS = 300
 MARKED = 120  # events on a curve; all of them are in the table
 EVENTS = {
@@ -121,33 +122,37 @@ def rate_chart(run: Run) -> Chart:
     return Chart("lr", "Learning rate", text, data, layout("rate"), over_steps=True)
 
 
-def mark_events(charts: Sequence[Chart], run: Run) -> list[Chart]:
-    """The same charts with a mark on each for what happened in the run."""
-    shown = run.events if len(run.events) <= MARKED else run.events[:: -(-len(run.events) // MARKED)]
-    if not shown:
+def mark_events(charts: Sequence[Chart], runs: Sequence[Run]) -> list[Chart]:
+    """The same charts with a mark on each for what happened in the runs; of several runs in their colours."""
+    marks = [marks_of(run, color_of(i) if len(runs) > 1 else ALARM) for i, run in enumerate(runs) if run.events]
+    if not marks:
         return list(charts)
-    x = [number(row.get("step")) for row in shown]
-    texts = [label(described(row)) for row in shown]
-    marks = {
-        "type": "scatter",
-        "mode": "markers",
-        "name": "events",
-        "x": x,
-        "y": [0.0] * len(x),
-        "yaxis": "y2",
-        "text": texts,
-        "hoverinfo": "text+x",
-        "marker": {"symbol": "triangle-up", "size": 9, "color": "#b3261e"},
-        "meta": run.name,
-        "cliponaxis": False,
-    }
     bare = {"overlaying": "y", "range": [0, 1], "visible": False, "fixedrange": True}
     return [
-        Chart(**{**chart.__dict__, "data": [*chart.data, marks], "layout": {**chart.layout, "yaxis2": bare}})
+        replace(chart, data=[*chart.data, *marks], layout={**chart.layout, "yaxis2": bare})
         if chart.over_steps
         else chart
         for chart in charts
     ]
+
+
+def marks_of(run: Run, color: str) -> Trace:
+    """Triangles along the lower edge, one for each event."""
+    shown = run.events if len(run.events) <= MARKED else run.events[:: -(-len(run.events) // MARKED)]
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "name": "events" if color == ALARM else f"events of {label(run.name)}",
+        "x": [number(row.get("step")) for row in shown],
+        "y": [0.0] * len(shown),
+        "yaxis": "y2",
+        "text": [label(described(row)) for row in shown],
+        "hoverinfo": "text+x",
+        "marker": {"symbol": "triangle-up", "size": 9, "color": color},
+        "meta": run.name,
+        "cliponaxis": False,
+        "showlegend": color == ALARM,
+    }
 
 
 def described(row: Row) -> str:

@@ -6,6 +6,7 @@ nativerank watch runs/a --json           # the same for a program
 """
 
 import argparse
+import signal
 import sys
 import time
 from pathlib import Path
@@ -23,7 +24,7 @@ EXAMPLE = """examples:
   nativerank watch runs/a --once           # as it stands
   nativerank watch runs/a --json           # the same for a program
 """
-EVERY_SECONDS = 2.0
+EVERY_SECONDS, LEAVE_SECONDS = 2.0, 0.1
 
 
 def add_parser(subparsers: Any) -> None:
@@ -69,11 +70,21 @@ def follow(watched: Any, console: Any, every: float) -> None:
 
     from nativerank.cli.dashboard import Dashboard
 
-    with Live(Dashboard(watched), console=console, screen=True, auto_refresh=False, vertical_overflow="crop") as live:
-        try:
-            while watched.state != "finished":
-                time.sleep(every)
+    # Raised as KeyboardInterrupt while the picture is drawn, Ctrl-C could be lost in it.
+    asked: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda signum, frame: asked.append(signum))
+    try:
+        with Live(Dashboard(watched), console=console, screen=True, auto_refresh=False) as live:
+            while not asked and watched.state != "finished":
+                wait(every, asked)
                 watched.update()
                 live.refresh()
-        except KeyboardInterrupt:  # how one leaves
-            pass
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def wait(seconds: float, asked: list[int]) -> None:
+    """Until so many seconds are over, or somebody asked to leave."""
+    until = time.monotonic() + seconds
+    while not asked and (left := until - time.monotonic()) > 0:
+        time.sleep(min(left, LEAVE_SECONDS))

@@ -39,11 +39,11 @@ class ByteProgress:
             self.shown = time.monotonic()
             self._print()
 
-    def _print(self) -> None:
+    def _print(self, ended: bool = False) -> None:
         rate = self.done / max(time.monotonic() - self.started, 1e-9)
         of = f" of about {self.total / 1e6:.1f}" if self.total else ""
         more = (self.total or 0) - self.done
-        left = f", about {more / rate:.0f} s left" if more > 0 and rate else ""
+        left = f", about {more / rate:.0f} s left" if more > 0 and rate and not ended else ""
         print(f"{self.label}: {self.done / 1e6:.1f}{of} MB, {rate / 1e6:.1f} MB/s{left}", file=sys.stderr, flush=True)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
@@ -52,7 +52,7 @@ class ByteProgress:
                 self._bar.update(self._task, total=self.done, completed=self.done)  # the total was an estimate
             self._bar.stop()
         elif self._plain and error is None:
-            self._print()
+            self._print(ended=True)
 
 
 def _bar():

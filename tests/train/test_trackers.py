@@ -54,14 +54,23 @@ def records(file):
             whole = b""
 
 
-def scalars_of_wandb(run):
-    """Of the offline files, one for each process, which `wandb sync` would send."""
+def read_whole(file):
+    """Its records; none while the last one is half written."""
+    from google.protobuf.message import DecodeError
     from wandb.proto.wandb_internal_pb2 import Record
 
+    try:
+        return [Record.FromString(record) for record in records(file)]
+    except (DecodeError, struct.error):
+        return []
+
+
+def scalars_of_wandb(run):
+    """Of the offline files, one for each process, which `wandb sync` would send."""
     found = []
     for file in sorted(run.glob("wandb/offline-run-*/*.wandb")):
-        deadline = time.monotonic() + 20
-        while not (read := [Record.FromString(record) for record in records(file)]) or not read[-1].HasField("exit"):
+        deadline = time.monotonic() + 60
+        while not (read := read_whole(file)) or not read[-1].HasField("exit"):
             assert time.monotonic() < deadline, f"{file} has no end"
             time.sleep(0.05)  # its process writes on for a moment after `finish`
         for record in read:

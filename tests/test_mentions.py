@@ -9,6 +9,7 @@ import pkgutil
 import re
 import tomllib
 from functools import cache
+from itertools import pairwise
 
 import pytest
 from test_readme import PAGES, ROOT
@@ -126,3 +127,11 @@ def test_extras_are_those_of_the_package():
     for page in ALL:
         for names in re.findall(r"(?:nativerank|\.)\[([a-z,]+)\]'", page.read_text(encoding="utf-8")):
             assert set(names.split(",")) <= extras.keys(), page.name
+
+
+def test_lists_stand_apart():
+    """A repository's page shows a list that follows a sentence as one; the site runs it into the sentence."""
+    for page in ALL:
+        lines = FENCE.sub("```", page.read_text(encoding="utf-8")).splitlines()
+        for before, line in pairwise(lines):
+            assert not re.match(r"- ", line) or re.match(r"$|- |  |#", before), f"{page.name}: {line}"

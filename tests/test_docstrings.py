@@ -6,6 +6,7 @@ import re
 import textwrap
 
 import pytest
+from docstring_parser import parse
 
 import nativerank as nr
 
@@ -50,13 +51,35 @@ def parameters(thing):
 
 
 def raises_value_error(thing):
-    """Whether its own code raises one."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(thing)))
-    except (OSError, TypeError, SyntaxError):
-        return False
-    raised = [node.exc for node in ast.walk(tree) if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)]
-    return any(isinstance(call.func, ast.Name) and call.func.id == "ValueError" for call in raised)
+    """Whether its own code, or a private function of its module that it calls, raises one."""
+    functions = {node.name: node for node in ast.walk(parsed(inspect.getmodule(thing))) if is_function(node)}
+    return raises_one(the_code(thing), functions, set())
+
+
+def the_code(thing):
+    """Of a class, what makes an object of it."""
+    (node,) = parsed(thing).body
+    made_by = ("__init__", "__post_init__")
+    is_class = isinstance(node, ast.ClassDef)
+    return ast.Module([n for n in node.body if getattr(n, "name", "") in made_by], []) if is_class else node
+
+
+def parsed(thing):
+    return ast.parse(textwrap.dedent(inspect.getsource(thing)))
+
+
+def is_function(node):
+    return isinstance(node, ast.FunctionDef)
+
+
+def raises_one(code, functions, seen):
+    nodes = list(ast.walk(code))
+    raised = [n.exc for n in nodes if isinstance(n, ast.Raise) and isinstance(n.exc, ast.Call)]
+    if any(getattr(call.func, "id", None) == "ValueError" for call in raised):
+        return True
+    called = {getattr(n.func, "id", None) or getattr(n.func, "attr", "") for n in nodes if isinstance(n, ast.Call)}
+    called = {name for name in called if name.startswith("_")} & functions.keys() - seen
+    return any(raises_one(functions[name], functions, seen | called) for name in called)
 
 
 PUBLIC = public()
@@ -81,9 +104,21 @@ def test_every_argument_is_named(name):
     doc = own_doc(PUBLIC[name])
     missing = [p for p in parameters(PUBLIC[name]) if not re.search(rf"(?<!\w){re.escape(p)}(?!\w)", doc)]
     assert missing == []
+    listed = {word.strip(" *") for param in parse(doc).params for word in param.arg_name.split(",")}
+    assert listed <= {*parameters(PUBLIC[name]), "args", "kwargs"}, "a name under Args that it does not take"
 
 
-@pytest.mark.parametrize("name", [name for name, thing in PUBLIC.items() if inspect.isfunction(thing)])
+OURS = [name for name, thing in PUBLIC.items() if getattr(thing, "__module__", "").startswith("nativerank")]
+
+
+@pytest.mark.parametrize("name", OURS)
 def test_what_it_raises_stands_there(name):
     if raises_value_error(PUBLIC[name]):
-        assert re.search(r"Raises|ValueError|Refuses|error", own_doc(PUBLIC[name]))
+        assert re.search(r"Raises|ValueError", own_doc(PUBLIC[name]))
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in OURS if re.match(r"nr\.linalg\.|.*\.(forward|factors|to_dense)$", name)]
+)
+def test_tensors_have_shapes(name):
+    assert re.search(r"\((\.\.\.|S|E|d_out|d|r)[,)]", own_doc(PUBLIC[name]))

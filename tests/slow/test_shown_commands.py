@@ -40,6 +40,11 @@ LLAMA = {"model_type": "llama", "vocab_size": 300, "hidden_size": 32, "intermedi
 LLAMA |= {"num_attention_heads": 2, "num_key_value_heads": 2, "architectures": ["LlamaForCausalLM"]}
 
 
+def runs_shown():
+    """Names of the runs that a command reads, by `runs/NAME` at any place but after --out."""
+    return {name for line in commands() for name in re.findall(r"(?<!--out )\bruns/([\w-]+)", line)}
+
+
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory, prepared):
     """A folder with everything that a page takes for granted."""
@@ -59,7 +64,7 @@ def scene(tmp_path_factory, prepared):
     train = ["train", "--model.preset", "pocket", *flags, "--out"]
     assert main([*train, str(folder / "runs" / "demo-spectron")]) == 0
     assert main([*train, str(folder / "runs" / "dense"), "--method", "dense-adamw"]) == 0
-    for name in ("a", "b", "first", "adamw"):
+    for name in runs_shown() - {"demo-spectron", "dense", "dense-r", "sweep", "three"}:
         shutil.copytree(folder / "runs" / "demo-spectron", folder / "runs" / name)
     export = ["export", str(folder / "runs" / "dense"), "--format", "dense", "--quiet", "--out"]
     for name in ("path/to/model", "path/to/dense-model", "exported/dense"):

@@ -36,7 +36,7 @@ class FactorLayer(Protocol):
         """Inner dimension r of the factors."""
 
     def factors(self) -> tuple[Tensor, ...]:
-        """Tall views that share memory with the parameters: (A, B), or (U, s, V)."""
+        """Tall views that share memory with the parameters: A (..., d_out, r), B (..., d_in, r), or U, s (r), V."""
 
     def to_dense(self) -> Tensor:
         """W (..., d_out, d_in), merged in float64. For export and tests: forming it undoes the saving."""

@@ -125,6 +125,9 @@ class Guides:
         seed: of the coins.
         stochastic: False computes every guide at every step.
         reshaped: a context in which the parameters with these names may be freed, and others come.
+
+    Raises:
+        ValueError: guided_steps below 0.
     """
 
     GROUP = "guides"

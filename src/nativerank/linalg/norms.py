@@ -17,6 +17,9 @@ def spectral_norm(X: Tensor, reduce: Reduce | None = None) -> Tensor:
     """sigma_max (...) of X (..., d, r), exact up to rounding (relative error r eps); NaN where X is not finite.
 
     `reduce` as in `gram`.
+
+    Raises:
+        ValueError: rows of a wide matrix.
     """
     if X.shape[-2] < X.shape[-1]:
         if reduce:

@@ -157,7 +157,8 @@ def orthogonalize(M: Tensor, method: str = "newton-schulz", steps: int = 5, redu
 
 
 def orthogonalize_plain(M: Tensor, method: str = "newton-schulz", steps: int = 5) -> Tensor:
-    """The same polynomial (method, steps) in float64, iterated on M itself as published: slow, explicit, the oracle."""
+    """O (..., d, r) of `orthogonalize` by the same polynomial (method, steps) in float64, iterated on M itself as
+    published: slow, explicit, the oracle."""
     if M.shape[-2] < M.shape[-1]:
         return orthogonalize_plain(M.mT, method, steps).mT
     X = M.double()

@@ -29,7 +29,7 @@ WAYS = (*TRIANGULAR, "polar", "cayley")
 
 
 def frame_factor(X: Tensor, way: str = "cholesky", reduce: Reduce | None = None) -> Pair:
-    """(Q, R) with X = Q R, Q in X's dtype and R in float32 at least; both NaN where X is not finite.
+    """(Q, R) with X = Q R, Q (..., d, r) in X's dtype, R (..., r, r) in float32 at least; NaN where X is not finite.
 
     Args:
         X: stack of tall matrices; with `reduce`, this process's rows of it.

@@ -1,5 +1,6 @@
 # make train   a natively low-rank language model on real English, minutes on two cores
 # make test    lint, types and tests as CI runs them; make test-slow for the long ones
+# make reproduce   the cards of reproductions/, run: CARD=name for one, SCALE=desk on a GPU; make cards renders them
 # make docs    the documentation as a site, in build/site
 # All create .venv first; nothing but Python 3.11 and make has to be there.
 
@@ -10,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 TESTABLE := $(VENV)/.testable
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: install train test test-slow lint docs bench clean
+.PHONY: install train test test-slow lint docs bench reproduce cards clean
 
 install: $(INSTALLED)
 
@@ -44,6 +45,18 @@ test-slow: $(TESTABLE)
 # The site, in build/site. A link that leads nowhere is an error.
 docs: $(TESTABLE)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+CARD ?=
+SCALE ?= pocket
+JOBS ?= 2
+
+# What is missing of the cards; two runs with one thread each are the best use of two cores.
+reproduce: install
+	OMP_NUM_THREADS=$(JOBS) $(BIN)/nativerank reproduce $(CARD) --scale $(SCALE) --jobs $(JOBS)
+
+# Pages and figures of the cards, from their results as they are.
+cards: install
+	$(BIN)/nativerank reproduce --render
 
 STEPS := spectron spectron+compile lowrank-adamw+compile dense-adamw hf-dense
 RECORDS := benchmarks/results

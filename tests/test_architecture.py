@@ -17,8 +17,9 @@ LEVELS = {
     5: ("train", "convert", "integrations"),
     6: ("experiments", "bench", "export", "scores", "plan"),
     7: ("scaling", "report"),
-    8: ("cli",),
-    9: ("__main__",),
+    8: ("reproduce",),
+    9: ("cli",),
+    10: ("__main__",),
 }
 LEVEL = {room: level for level, rooms in LEVELS.items() for room in rooms}
 MODULES = sorted(path.relative_to(SOURCE) for path in SOURCE.rglob("*.py"))

@@ -47,23 +47,30 @@ def from_dict(cls: type[T], values: Mapping[str, Any], prefix: str = "", root: t
         raise ValueError(f"unknown config key {key}{nearest(key, keys(root))}")
     given: dict[str, Any] = {}
     for name, value in values.items():
-        hint = hints[name]
-        if dataclasses.is_dataclass(hint):
-            if not isinstance(value, Mapping):
-                raise ValueError(f"config key {prefix}{name} holds a group of keys, got {value!r}")
-            given[name] = from_dict(typing.cast(type, hint), value, f"{prefix}{name}.", root)
-        else:
-            given[name] = _checked(value, hint, prefix + name)
+        given[name] = _checked(value, hints[name], prefix + name, root)
+    missing = [f.name for f in dataclasses.fields(typing.cast(Any, cls)) if f.name not in given and _is_required(f)]
+    if missing:
+        raise ValueError(f"config key {prefix}{missing[0]} is missing")
     return cls(**given)
 
 
-def _checked(value: Any, hint: Any, key: str) -> Any:
+def _is_required(field: "dataclasses.Field[Any]") -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _checked(value: Any, hint: Any, key: str, root: type) -> Any:
     """The value if it fits the annotation (ints pass as floats, lists as tuples), else a ValueError naming the key."""
+    if hint is Any:
+        return value
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise ValueError(f"config key {key} holds a group of keys, got {value!r}")
+        return from_dict(typing.cast(type, hint), value, f"{key}.", root)
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        return _checked(value, next(a for a in args if a is not type(None)), key)
+        return _checked(value, next(a for a in args if a is not type(None)), key, root)
     if origin is Literal:
         if value not in args:
             raise ValueError(f"config key {key} must be {described(hint)}, got {value!r}")
@@ -80,11 +87,11 @@ def _checked(value: Any, hint: Any, key: str) -> Any:
     if expected is tuple:
         if len(value) != len(args):
             raise ValueError(f"config key {key} takes {len(args)} values, got {list(value)!r}")
-        return tuple(_checked(v, a, key) for v, a in zip(value, args, strict=True))
+        return tuple(_checked(v, a, key, root) for v, a in zip(value, args, strict=True))
     if expected is list:
-        return [_checked(v, args[0], key) for v in value]
+        return [_checked(v, args[0], key, root) for v in value]
     if expected is dict:
-        return {_checked(k, args[0], key): _checked(v, args[1], f"{key}.{k}") for k, v in value.items()}
+        return {_checked(k, args[0], key, root): _checked(v, args[1], f"{key}.{k}", root) for k, v in value.items()}
     return value
 
 

@@ -32,6 +32,7 @@ COMMANDS = {
     "watch": "a run on the terminal while it goes on, also over ssh",
     "report": "what runs, comparisons and sweeps did, as one HTML page",
     "compare": "train methods side by side: rates, seeds, budgets, statistics",
+    "reproduce": "published claims, run: cards with verdicts",
     "bench": "measure speed, as ratios within one process",
 }
 

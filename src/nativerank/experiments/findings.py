@@ -141,9 +141,9 @@ def transfer(comparison: Comparison, by_width: dict[str, dict[int, str]]) -> Fin
     return found
 
 
-def norms(comparison: Comparison, label: str, multiple: float) -> dict[str, list[float]]:
-    """steps and NORMS of the probed matrix along the first seed's run; steps that the guard refused left out."""
-    rows = last_rows(comparison.run_folder(label, at_multiple(comparison, label, multiple), 0))
+def norms(comparison: Comparison, label: str, multiple: float, seed: int = 0) -> dict[str, list[float]]:
+    """steps and NORMS of the probed matrix along one seed's run; steps that the guard refused left out."""
+    rows = last_rows(comparison.run_folder(label, at_multiple(comparison, label, multiple), seed))
     seen = [(row["step"], next(iter(row["probes"].values()))) for row in rows if row.get("probes")]
     seen = [(step, probe) for step, probe in seen if all(isinstance(probe.get(k), float) for k in NORMS)]
     seen = [(step, probe) for step, probe in seen if probe["update_norm"] > 0]

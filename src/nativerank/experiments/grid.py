@@ -18,10 +18,6 @@ import json
 import math
 import os
 import re
-import signal
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -32,11 +28,11 @@ from pathlib import Path
 from typing import Any
 
 from nativerank.experiments.cell_log import refused_steps
+from nativerank.experiments.processes import Children, last_words, launcher
 from nativerank.experiments.results import OTHERS, RESULTS, append, finished, outcome
 from nativerank.train.guard import Diverged
 from nativerank.train.setup import versions
 
-ERROR = "nativerank: error: "
 KEPT = ("val_loss", "bits_per_byte", "step", "tokens", "seconds", "peak_memory_bytes")  # of a run's summary
 
 
@@ -125,34 +121,6 @@ def varying(cells: Sequence[Cell]) -> set[str]:
     return {key for key in every if len({json.dumps(s.get(key)) for s in settings}) > 1}
 
 
-class Children:
-    """The processes of a grid, which end together when the grid is stopped."""
-
-    def __init__(self) -> None:
-        self.lock, self.running, self.stopped = threading.Lock(), set[subprocess.Popen[str]](), False
-
-    def run(self, command: list[str], environment: dict[str, str]) -> tuple[int, str, str]:
-        """Exit code, stdout and stderr of a command; none is started any more after `stop`."""
-        with self.lock:
-            if self.stopped:
-                return 128 + signal.SIGTERM, "", ""
-            pipe = subprocess.PIPE
-            # A group of its own: Ctrl-C is ours to pass on, as a second signal would end a run without saving.
-            process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment, process_group=0)
-            self.running.add(process)
-        out, err = process.communicate()
-        with self.lock:
-            self.running.discard(process)
-        return process.returncode, out, err
-
-    def stop(self) -> None:
-        """Asks all to end: a run finishes its step, saves, and can be resumed."""
-        with self.lock:
-            self.stopped = True
-            for process in self.running:
-                process.terminate()
-
-
 def _run_side_by_side(cells: list[Cell], folder: Path, jobs: int, minutes: float | None) -> Generator[dict[str, Any]]:
     children, clock = Children(), None if minutes is None else 60 * minutes
     with ThreadPoolExecutor(max_workers=max(1, jobs)) as pool:
@@ -181,21 +149,6 @@ def threads_per_cell(jobs: int) -> int:
     else:
         threads = os.cpu_count() or 1
     return max(1, threads // jobs)
-
-
-def launcher(processes: int) -> list[str]:
-    """How a number of processes of nativerank is started."""
-    if processes == 1:
-        return [sys.executable, "-m", "nativerank"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return [*torchrun, "-m", "nativerank"]
-
-
-def last_words(err_text: str) -> str:
-    """The error of a run: its last line, or of many processes, after which torchrun has its say, that of the first."""
-    lines = err_text.strip().splitlines()
-    errors = [line.removeprefix(ERROR) for line in lines if line.startswith(ERROR)]
-    return (errors or lines or [""])[-1]
 
 
 def _run_cell(cell: Cell, folder: Path, jobs: int, children: Children) -> dict[str, Any]:

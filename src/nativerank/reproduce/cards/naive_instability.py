@@ -1,0 +1,68 @@
+"""Naive low-rank training: how far a step moves W, and whether that is what hurts."""
+
+import statistics
+from pathlib import Path
+
+from nativerank.reproduce.figure import draw_norms
+from nativerank.reproduce.race import capped_label
+from nativerank.reproduce.reading import Seen
+from nativerank.reproduce.verdict import DIRECTION, NOT, REPRODUCED, UNTESTABLE, Verdict
+
+RACE, NAIVE, DENSE = "rates", "lowrank-adamw", "dense-adamw"
+MULTIPLES = (1.0, 4.0, 8.0)
+CLAIMED = (10.0, 30.0)
+
+
+def judge(seen: Seen) -> dict[str, Verdict]:
+    return {"blow-up": blow_up(seen), "cause": cause(seen)}
+
+
+def blow_up(seen: Seen) -> Verdict:
+    """Median ||dW|| of naive AdamW over that of dense AdamW, each at the same multiple of its own best rate."""
+    found: dict[float, list[float]] = {m: ratios(seen, m) for m in MULTIPLES}
+    if not found[1.0]:
+        return Verdict(UNTESTABLE, "nothing was probed")
+    words = [f"{m:g}x: {', '.join(f'{r:.2g}' for r in values)}" for m, values in found.items() if values]
+    why = "median norm of dW, naive over dense AdamW, at multiples of each one's best rate, by horizon: "
+    why += "; ".join(words)
+    at_best, high = statistics.fmean(found[1.0]), max(max(values) for values in found.values() if values)
+    if at_best >= CLAIMED[0]:
+        return Verdict(REPRODUCED, why)
+    return Verdict(DIRECTION if high >= 2 else NOT, why + (". Not at the best rates" if high >= 2 else ""))
+
+
+def ratios(seen: Seen, multiple: float) -> list[float]:
+    """Naive over dense, by horizon."""
+    pairs = [[seen.median_norm(RACE, steps, arm, multiple) for arm in (NAIVE, DENSE)] for steps in seen.horizons(RACE)]
+    return [naive / dense for naive, dense in pairs if naive and dense]
+
+
+def cause(seen: Seen) -> Verdict:
+    """What capping ||dW|| at Spectron's eta gives back of the loss at eight times the best rate."""
+    words, shares = [], []
+    for steps in seen.horizons(RACE):
+        means = [mean_at(seen, steps, NAIVE, 1.0), mean_at(seen, steps, NAIVE, 8.0)]
+        means.append(mean_at(seen, steps, capped_label(NAIVE), 1.0))
+        best, high, capped = means
+        if best is None or high is None or capped is None:
+            words.append(f"{steps:,} steps: not every run has a loss")
+            continue
+        words.append(f"{steps:,} steps: {best:.3f} at the best rate, {high:.3f} at 8x, {capped:.3f} at 8x capped")
+        if high > best:
+            shares.append((high - capped) / (high - best))
+    why = "; ".join(words)
+    if not shares:
+        return Verdict(UNTESTABLE, why)
+    why += f". The cap takes back {', '.join(f'{share:.0%}' for share in shares)} of what the rate cost"
+    least = min(shares)
+    return Verdict(REPRODUCED if least >= 0.8 else DIRECTION if least >= 0.3 else NOT, why)
+
+
+def mean_at(seen: Seen, steps: int, arm: str, multiple: float) -> float | None:
+    """Mean loss at a multiple of the best rate; None where a seed has none."""
+    entry = seen.norms(RACE, steps, arm, multiple)
+    return statistics.fmean(entry["val_losses"]) if entry and not entry["lack"] else None
+
+
+def draw(seen: Seen, file: Path) -> Path:
+    return draw_norms(seen, RACE, {"update_norm": "||dW||", "sigma_W": "||W||"}, file)

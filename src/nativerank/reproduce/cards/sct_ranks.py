@@ -1,0 +1,79 @@
+"""SCT's rank sweep, each rank at its own best rate, on held-out text; from scratch and from a converted dense model."""
+
+from nativerank.reproduce.reading import Seen
+from nativerank.reproduce.verdict import DIRECTION, NOT, REPRODUCED, UNTESTABLE, Verdict
+
+RANKS = (4, 8, 16, 32)
+RACES = ("scratch", "converted")
+DENSE_RACE, DENSE = "dense", "dense-adamw"
+
+
+def arm(rank: int) -> str:
+    return f"sct[rank.value={rank}]"
+
+
+def judge(seen: Seen) -> dict[str, Verdict]:
+    return {"floor": floor(seen), "middle": middle(seen), "rate": rate(seen)}
+
+
+def means(seen: Seen, race: str, steps: int) -> dict[int, float]:
+    """Mean loss by rank, each at its own best rates."""
+    return {rank: mean for rank in RANKS if (mean := seen.mean(race, steps, arm(rank))) is not None}
+
+
+def floor(seen: Seen) -> Verdict:
+    """Whether the largest rank ends where the smallest does."""
+    words, apart = [], []
+    for race in RACES:
+        for steps in seen.horizons(race):
+            d = seen.difference(race, steps, arm(RANKS[0]), arm(RANKS[-1]))
+            if d.low is not None:
+                apart.append(d.low > 0)
+                words.append(f"{race}, {steps:,} steps: {d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}]")
+    why = f"loss at rank {RANKS[0]} minus that at rank {RANKS[-1]}, each at its own best rate: " + "; ".join(words)
+    if not apart:
+        return Verdict(UNTESTABLE, "did not run")
+    return Verdict(NOT if all(apart) else REPRODUCED if not any(apart) else DIRECTION, why)
+
+
+def middle(seen: Seen) -> Verdict:
+    """Whether a rank below the largest is best."""
+    words, inside = [], []
+    for race in RACES:
+        for steps in seen.horizons(race):
+            found = means(seen, race, steps)
+            if len(found) == len(RANKS):
+                best = min(found, key=found.__getitem__)
+                rest = ", ".join(f"{rank}: {loss:.3f}" for rank, loss in found.items())
+                words.append(f"{race}, {steps:,} steps: {rest}")
+                d = seen.difference(race, steps, arm(best), arm(RANKS[-1]))
+                inside.append(best != RANKS[-1] and d.high is not None and d.high < 0)
+    why = "mean loss by rank: " + "; ".join(words)
+    if not inside:
+        return Verdict(UNTESTABLE, "did not run")
+    return Verdict(REPRODUCED if all(inside) else DIRECTION if any(inside) else NOT, why)
+
+
+def rate(seen: Seen) -> Verdict:
+    """What a rate four times off costs, beside what the rank does."""
+    words, larger = [], []
+    for steps in seen.horizons("scratch"):
+        found = means(seen, "scratch", steps)
+        cost = {rank: cost_of_rate(seen, steps, rank) for rank in RANKS}
+        known = [value for value in cost.values() if value is not None]
+        if len(found) == len(RANKS) and known:
+            ranks = max(found.values()) - min(found.values())
+            words.append(f"{steps:,} steps: rank {ranks:.3f}, rate {min(known):.3f} to {max(known):.3f}")
+            larger.append(min(known) > ranks)
+    why = "nats between the best and the worst rank, and what a quarter of the best rate costs: " + "; ".join(words)
+    if not larger:
+        return Verdict(UNTESTABLE, "did not run")
+    return Verdict(REPRODUCED if all(larger) else DIRECTION if any(larger) else NOT, why)
+
+
+def cost_of_rate(seen: Seen, steps: int, rank: int) -> float | None:
+    """Mean loss at a quarter of the best rate, less that at the best one."""
+    best, low = (seen.norms("scratch", steps, arm(rank), m) for m in (1.0, 0.25))
+    if not best or not low or best["lack"] or low["lack"]:
+        return None
+    return sum(low["val_losses"]) / len(low["val_losses"]) - sum(best["val_losses"]) / len(best["val_losses"])

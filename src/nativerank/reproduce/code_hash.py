@@ -1,0 +1,62 @@
+"""Which program made a result: a hash of the code that decides what a run computes, blind to comments and layout.
+
+A card whose result was made by other code is stale: it may still hold, and nobody knows.
+"""
+
+import ast
+import functools
+import hashlib
+from pathlib import Path
+
+import nativerank
+
+# What a run computes and how rates are searched; not how it is shown, tracked, stored or launched.
+DECIDING = (
+    "linalg/*.py",
+    "layers/*.py",
+    "optim/*.py",
+    "rank/*.py",
+    "data/*.py",
+    "methods.py",
+    "models.py",
+    "config.py",
+    "convert.py",
+    "evaluate/loss.py",
+    "evaluate/probes.py",
+    "train/loop.py",
+    "train/step.py",
+    "train/guard.py",
+    "train/resolve.py",
+    "train/setup.py",
+    "experiments/compare.py",
+    "experiments/search.py",
+)
+
+
+def code_hash(root: Path | None = None) -> str:
+    """Twelve hex digits of the program in a folder, the installed one's without."""
+    return _hash(root or Path(nativerank.__file__).parent)
+
+
+@functools.cache
+def _hash(root: Path) -> str:
+    total = hashlib.sha256()
+    for pattern in DECIDING:
+        files = sorted(root.glob(pattern))
+        assert files, f"{pattern} names nothing"
+        for file in files:
+            total.update(str(file.relative_to(root)).encode())
+            total.update(meaning(file.read_text(encoding="utf-8")).encode())
+    return total.hexdigest()[:12]
+
+
+def meaning(source: str) -> str:
+    """A program without comments, docstrings, layout and annotations of names."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
+            value = body[0].value
+            if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                node.body = body[1:] or [ast.Pass()]  # type: ignore[attr-defined]
+    return ast.dump(tree)

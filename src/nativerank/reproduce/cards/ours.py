@@ -14,7 +14,7 @@ def judge(seen: Seen) -> dict[str, Verdict]:
         "certified": certified(seen),
         "adam-muon": below(seen.differences(RACE, ADAM_MUON, MUON)),
         "stiefel": below(seen.differences(RACE, STIEFEL, SPECTRON)),
-        "adaptive": not_above(seen.differences(RACE, ADAPTIVE, SPECTRON), SLACK),
+        "adaptive": not_above(seen.differences("adaptive", ADAPTIVE, SPECTRON, RACE), SLACK),
     }
 
 

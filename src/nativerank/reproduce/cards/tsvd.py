@@ -14,8 +14,8 @@ def judge(seen: Seen) -> dict[str, Verdict]:
         "matches-dense": not_above(
             {
                 f"{label}, {where}": d
-                for label, arm in (("adaptive", ADAPTIVE), ("fixed", FIXED))
-                for where, d in seen.differences(RACE, arm, DENSE).items()
+                for label, race, arm in (("adaptive", "adaptive", ADAPTIVE), ("fixed", RACE, FIXED))
+                for where, d in seen.differences(race, arm, DENSE, RACE).items()
             },
             SLACK,
         ),

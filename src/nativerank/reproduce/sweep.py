@@ -39,14 +39,17 @@ def run_sweep(sweep: Sweep, scale: Scale, place: Place) -> dict[str, Any]:
 
     rows = place.run(list(planned), lambda cell: planned[cell].row(), name)
     runs = with_budgets([run_of(row, design, place.folder) for row in rows if "error" not in row])
-    found = fit(runs)
-    report = decide(found)
+    try:
+        found = fit(runs)
+        saving = saving_record(decide(found))
+    except ValueError as error:  # no law goes through these runs, which is a result
+        found, saving = {"groups": {}, "warnings": [str(error)]}, None
     groups = {label: group_record(group) for label, group in found["groups"].items()}
     kept = ("size", "method", "rank_ratio", "budget", "lr", "seed", "steps", "tokens", "params", "flops", "val_loss")
     return {
         "runs": [{key: row[key] for key in kept if key in row} for row in rows],
         "groups": groups,
-        "saving": saving_record(report),
+        "saving": saving,
         "warnings": found["warnings"],
     }
 

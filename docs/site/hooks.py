@@ -4,7 +4,7 @@
     command line    what every command's --help prints
     API             a directive of mkdocstrings per public name
     records         docstrings that say what files hold
-    README, CONTRIBUTING, CHANGELOG, benchmarks/README.md     as pages of the site
+    README, CONTRIBUTING, CHANGELOG, benchmarks/README.md, reproductions    as pages of the site
 
 A page links to a file of the repository by its path, as on a repository's page. In the site such a file is a page or a
 copy under files/, and the link is turned.
@@ -26,6 +26,7 @@ from mkdocs.structure.files import File, Files
 import nativerank
 from nativerank.cli.main import COMMANDS, main
 from nativerank.config import RunConfig
+from nativerank.reproduce.card import card_names
 from nativerank.schema import described
 
 ROOT = Path(__file__).parents[2]
@@ -36,6 +37,8 @@ PAGES = {
     "benchmarks/README.md": "benchmarks.md",
     "benchmarks/results": "benchmarks.md",  # a folder
     "docs": "index.md",
+    "reproductions/README.md": "reproductions.md",
+    **{f"reproductions/{name}/card.md": f"reproductions/{name}.md" for name in card_names(ROOT / "reproductions")},
 }
 LINK = re.compile(r"(\]\()([^)#\s]+)((?:#[^)]*)?\))")
 CODE = re.compile(r"(^```.*?^```|^(?: {4}[^\n]*\n)+|`[^`\n]+`)", flags=re.M | re.S)

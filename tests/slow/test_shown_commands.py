@@ -23,6 +23,8 @@ LEFT_OUT = {
     r"hub:": "needs a network",
     r"--tasks ": "needs a network, or tasks of one's own; tests/evaluate/test_tasks.py runs such",
     r"--train\.float8": "needs a GPU; tests/train runs it emulated",
+    r"^nativerank reproduce .*--jobs": "trains for up to 90 minutes; tests/reproduce runs a card small",
+    r"^nativerank reproduce --scale paper": "plans for three minutes; tests/reproduce holds the plans to their runs",
     r"llama3-70b": "a minute; tests/accounting traces it",
 }
 SMALLER = {
@@ -73,6 +75,7 @@ def scene(tmp_path_factory, prepared):
     thin = ["convert", str(folder / "runs" / "dense"), "--rank.energy", "0.8", "--quiet"]
     assert main([*thin, "--data.path", str(prepared), "--out", str(folder / "runs" / "dense-r")]) == 0
     shutil.copytree(RECORDS / "scaling-miniature", folder / "runs" / "sweep")
+    shutil.copytree(ROOT / "reproductions", folder / "reproductions")
     (folder / "runs" / "three").mkdir()
     shutil.copy(RECORDS / "compare-frames.json", folder / "runs" / "three" / "compare.json")
     return folder

@@ -49,8 +49,12 @@ def carry_out(card: Card, name: str, scale: Scale, place: Place, asked: str) -> 
 
 def race_of(race: Race, scale: Scale, place: Place) -> dict[str, Any]:
     """One race, from scratch or from a converted model."""
-    start = (lambda arm: arm) if race.converted is None else converter(race.converted, scale, place)
-    return run_race(race, scale, place.folder, place.run, start)
+    if race.converted is None:
+        return run_race(race, scale, place.folder, place.run, lambda arm: arm)
+    # The converted model brings its architecture along; of a preset the training settings count.
+    settings = {k: v for k, v in scale.settings.items() if not k.startswith("model.") or k == "model.preset"}
+    start = converter(race.converted, scale, place)
+    return run_race(race, replace(scale, settings=settings), place.folder, place.run, start)
 
 
 def converter(dense: str, scale: Scale, place: Place) -> Callable[[Arm], Arm]:

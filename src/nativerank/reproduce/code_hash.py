@@ -6,6 +6,9 @@ A card whose result was made by other code is stale: it may still hold, and nobo
 import ast
 import functools
 import hashlib
+import io
+import tokenize
+from collections.abc import Iterator
 from pathlib import Path
 
 import nativerank
@@ -51,12 +54,22 @@ def _hash(root: Path) -> str:
 
 
 def meaning(source: str) -> str:
-    """A program without comments, docstrings, layout and annotations of names."""
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
+    """A program without comments, docstrings, blank lines and indentation; the same for every version of Python."""
+    lines = source.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    for first, last in docstrings(source):
+        lines[first - 1 : last] = [""] * (last - first + 1)
+    return "\n".join(words for line in lines if (words := " ".join(line.split())))
+
+
+def docstrings(source: str) -> Iterator[tuple[int, int]]:
+    """First and last line of each."""
+    for node in ast.walk(ast.parse(source)):
         body = getattr(node, "body", None)
         if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
             value = body[0].value
             if isinstance(value, ast.Constant) and isinstance(value.value, str):
-                node.body = body[1:] or [ast.Pass()]  # type: ignore[attr-defined]
-    return ast.dump(tree)
+                yield value.lineno, value.end_lineno or value.lineno

@@ -52,3 +52,7 @@ def test_every_pattern_names_a_file():
 def test_meaning_keeps_strings_that_are_no_docstrings():
     assert meaning("x = 'a'") != meaning("x = 'b'")
     assert meaning("def f():\n    'what'\n    return 1") == meaning("def f():\n    return 1  # so")
+
+
+def test_meaning_sees_indentation():
+    assert meaning("if x:\n    y()\n    z()") != meaning("if x:\n    y()\nz()")

@@ -54,7 +54,7 @@ def _hash(root: Path) -> str:
 
 
 def meaning(source: str) -> str:
-    """A program without comments, docstrings, blank lines and indentation; the same for every version of Python."""
+    """A program without comments, docstrings and blank lines; the same for every version of Python."""
     lines = source.splitlines()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
@@ -62,7 +62,7 @@ def meaning(source: str) -> str:
             lines[row - 1] = lines[row - 1][:column]
     for first, last in docstrings(source):
         lines[first - 1 : last] = [""] * (last - first + 1)
-    return "\n".join(words for line in lines if (words := " ".join(line.split())))
+    return "\n".join(line.rstrip() for line in lines if line.strip())
 
 
 def docstrings(source: str) -> Iterator[tuple[int, int]]:

@@ -1,6 +1,7 @@
 """What a card runs: searches, seeds, multiples, caps, conversions; cells are shared, and nothing runs twice."""
 
 import json
+import math
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from nativerank.experiments.arms import LR
 from nativerank.reproduce.card import Race, Sweep
 from nativerank.reproduce.cards import judge_of
 from nativerank.reproduce.carry_out import carry_out, race_of
+from nativerank.reproduce.expect import expectation, rehearsed
 from nativerank.reproduce.place import OutOfTime, Place
 from nativerank.reproduce.race import capped_label
 from nativerank.reproduce.sweep import run_sweep
@@ -66,6 +68,22 @@ def test_races_together_leave_the_cards_nothing_to_search(stand_in, write_card, 
         4,
         5,
     }
+
+
+def test_what_is_expected_is_what_a_search_runs_that_ends_where_it_starts(stand_in, write_card, scale, place):
+    card = write_card("ablation", [], races={"a": {"arms": ARMS, "multiples": [1, 4]}}).scales["pocket"]
+    expected = rehearsed([card], scale, place)
+    starts = {}
+
+    def away(cell):
+        start = starts.setdefault((cell["method"], cell["train.steps"]), cell["optim.lr"])
+        return 3.0 + abs(math.log(cell["optim.lr"] / start)) + 0.01 * cell["train.seed"]
+
+    stand_in.loss = away
+    assert expectation([card], scale, place).startswith(f"{len(expected)} runs of races to go, 1 at a time: about ")
+    race_of(card.races["a"], scale, place)
+    assert len(stand_in.ran) == len(expected) == 2 * 2 * (3 + 2 + 3)  # arms, horizons, search and seeds and multiple
+    assert expectation([card], scale, place) == f"{len(expected)} runs of races, all done"
 
 
 def test_only_races_that_differ_in_nothing_but_arms_merge():

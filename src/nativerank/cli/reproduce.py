@@ -131,6 +131,7 @@ def run_missing(names: list[str], scale: Any, flags: Any, ends: float | None, sa
     from nativerank.reproduce.card import read_card
     from nativerank.reproduce.carry_out import carry_out
     from nativerank.reproduce.code_hash import code_hash
+    from nativerank.reproduce.expect import expectation
     from nativerank.reproduce.place import Place
     from nativerank.reproduce.store import config_hash, read, write
     from nativerank.reproduce.together import run_together
@@ -147,7 +148,10 @@ def run_missing(names: list[str], scale: Any, flags: Any, ends: float | None, sa
             say(f"{name}: up to date")
         else:
             missing[name] = card
-    run_together([card.scales[key] for card in missing.values()], scale, place)
+    wanted = [card.scales[key] for card in missing.values()]
+    if any(experiments.races for experiments in wanted):
+        say(expectation(wanted, scale, place))
+    run_together(wanted, scale, place)
     for name, card in missing.items():
         say(f"{name}: {card.title}")
         again = f"nativerank reproduce {name}{'' if key == 'pocket' else f' --scale {key}'} --jobs {flags.jobs}"

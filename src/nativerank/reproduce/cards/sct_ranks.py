@@ -3,7 +3,7 @@
 from nativerank.reproduce.reading import Seen
 from nativerank.reproduce.verdict import DIRECTION, NOT, REPRODUCED, UNTESTABLE, Verdict
 
-RANKS = (4, 8, 16, 32)
+RANKS = (3, 6, 12, 24)
 RACES = ("scratch", "converted")
 DENSE_RACE, DENSE = "dense", "dense-adamw"
 

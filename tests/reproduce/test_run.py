@@ -164,7 +164,7 @@ def test_a_measure_that_fails_says_why(place):
 def test_an_outcome_holds_command_program_and_experiments(stand_in, write_card, scale, place):
     card = write_card("ours", [], races={"tokens": {"arms": ["spectron"]}})
     found = carry_out(card, "pocket", scale, place, "nativerank reproduce ours")
-    assert found.command == "nativerank reproduce ours" and found.commit and not found.stale(found.config_hash)
+    assert found.command == "nativerank reproduce ours" and found.commit and not found.stale(card, "pocket", scale)
     assert found.races["tokens"]["horizons"]["8"]["arms"]["spectron"]["val_losses"]
     assert str(place.folder) not in json.dumps(found.races)
 

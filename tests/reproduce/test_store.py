@@ -26,9 +26,9 @@ def test_other_code_and_other_experiments_make_a_result_stale(write_card, scale)
     card = write_card("ablation", [], races={"one": {"arms": ["spectron"]}})
     now = config_hash(card, "pocket", scale)
     fresh = outcome(config_hash=now, code_hash=code_hash())
-    assert fresh.stale(now) == []
-    assert len(outcome(config_hash=now, code_hash="other").stale(now)) == 1
-    assert len(outcome(config_hash="other", code_hash="other").stale(now)) == 2
+    assert fresh.stale(card, "pocket", scale) == []
+    assert len(outcome(config_hash=now, code_hash="other").stale(card, "pocket", scale)) == 1
+    assert len(outcome(config_hash="other", code_hash="other").stale(card, "pocket", scale)) == 2
 
 
 def test_the_hash_of_experiments_leaves_words_out(root, write_card, scale):

@@ -133,7 +133,7 @@ def run_missing(names: list[str], scale: Any, flags: Any, ends: float | None, sa
     from nativerank.reproduce.code_hash import code_hash
     from nativerank.reproduce.expect import expectation
     from nativerank.reproduce.place import Place
-    from nativerank.reproduce.store import config_hash, read, write
+    from nativerank.reproduce.store import read, write
     from nativerank.reproduce.together import run_together
 
     key = flags.scale
@@ -144,7 +144,7 @@ def run_missing(names: list[str], scale: Any, flags: Any, ends: float | None, sa
         known = read(flags.cards / name).get(key)
         if key not in card.scales:
             say(f"{name}: nothing at scale {key}")
-        elif known and not known.stale(config_hash(card, key, scale)) and not flags.again:
+        elif known and not known.stale(card, key, scale) and not flags.again:
             say(f"{name}: up to date")
         else:
             missing[name] = card

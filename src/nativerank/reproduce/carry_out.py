@@ -43,7 +43,7 @@ def carry_out(card: Card, name: str, scale: Scale, place: Place, asked: str) -> 
     sweeps = {key: run_sweep(sweep, scale, place) for key, sweep in wanted.sweeps.items()}
     about = environment(pick_device(scale.settings.get("device") or "cpu"))
     about.pop("load_average", None)
-    hashes = config_hash(card, name, scale), code_hash()
+    hashes = config_hash(card, name, scale), code_hash(wanted)
     return Outcome(asked, about["commit"], *hashes, about, races, measures, sweeps)
 
 

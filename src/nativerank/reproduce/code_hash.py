@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import nativerank
+from nativerank.reproduce.card import Experiments
 
 # What a run computes and how rates are searched; not how it is shown, tracked, stored or launched.
-DECIDING = (
+RUNS = (
     "linalg/*.py",
     "layers/*.py",
     "optim/*.py",
@@ -34,17 +35,25 @@ DECIDING = (
     "experiments/compare.py",
     "experiments/search.py",
 )
+MEASURES = ("bench/*.py", "plan/*.py", "accounting/*.py")
+SWEEPS = ("scaling/*.py", "accounting/*.py")
 
 
-def code_hash(root: Path | None = None) -> str:
-    """Twelve hex digits of the program in a folder, the installed one's without."""
-    return _hash(root or Path(nativerank.__file__).parent)
+def code_hash(experiments: Experiments | None = None, root: Path | None = None) -> str:
+    """Twelve hex digits of the code that decides what experiments give.
+
+    Args:
+        experiments: whose kinds count; None stands for runs alone.
+        root: folder of the program; None is the installed one.
+    """
+    more = experiments and (*(MEASURES if experiments.measures else ()), *(SWEEPS if experiments.sweeps else ()))
+    return _hash(tuple(dict.fromkeys((*RUNS, *(more or ())))), root or Path(nativerank.__file__).parent)
 
 
 @functools.cache
-def _hash(root: Path) -> str:
+def _hash(patterns: tuple[str, ...], root: Path) -> str:
     total = hashlib.sha256()
-    for pattern in DECIDING:
+    for pattern in patterns:
         files = sorted(root.glob(pattern))
         assert files, f"{pattern} names nothing"
         for file in files:

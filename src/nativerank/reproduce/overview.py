@@ -8,7 +8,7 @@ from pathlib import Path
 from nativerank.experiments.request import put
 from nativerank.reproduce.card import Card, Scale
 from nativerank.reproduce.render import STALE, table, verdicts, word
-from nativerank.reproduce.store import Outcome, config_hash
+from nativerank.reproduce.store import Outcome
 
 README = "README.md"
 BEGIN, END = "<!-- reproductions: made by `make cards` -->", "<!-- end of reproductions -->"
@@ -24,7 +24,7 @@ class Listed:
 
     def stale(self, scales: Mapping[str, Scale]) -> list[str]:
         """The scales whose outcome is stale."""
-        return [s for s, found in self.outcomes.items() if found.stale(config_hash(self.card, s, scales[s]))]
+        return [s for s, found in self.outcomes.items() if found.stale(self.card, s, scales[s])]
 
 
 def overview(cards: list[Listed], scales: Mapping[str, Scale]) -> str:

@@ -14,6 +14,8 @@ from nativerank.experiments.compare import Row
 from nativerank.experiments.grid import Cell, run_grid
 from nativerank.experiments.processes import last_words
 from nativerank.experiments.request import put
+from nativerank.reproduce.card import Experiments
+from nativerank.reproduce.code_hash import code_hash
 
 
 class OutOfTime(Exception):
@@ -64,7 +66,8 @@ class Place:
         Raises:
             OutOfTime: no time is left. ValueError: it failed.
         """
-        file = self.folder / "measures" / f"{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
+        program = code_hash(Experiments(measures={"": text}))
+        file = self.folder / "measures" / f"{hashlib.sha256((program + text).encode()).hexdigest()[:12]}.json"
         if not file.exists():
             self.minutes()
             self.say(f"nativerank {text}")

@@ -11,7 +11,7 @@ from nativerank.reproduce.card import CONFIG, Card, Claim, Scale
 from nativerank.reproduce.cards import judge_of
 from nativerank.reproduce.paper import read_paper
 from nativerank.reproduce.reading import Seen
-from nativerank.reproduce.store import RESULT, Outcome, config_hash
+from nativerank.reproduce.store import RESULT, Outcome
 from nativerank.reproduce.verdict import Verdict
 
 FIGURE, CARD = "figure.svg", "card.md"
@@ -78,7 +78,7 @@ def because(said: Claim, by_scale: Mapping[str, Verdict]) -> list[str]:
 
 def scale_lines(name: str, card: Card, scale: str, shared: Scale, outcome: Outcome) -> list[str]:
     """Whether it is stale, tables, what else is told, and where it ran."""
-    stale = outcome.stale(config_hash(card, scale, shared))
+    stale = outcome.stale(card, scale, shared)
     lines = [f"**{STALE}**: {'; '.join(stale)}.", ""] if stale else []
     seen = Seen(outcome)
     for race in outcome.races:

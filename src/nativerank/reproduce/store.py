@@ -36,10 +36,15 @@ class Outcome:
     measures: dict[str, Any]
     sweeps: dict[str, Any]
 
-    def stale(self, config: str) -> list[str]:
-        """Why a rerun may give something else: other code, other experiments."""
-        code = ["the code has changed since"] if self.code_hash != code_hash() else []
-        return code + (["the experiments have changed since"] if self.config_hash != config else [])
+    def stale(self, card: Card, name: str, scale: Scale) -> list[str]:
+        """Why a rerun may give something else: other code, other experiments.
+
+        Args:
+            card, name, scale: whose outcome it is, at which scale.
+        """
+        code = ["the code has changed since"] if self.code_hash != code_hash(card.scales[name]) else []
+        same = self.config_hash == config_hash(card, name, scale)
+        return code + ([] if same else ["the experiments have changed since"])
 
 
 def config_hash(card: Card, name: str, scale: Scale) -> str:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from written_runs import end, full_rows, probes, start, step_row, write_run
 
-from nativerank.report.page import Sources, render
-from nativerank.report.runs import read_run
+from nativerank.report.page import Sources, render, sections_of
+from nativerank.report.runs import Run, read_run
 
 go = pytest.importorskip("plotly.graph_objects")
 RECORDS = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -157,6 +157,35 @@ def test_text_of_a_run_stays_text(tmp_path):
         names = [trace["name"] for chart in data_of(page)["charts"] for trace in chart["data"]]
         names += [kind for frames in data_of(page)["frames"] for kind in frames["kinds"]]
         assert any("&lt;script&gt;" in name for name in names) and not any("<" in name for name in names)
+
+
+ODD = ("x", "nan", "inf", None, True, [], [1], {}, {"a": 1}, -1, 10**400)
+
+
+@pytest.mark.parametrize("value", ODD, ids=lambda value: str(value)[:8])
+def test_a_value_of_another_kind_is_shown_or_left_out(tmp_path, value):
+    """In the place of every value of a start, a change of ranks, a step with probes, an event of the guard, an end."""
+    rows = [row for row in full_rows(100) if "event" in row or row["step"] > 78]
+    picked = [i for i, row in enumerate(rows) if row.get("event", "none") != "none" or row["step"] == 80]
+    picked = list({(rows[i].get("event"), "probes" in rows[i]): i for i in picked}.values())
+    assert len(picked) >= 6
+    for i in picked:
+        for key in rows[i]:
+            changed = [*rows[:i], rows[i] | {key: value}, *rows[i + 1 :]]
+            sections_of(Sources(runs=[Run("run", tmp_path, changed, "")]))
+    ranks = next(row for row in rows if row.get("event") == "ranks")
+    for part in (value, [value, 4], [4, value]):
+        ranks["ranks"] = {"model.layers.0.mlp.up_proj": part}
+        sections_of(Sources(runs=[Run("run", tmp_path, rows, "")]))
+
+
+def test_damaged_lines_are_told_of(full_run, tmp_path):
+    folder = write_run(tmp_path / "torn", full_rows(40))
+    file = folder / "metrics.jsonl"
+    file.write_text(file.read_text().replace('"step": 7, ', '"step": 7, {', 1))
+    for runs in ([read_run(folder)], [read_run(full_run), read_run(folder)]):
+        page = render(Sources(runs=runs))
+        assert "torn: 1 line of metrics.jsonl cannot be read and stays out, first line 8." in page
 
 
 def test_200_000_rows_are_a_small_page(tmp_path):

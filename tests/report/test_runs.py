@@ -38,7 +38,10 @@ def test_lines_that_are_no_rows_are_passed_over(tmp_path):
     folder = write_run(tmp_path / "run", full_rows(20))
     file = folder / "metrics.jsonl"
     file.write_text("5\n[1]\nnull\n{broken\n" + file.read_text() + '{"step": 21, "lo')
-    assert read_run(folder).last_step == 20
+    run = read_run(folder)
+    assert run.last_step == 20 and run.damaged == (4,)  # the last line is one that a crash cut off
+    assert run.gaps == "run: 1 line of metrics.jsonl cannot be read and stays out, first line 4."
+    assert read_run(write_run(tmp_path / "whole", full_rows(20))).gaps == ""
 
 
 @pytest.mark.parametrize("content", ["", "\n\n", "{broken\n"])

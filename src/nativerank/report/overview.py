@@ -40,13 +40,12 @@ def cards(run: Run) -> list[tuple[str, str]]:
 
 def cost_table(run: Run, planned: dict[str, Any] | str | None) -> Table:
     """What `nativerank plan` says of the run's configuration beside what the run recorded."""
-    end, facts = run.end or {}, run.facts
     plan = planned if isinstance(planned, dict) else {}
-    counted = end.get("parameters") or facts.get("parameters") or {}
+    counted = (run.end or {}).get("parameters") or run.facts.get("parameters")
     steps, flops = run.last_step, run.column("train_flops")
     rows = [
-        ("parameters", get(plan, "params", "total"), number(counted.get("total")), ",.0f"),
-        ("without embeddings", get(plan, "params", "non_embedding"), number(counted.get("non_embedding")), ",.0f"),
+        ("parameters", get(plan, "params", "total"), get(counted, "total"), ",.0f"),
+        ("without embeddings", get(plan, "params", "non_embedding"), get(counted, "non_embedding"), ",.0f"),
         ("training FLOPs so far", steps * get(plan, "flops", "per_step", "exact"), last(flops), ".4g"),
         ("peak bytes", get(plan, "bytes", "peak"), peak_bytes(run), ",.0f"),
         ("tokens per second", get(plan, "time", "tokens_per_second"), median(run.column("tokens_per_second")), ",.0f"),
@@ -75,7 +74,7 @@ def note_on(run: Run, planned: dict[str, Any] | str | None) -> str:
     return text
 
 
-def get(values: dict[str, Any], *names: str) -> float:
+def get(values: Any, *names: str) -> float:
     """A number deep in nested mappings, or NaN."""
     found: Any = values
     for name in names:

@@ -109,14 +109,16 @@ def sections_of(sources: Sources) -> list[Section]:
     elif sources.runs:
         happened = [events_of_all(sources.runs)] if any(run.events for run in sources.runs) else []
         lead = [run_table(sources.runs)]
-        found.append(
-            Section(
-                "runs", "Runs", lead=lead, charts=mark_events(overlays(sources.runs), sources.runs), tables=happened
-            )
-        )
+        charts = mark_events(overlays(sources.runs), sources.runs)
+        found.append(Section("runs", "Runs", notes=gaps(sources.runs), lead=lead, charts=charts, tables=happened))
     found += [comparison_section(record, f"compare-{i}") for i, (_, record) in enumerate(sources.comparisons)]
     found += [sweep_section(*sweep, id=f"sweep-{i}") for i, sweep in enumerate(sources.sweeps)]
     return [s for s in found if s.charts or s.frames or s.lead or s.tables or s.texts or s.notes]
+
+
+def gaps(runs: list[Run]) -> list[str]:
+    """What of their files is not shown."""
+    return [run.gaps for run in runs if run.gaps]
 
 
 def run_sections(run: Run, planned: dict[str, dict[str, Any] | str]) -> list[Section]:
@@ -125,7 +127,7 @@ def run_sections(run: Run, planned: dict[str, dict[str, Any] | str]) -> list[Sec
     training = [*loss_charts(run), rate_chart(run), *figure_charts(run, ("grad_norm",))]
     speed = figure_charts(run, ("tokens_per_second", "mfu", "optimizer_share", "peak_memory_bytes", "guide_alpha"))
     sections = [
-        Section("training", "Training", charts=mark_events(training, [run])),
+        Section("training", "Training", notes=gaps([run]), charts=mark_events(training, [run])),
         Section("spectra", "Spectra", charts=mark_events(spectral_charts(run, seen), [run]), frames=maps(run, seen)),
         Section("speed", "Speed and memory", charts=mark_events(speed, [run])),
         Section("cost", "Cost: planned and measured", tables=[cost_table(run, planned.get(run.name))]),

@@ -155,14 +155,22 @@ def marks_of(run: Run, color: str) -> Trace:
     }
 
 
+def changes(row: Row) -> dict[str, tuple[float, float]]:
+    """module -> (rank before, rank after) of an event that changed ranks; what is no pair of numbers is left out."""
+    ranks = row.get("ranks")
+    told = ranks.items() if isinstance(ranks, dict) else ()
+    found = {m: (number(p[0]), number(p[1])) for m, p in told if isinstance(p, list) and len(p) == 2}
+    return {m: pair for m, pair in found.items() if np.isfinite(pair).all()}
+
+
 def described(row: Row) -> str:
     """An event in a line."""
     event = str(row.get("event"))
     text = EVENTS.get(event, event.replace("_", " "))
     if event == "ranks":
-        pairs = [pair for pair in row.get("ranks", {}).values() if isinstance(pair, list) and len(pair) == 2]
-        before, after = (sum(int(number(pair[i])) for pair in pairs) for i in (0, 1))
-        return f"{text}: {len(pairs)} matrices, their sum from {before:,} to {after:,}"
+        pairs = list(changes(row).values())
+        before, after = (sum(pair[i] for pair in pairs) for i in (0, 1))
+        return f"{text}: {len(pairs)} matrices, their sum from {before:,.0f} to {after:,.0f}"
     if event == "resume":
         return f"{text} from {row.get('checkpoint', '?')}"
     if "action" in row:

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from nativerank.train.kept_config import CONFIG
-from nativerank.train.metrics import FILE, read_rows
+from nativerank.train.metrics import FILE, read_lines
 
 Row = dict[str, Any]
 STARTS = ("start", "resume")
+FARTHEST = 2**53  # up to here a float holds every step
 
 
 @dataclass(frozen=True)
@@ -26,21 +27,22 @@ class Run:
 
     Attributes:
         name: to be shown. folder: where it lies. rows: all of metrics.jsonl that can be read, in their order.
-        config: text of config.yaml, or "".
+        config: text of config.yaml, or "". damaged: numbers of the lines of metrics.jsonl that are no rows.
     """
 
     name: str
     folder: Path
     rows: list[Row]
     config: str
+    damaged: tuple[int, ...] = ()
 
     @cached_property
     def steps(self) -> list[Row]:
         """The row that counts of every step, in their order."""
         last: dict[int, Row] = {}
         for row in self.rows:
-            if "loss" in row and isinstance(row.get("step"), int):
-                last[row["step"]] = row
+            if "loss" in row and (step := step_of(row)) is not None:
+                last[step] = row
         return [last[step] for step in sorted(last)]
 
     @cached_property
@@ -61,8 +63,9 @@ class Run:
 
     @cached_property
     def looks(self) -> list[Row]:
-        """Rows of looks that changed ranks."""
-        return [row for row in self.rows if row.get("event") == "ranks" and isinstance(row.get("ranks"), dict)]
+        """Rows of looks that changed ranks, which name their step."""
+        found = [row for row in self.rows if row.get("event") == "ranks" and step_of(row) is not None]
+        return [row for row in found if isinstance(row.get("ranks"), dict)]
 
     @cached_property
     def axis(self) -> np.ndarray:
@@ -82,6 +85,14 @@ class Run:
     def has(self, key: str) -> bool:
         """Whether any row has the number."""
         return bool(np.isfinite(self.column(key)).any())
+
+    @property
+    def gaps(self) -> str:
+        """What of its file is not shown, in words; "" for all of it."""
+        if not self.damaged:
+            return ""
+        some = "1 line" if len(self.damaged) == 1 else f"{len(self.damaged):,} lines"
+        return f"{self.name}: {some} of {FILE} cannot be read and stays out, first line {self.damaged[0]:,}."
 
     @property
     def last_step(self) -> int:
@@ -107,14 +118,21 @@ def read_run(folder: Path, name: str | None = None) -> Run:
         ValueError: it holds no metrics.
     """
     try:
-        rows = [row for row in read_rows(folder) if isinstance(row, dict)]
+        rows, damaged = read_lines(folder)
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{folder}: {FILE} cannot be read: {error}") from None
+    rows = [row for row in rows if isinstance(row, dict)]
     if not rows:
         raise ValueError(f"{folder}: {FILE} holds no rows")
     config = folder / CONFIG
     text = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else ""
-    return Run(name or folder.name or str(folder.resolve().name), folder, rows, text)
+    return Run(name or folder.name or str(folder.resolve().name), folder, rows, text, tuple(damaged))
+
+
+def step_of(row: Row) -> int | None:
+    """The step that a row tells of; None where it names none."""
+    step = row.get("step")
+    return step if isinstance(step, int) and not isinstance(step, bool) and abs(step) < FARTHEST else None
 
 
 def number(value: Any) -> float:
@@ -125,7 +143,7 @@ def number(value: Any) -> float:
         return math.nan
     try:
         return float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return math.nan
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from nativerank.report.charts import Chart, Frames, Trace, color_of, label, layout, line, span
+from nativerank.report.run_charts import changes
 from nativerank.report.runs import Run, number
 from nativerank.report.thin import short
 
@@ -148,10 +149,10 @@ def rank_map(run: Run) -> Frames | None:
     energies: dict[str, float] = {}
     steps, at = [0], [(dict(ranks), dict(energies))]
     for row in run.looks:
-        ranks |= {m: number(pair[1]) for m, pair in row["ranks"].items() if isinstance(pair, list) and len(pair) == 2}
+        ranks |= {m: after for m, (_, after) in changes(row).items()}
         energy = row.get("energy")
         energies |= {m: number(e) for m, e in energy.items()} if isinstance(energy, dict) else {}
-        steps.append(int(number(row.get("step"))))
+        steps.append(int(row["step"]))
         at.append((dict(ranks), dict(energies)))
     values = {"rank": [r for r, _ in at]}
     if energies:
@@ -170,9 +171,9 @@ def first_ranks(run: Run) -> dict[str, float]:
     found = {m: number(r) for m, r in told.items()} if isinstance(told, dict) else {}
     seen: set[str] = set()
     for row in run.looks:
-        for module, pair in row["ranks"].items():
-            if module not in seen and isinstance(pair, list) and len(pair) == 2:
-                found[module] = number(pair[0])
+        for module, (before, _) in changes(row).items():
+            if module not in seen:
+                found[module] = before
                 seen.add(module)
     return {m: r for m, r in found.items() if np.isfinite(r)}
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from nativerank.report.runs import STARTS, Row, number
+from nativerank.report.runs import STARTS, Row, number, step_of
 from nativerank.train.kept_config import CONFIG
 from nativerank.train.metrics import FILE
 
@@ -144,7 +144,7 @@ class Watched:
         return bool(rows) or other
 
     def _take(self, row: Row) -> None:
-        event, step = row.get("event"), row.get("step")
+        event, step = row.get("event"), step_of(row)
         if event in STARTS:
             self.facts, self.end, self.ended_by = row, None, ""
         if event not in (None, "start", "end"):
@@ -153,7 +153,7 @@ class Watched:
             self.end = row
         if event == "interrupted" or row.get("action") == "stop":
             self.ended_by = str(event)
-        if isinstance(step, int) and not isinstance(step, bool):
+        if step is not None:
             self.step = step
             if "loss" in row:
                 self._take_step(row, step)
@@ -170,8 +170,9 @@ class Watched:
             ratios = [values["update_ratio"] for values in self.probes.values() if "update_ratio" in values]
             if ratios:
                 self.ratios.put(step, max(ratios))
-        if "rolled_back_to" in row:
-            self.step = int(number(row["rolled_back_to"]))
+        back = row.get("rolled_back_to")
+        if isinstance(back, int):
+            self.step = back
 
     # -- what follows from it ---------------------------------------------------------------------------------
 

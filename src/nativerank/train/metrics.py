@@ -63,13 +63,20 @@ class JsonLines:
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
     """Every complete row of a run; a last line cut off by a crash is left out."""
-    rows = []
-    for line in (folder / FILE).read_text(encoding="utf-8").splitlines():
+    return read_lines(folder)[0]
+
+
+def read_lines(folder: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """(complete rows, numbers from 1 of lines that are none); a last line cut off by a crash is neither."""
+    text = (folder / FILE).read_text(encoding="utf-8")
+    rows, damaged, lines = [], [], text.splitlines()
+    for number, line in enumerate(lines, 1):
         try:
             rows.append(json.loads(line))
         except ValueError:
-            continue
-    return rows
+            if line.strip() and (number < len(lines) or text.endswith("\n")):
+                damaged.append(number)
+    return rows, damaged
 
 
 def _keep_until(file: Path, step: int) -> None:

@@ -48,7 +48,7 @@ def show(browser, tmp_path):
     def show(text, **options):
         file = tmp_path / f"page-{len(pages)}.html"
         file.write_text(text, encoding="utf-8")
-        page = browser.new_page(viewport={"width": 1300, "height": 900}, **options)
+        page = browser.new_page(**{"viewport": {"width": 1300, "height": 900}} | options)
         page.on("console", lambda message: said.append(message.text))
         page.on("pageerror", lambda error: said.append(str(error)))
         page.on("dialog", lambda dialog: said.append(dialog.message))
@@ -151,6 +151,12 @@ def test_the_map_follows_its_slider(show, page_of_all):
     assert figure.locator(".time").get_attribute("aria-valuetext") == "step 80"
 
 
+def test_ranks_that_are_all_the_same_need_no_scale(show, tmp_path):
+    rows = [row for row in full_rows(60) if row.get("event") != "ranks"]
+    page = show(render(Sources(runs=[read_run(write_run(tmp_path / "run", rows))])))
+    assert page.locator("#ranks-map .hm").count() == 1 and page.locator("#ranks-map .colorbar").count() == 0
+
+
 def test_light_and_dark(show, page_of_all):
     def look(page):
         back = page.evaluate("getComputedStyle(document.body).backgroundColor")
@@ -163,6 +169,17 @@ def test_light_and_dark(show, page_of_all):
     assert look(page) == dark
     page.click("#theme")
     assert look(page) == light
+
+
+@pytest.mark.parametrize("name", ["compare-frames.json", "compare-equal-flops.json"])
+def test_long_names_leave_a_phone_its_width_and_curves_their_room(show, name):
+    record = json.loads((RECORDS / name).read_text())
+    text = render(Sources(comparisons=[(name, record)]))
+    wide, phone = (show(text, viewport={"width": width, "height": 800}) for width in (1300, 375))
+    assert phone.evaluate("document.documentElement.scrollWidth") == 375
+    for page in (wide, phone):
+        heights = "[...document.querySelectorAll('.plot')].map((plot) => plot._fullLayout._size.h)"
+        assert min(page.evaluate(heights)) > 140
 
 
 def test_it_prints_in_light(show, page_of_all):

@@ -177,4 +177,7 @@ def dash_of(number: int) -> str:
 def span(values: Iterable[float]) -> str:
     """From the lowest to the highest finite number, in words."""
     finite = [v for v in values if np.isfinite(v)]
-    return f"{min(finite):.4g} to {max(finite):.4g}" if finite else "nothing finite"
+    if not finite:
+        return "nothing finite"
+    low, high = f"{min(finite):.4g}", f"{max(finite):.4g}"
+    return low if low == high else f"{low} to {high}"

@@ -62,7 +62,7 @@ def arm_table(record: dict[str, Any], id: str) -> Table:
     """A row per arm, best first."""
     columns = [Column("arm")] + [Column(key.rpartition(".")[2], True) for key in COORDINATES]
     names = ("steps", "parameters", "FLOPs", "n", "validation loss", "sd", "low", "high", "seconds", "diverged")
-    columns += [Column(name, True) for name in names] + [Column("against the first (95%)"), Column("notes")]
+    columns += [Column(name, True) for name in names] + [Column("against the first (95%)", True), Column("notes")]
     rows = []
     ranked = sorted(record["arms"], key=lambda arm: (arm["group"], arm["mean"] is None, arm["mean"] or 0.0))
     for arm in ranked:

@@ -11,14 +11,15 @@
   // -- colours -----------------------------------------------------------------------------------------------
 
   function themed() {
-    const axis = (own) => Object.assign({ gridcolor: color("--grid"), linecolor: color("--line"), zerolinecolor: color("--grid"), automargin: true }, own);
+    // An automatic margin in both directions may never settle: a label at the edge comes and goes with it.
+    const axis = (own, automargin) => Object.assign({ gridcolor: color("--grid"), linecolor: color("--line"), zerolinecolor: color("--grid"), automargin }, own);
     return (layout) => Object.assign({}, layout, {
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
       font: { color: color("--text"), family: "system-ui, sans-serif", size: 12 },
-      margin: { l: 60, r: 12, t: 8, b: 44 },
+      margin: { l: 60, r: 20, t: 8, b: 44 },
       legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, font: { size: 11 } },
       hoverlabel: { bgcolor: color("--card"), font: { color: color("--text") }, namelength: 40 },
-      xaxis: axis(layout.xaxis), yaxis: axis(layout.yaxis),
+      xaxis: axis(layout.xaxis, "height"), yaxis: axis(layout.yaxis, "width"),
     });
   }
 
@@ -69,8 +70,16 @@
 
   // -- charts ------------------------------------------------------------------------------------------------
 
+  function heightOf(chart, width) { // the legend stands above the curves, and must not take their room
+    const names = chart.data.filter((trace) => trace.showlegend !== false).map((trace) => (trace.name || "").length);
+    const columns = Math.max(1, Math.floor(width / (44 + 6 * Math.max(0, ...names))));
+    return 300 + 30 * Math.max(0, Math.ceil(names.length / columns) - 2);
+  }
+
   function draw(chart) {
-    const div = byId(chart.id), layout = themed()(chart.layout);
+    const div = byId(chart.id);
+    chart.layout.height = heightOf(chart, div.clientWidth);
+    const layout = themed()(chart.layout);
     layout.xaxis = Object.assign(layout.xaxis, xaxis(chart));
     return Plotly.newPlot(div, chart.data, layout, config).then(() => {
       drawn.set(chart.id, { chart, div, steps: chart.data.map((trace) => trace.x) });
@@ -104,8 +113,8 @@
     const chart = { id: `${frames.id}-map`, layout, data: [], over_steps: false };
     function trace() {
       const all = frames.values[select.value], flat = all.flat(2).filter((v) => v !== null);
-      const z = all[+time.value];
-      return { type: "heatmap", x: frames.depths, y: frames.kinds, z, zmin: Math.min(...flat), zmax: Math.max(...flat), colorscale: "Viridis", hoverongaps: false,
+      const z = all[+time.value], zmin = Math.min(...flat), zmax = Math.max(...flat);
+      return { type: "heatmap", x: frames.depths, y: frames.kinds, z, zmin, zmax, showscale: zmin < zmax, colorscale: "Viridis", hoverongaps: false,
         hovertemplate: "layer %{x}<br>%{y}<br>%{z:.4g}<extra></extra>", colorbar: { thickness: 12 },
         text: z.map((row) => row.map((v) => (v === null ? "" : +v.toPrecision(3)))), texttemplate: frames.depths.length <= 16 ? "%{text}" : "" };
     }

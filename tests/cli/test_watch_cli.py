@@ -1,5 +1,6 @@
 """watch: a run on 80 columns, once in a pipe, until its end on a terminal; one line for what is wrong."""
 
+import io
 import json
 import re
 import threading
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from nativerank.cli.dashboard import ASCII, BLOCKS, Dashboard, spark
+from nativerank.cli.dashboard import ASCII, BLOCKS, SHOWN_MATRICES, Dashboard, spark
 from nativerank.report.watch import Series, watch_run
 from nativerank.train.metrics import read_rows
 
@@ -129,6 +130,17 @@ def test_it_fits_the_terminal(finished, columns):
     with console.file:
         console.print(Dashboard(watch_run(finished)))
         assert max(len(line.rstrip()) for line in console.export_text().splitlines()) <= columns
+
+
+@pytest.mark.parametrize("columns", [30, 40, 60])
+def test_numbers_stay_whole_where_there_is_little_room(finished, columns):
+    watched = watch_run(finished)
+    console = Console(width=columns, record=True, file=io.StringIO())
+    console.print(Dashboard(watched))
+    text = console.export_text()
+    assert f"{watched.series['loss'].last:.4f}" in text and f"{watched.series['tokens_per_second'].last:,.0f}" in text
+    for values in list(watched.probes.values())[:SHOWN_MATRICES]:
+        assert f"{values['sigma_W']:.3g}" in text and f"{values['update_norm']:.3g}" in text
 
 
 def test_a_terminal_without_blocks_gets_ascii(finished, tmp_path):

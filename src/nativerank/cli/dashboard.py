@@ -18,6 +18,7 @@ from nativerank.report.watch import Series, Watched
 BLOCKS = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
 ASCII = "_.-~=+*#"  # where a terminal has no blocks
 SPARK = 60  # at most, of the columns
+ROOMY = 72  # columns from which norms of the factors are shown too
 NARROW = 45  # columns that everything beside a sparkline takes
 SHOWN_EVENTS, SHOWN_MATRICES, SHOWN_CHECKPOINTS = 5, 6, 4
 COLORS = {"running": "green", "finished": "green", "silent": "yellow", "interrupted": "yellow", "diverged": "red"}
@@ -37,7 +38,7 @@ class Dashboard:
         else:
             ramp = ASCII if options.ascii_only else BLOCKS
             parts += [curves(w, ramp, max(min(console.width - NARROW, SPARK), 8))]
-            parts += [Text(), norms(w)] if w.probes else []
+            parts += [Text(), norms(w, console.width)] if w.probes else []
             parts += [Text(), *happened(w)]
         yield Group(*parts)
 
@@ -70,6 +71,7 @@ def way(w: Watched, width: int) -> Table:
     if w.state in ("running", "silent") and math.isfinite(left):
         text += f"  about {span(left)} left"
     table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
     bar = ProgressBar(total=w.steps, completed=min(w.step, w.steps), width=max(width - 50, 10)) if w.steps else ""
     table.add_row(done, bar, text)
     return table
@@ -78,11 +80,10 @@ def way(w: Watched, width: int) -> Table:
 def curves(w: Watched, ramp: str, width: int) -> Table:
     """A line per number that the run has: its last value, its way there, the range of that."""
     table = Table.grid(padding=(0, 2))
-    for _ in range(2):
-        table.add_column(no_wrap=True)
-    table.columns[1].justify = "right"
+    for justify in ("left", "right"):
+        table.add_column(no_wrap=True, justify=justify)
     table.add_column(no_wrap=True, width=width)
-    table.add_column(no_wrap=True, overflow="ellipsis")
+    table.add_column()  # of all columns this one gives way
     lines = [
         ("loss", w.series["loss"], "{:.4f}"),
         ("val loss", w.series["val_loss"], "{:.4f}"),
@@ -93,11 +94,16 @@ def curves(w: Watched, ramp: str, width: int) -> Table:
     ]
     for name, series, form in lines:
         if series.steps:
-            table.add_row(name, form.format(series.last), spark(series, ramp, width), extent(series, form))
+            table.add_row(name, form.format(series.last), spark(series, ramp, width), cut(extent(series, form)))
     for name, value, form, what in figures(w):
         if math.isfinite(value):
             table.add_row(name, form.format(value), what)
     return table
+
+
+def cut(text: str) -> Text:
+    """In one line, cut off where a column ends."""
+    return Text(text, no_wrap=True, overflow="ellipsis")
 
 
 def figures(w: Watched) -> list[tuple[str, float, str, str]]:
@@ -127,12 +133,12 @@ def extent(series: Series, form: str) -> str:
     return f"{form.format(values.min())} .. {form.format(values.max())}" if len(values) else ""
 
 
-def norms(w: Watched) -> Table:
-    """Of the last look at the probed matrices."""
+def norms(w: Watched, width: int) -> Table:
+    """Of the last look at the probed matrices; of W alone where there is little room."""
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
-    table.add_column(f"step {w.probed:,}", no_wrap=True, overflow="ellipsis", ratio=1)
-    keys = {"sigma_W": "sigma_W", "sigma_A": "sigma_A", "sigma_B": "sigma_B", "stable_rank": "stable r"}
-    keys |= {"update_norm": "||dW||", "update_ratio": "of bound"}
+    table.add_column(cut(f"step {w.probed:,}"))
+    factors = {"sigma_A": "sigma_A", "sigma_B": "sigma_B", "stable_rank": "stable r"} if width >= ROOMY else {}
+    keys = {"sigma_W": "sigma_W", **factors, "update_norm": "||dW||", "update_ratio": "of bound"}
     shown = {key: title for key, title in keys.items() if any(key in values for values in w.probes.values())}
     for title in shown.values():
         table.add_column(title, justify="right", no_wrap=True)
@@ -141,7 +147,7 @@ def norms(w: Watched) -> Table:
             share(values.get(key, math.nan)) if key == "update_ratio" else f"{values.get(key, math.nan):.3g}"
             for key in shown
         ]
-        table.add_row(Text(plain(name).removeprefix("model.")), *cells)
+        table.add_row(cut(plain(name).removeprefix("model.")), *cells)
     if len(w.probes) > SHOWN_MATRICES:
         table.add_row(f"and {len(w.probes) - SHOWN_MATRICES} more")
     return table

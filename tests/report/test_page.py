@@ -118,6 +118,22 @@ def test_every_comparison_that_is_committed(name):
     assert rows == len(record["arms"])
 
 
+@pytest.mark.parametrize("part", ["arms", "cells", "curves", "title", "budget", "study"])
+@pytest.mark.parametrize("value", [None, 5, "x", [5], {"a": 5}])
+def test_a_damaged_comparison_is_named(part, value):
+    record = json.loads((RECORDS / "compare-lr-robustness.json").read_text()) | {part: value}
+    try:
+        sections_of(Sources(comparisons=[("three", record)]))
+    except ValueError as error:
+        assert str(error).startswith("three is no comparison that `nativerank compare` wrote (")
+
+
+@pytest.mark.parametrize("config", ["a: &x\n  b: *x\n", "d: 2020-99-99\n", "a: [\n", "5", "? [1]\n: 2\n"])
+def test_a_config_that_cannot_be_read_has_no_settings(full_run, tmp_path, config):
+    odd = read_run(write_run(tmp_path / "odd", full_rows(20), config))
+    assert len(sections_of(Sources(runs=[read_run(full_run), odd]))) == 1
+
+
 def test_intervals_of_means_are_students():
     from scipy.stats import t
 

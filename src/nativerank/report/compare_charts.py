@@ -11,12 +11,24 @@ from nativerank.report.group_charts import cell, setting
 from nativerank.report.plots import rate_lines
 
 
-def comparison_section(record: dict[str, Any], id: str) -> Section:
+def comparison_section(name: str, record: dict[str, Any], id: str) -> Section:
     """Everything that a comparison found.
 
     Args:
-        record: of compare.json, or one of benchmarks/results.
+        name: for an error. record: of compare.json, or one of benchmarks/results.
+
+    Raises:
+        ValueError: the record is not one that `compare` wrote.
     """
+    try:
+        return section_of(record, id)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{name} is no comparison that `nativerank compare` wrote ({what})") from None
+
+
+def section_of(record: dict[str, Any], id: str) -> Section:
+    """The same of a record that is whole."""
     charts = [curves(record, f"{id}-curves", flops) for flops in (False, True)] if record["curves"] else []
     charts += rates(record, f"{id}-rates")
     lines = record.get("study", {}).get("lines", [])

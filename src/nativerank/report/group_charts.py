@@ -88,10 +88,6 @@ def run_table(runs: list[Run]) -> Table:
 
 def flat_settings(run: Run) -> dict[str, Any]:
     """Dotted settings of config.yaml that make a difference; none where it cannot be read."""
-    try:
-        values = yaml.safe_load(run.config)
-    except yaml.YAMLError:
-        return {}
     found: dict[str, Any] = {}
 
     def walk(part: Any, prefix: str) -> None:
@@ -101,7 +97,11 @@ def flat_settings(run: Run) -> dict[str, Any]:
             else:
                 found[f"{prefix}{key}"] = value
 
-    walk(values if isinstance(values, dict) else {}, "")
+    try:
+        values = yaml.safe_load(run.config)
+        walk(values if isinstance(values, dict) else {}, "")
+    except (yaml.YAMLError, ValueError, RecursionError):  # a date that is none; a mapping that holds itself
+        return {}
     return {key: value for key, value in found.items() if key not in NOT_SETTINGS}
 
 

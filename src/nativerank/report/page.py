@@ -111,7 +111,7 @@ def sections_of(sources: Sources) -> list[Section]:
         lead = [run_table(sources.runs)]
         charts = mark_events(overlays(sources.runs), sources.runs)
         found.append(Section("runs", "Runs", notes=gaps(sources.runs), lead=lead, charts=charts, tables=happened))
-    found += [comparison_section(record, f"compare-{i}") for i, (_, record) in enumerate(sources.comparisons)]
+    found += [comparison_section(*named, id=f"compare-{i}") for i, named in enumerate(sources.comparisons)]
     found += [sweep_section(*sweep, id=f"sweep-{i}") for i, sweep in enumerate(sources.sweeps)]
     return [s for s in found if s.charts or s.frames or s.lead or s.tables or s.texts or s.notes]
 

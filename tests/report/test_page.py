@@ -229,7 +229,11 @@ def test_losses_that_are_not_finite(tmp_path):
         step_row(2, 3, loss="inf", val_loss="nan"),
         step_row(3, 3, loss="nan"),
     ]
-    valid(render(Sources(runs=[read_run(write_run(tmp_path / "run", rows))])))
+    page = render(Sources(runs=[read_run(write_run(tmp_path / "run", rows))]))
+    valid(page)
+    assert "from nan" not in page and "to nan" not in page
+    rows[1] = step_row(1, 3, loss=3.5)
+    assert "Training loss from 3.500 to 3.500" in render(Sources(runs=[read_run(write_run(tmp_path / "two", rows))]))
 
 
 def test_without_plotly_one_line_says_what_to_install(full_run, monkeypatch):

@@ -72,7 +72,9 @@ def loss_charts(run: Run) -> list[Chart]:
         )
     if run.has("distill_loss"):
         data += measured(run, "distill_loss", "distillation", COLORS[2])
-    text = f"Training loss from {losses[0]:.3f} to {losses[-1]:.3f} nats per token." + best if len(losses) else ""
+    finite = losses[np.isfinite(losses)]  # a run that diverged ends without one
+    text = f"Training loss from {finite[0]:.3f} to {finite[-1]:.3f} nats per token." if len(finite) else ""
+    text += best
     charts = [Chart("loss", "Loss", text, data, layout("nats per token"), over_steps=True)]
     if len(val):
         x, y = medians(run.axis, np.exp(losses))

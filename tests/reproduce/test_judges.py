@@ -126,10 +126,13 @@ def test_overhead():
 
 
 def test_ablation():
-    update = {ablation.BOTH: 3.0, ablation.ORTHOGONAL: 3.04, ablation.RENORMAL: 3.18, ablation.NEITHER: 6.0}
+    update = {ablation.BOTH: 3.0, ablation.ORTHOGONAL: 3.04, ablation.RENORMAL: 3.2, ablation.NEITHER: 6.0}
     ratios = {ablation.BOTH: 3.0, ablation.LOW: 3.7, ablation.HIGH: 2.99}
     found = ablation.judge(seen({"update": everywhere(update), "ratio": everywhere(ratios)}))
     assert set(words(found).values()) == {REPRODUCED}
+    slight = {**update, ablation.RENORMAL: 3.05, ablation.NEITHER: 3.1}
+    found = words(ablation.judge(seen({"update": everywhere(slight), "ratio": everywhere(ratios)})))
+    assert found["orthogonalise"] == found["neither"] == DIRECTION
     update, ratios = dict.fromkeys(update, 3.0), {ablation.BOTH: 3.0, ablation.LOW: 2.9, ablation.HIGH: 2.5}
     found = ablation.judge(seen({"update": everywhere(update), "ratio": everywhere(ratios)}))
     assert set(words(found).values()) == {NOT}
@@ -179,7 +182,9 @@ def test_tsvd():
             "dense-adamw": arm(dense, flops_per_token=1.0),
             "lowrank-adamw": naive,
         }
-        return seen({"tokens": everywhere(arms), "adaptive": everywhere({tsvd.ADAPTIVE: adaptive})})
+        return seen(
+            {"tokens": everywhere(arms), "adaptive": everywhere({tsvd.ADAPTIVE: adaptive, "dense-adamw": dense})}
+        )
 
     assert set(words(tsvd.judge(of(2.9, 2.9, 3.0, 3.1, 0.6))).values()) == {REPRODUCED}
     assert set(words(tsvd.judge(of(3.2, 3.3, 3.0, 3.1, 1.2))).values()) == {NOT}
@@ -188,7 +193,7 @@ def test_tsvd():
 def steps70b(plain, layerwise, saved=0.5, ratio=199.1):
     def of(peak):
         matrix = {"model": "LLaMA-70B", "ratio": ratio, "dense_bytes": 3.758e9, "factored_bytes": 1.89e7, "rank": 32}
-        return {"variants": [{"peak_rss_bytes": peak}], "arithmetic": {"matrices": [matrix]}}
+        return {"cases": [{"peak_rss_bytes": peak}], "arithmetic": {"matrices": [matrix]}}
 
     plan = {"bytes": {"peak": 1e10 * (1 - saved)}, "dense": {"bytes": {"peak": 1e10}}}
     return seen(measures={"plain": of(plain), "layerwise": of(layerwise), "half": of(layerwise), "smollm": plan})
@@ -229,8 +234,11 @@ def test_ours():
     losses = {"adam-muon": 2.9, "lowrank-muon": 3.0, "stiefel-spectron": 2.9, "spectron": 3.0}
 
     def of(forms, losses, adaptive):
-        races = {"tokens": everywhere(losses), "adaptive": everywhere({ours.ADAPTIVE: adaptive})}
-        return words(ours.judge(seen(races, {"bound": {"adversarial": forms}})))
+        races = {
+            "tokens": everywhere(losses),
+            "adaptive": everywhere({ours.ADAPTIVE: adaptive, "spectron": losses["spectron"]}),
+        }
+        return words(ours.judge(seen(races, {"bound": {"cases": forms}})))
 
     assert set(of(forms, losses, 3.0).values()) == {REPRODUCED}
     forms[1]["max_ratio"] = 1.01

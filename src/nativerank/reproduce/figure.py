@@ -10,7 +10,7 @@ from nativerank.reproduce.reading import Seen
 
 Panel = Any
 HEIGHT, ROW = 1.6, 0.26  # of a figure without rows, and of a row, in inches
-SHADES = ("#9db4c0", "#2a7f9e", "#1f4e79", "#0b2545")  # of horizons, the last one darkest
+SHADES = ("#c2d3da", "#7fb3d5", "#4f9bc7", "#0b2545")  # of horizons, the last one darkest
 
 
 def draw_losses(seen: Seen, file: Path) -> Path:

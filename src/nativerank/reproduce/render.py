@@ -42,8 +42,8 @@ def render(name: str, card: Card, scales: Mapping[str, Scale], outcomes: Mapping
     if outcomes and (folder / FIGURE).exists():
         lines += [f"![{card.title}]({FIGURE})", ""]
     for scale, experiments in card.scales.items():
-        lines += [f"## {scale.capitalize()}", "", f"{scales[scale].what}.".capitalize(), ""]
-        lines += [f"{experiments.note[0].upper()}{experiments.note[1:]}.", ""] if experiments.note else []
+        lines += [f"## {scale.capitalize()}", "", f"{upper(scales[scale].what)}.", ""]
+        lines += [f"{upper(experiments.note)}.", ""] if experiments.note else []
         if scale in outcomes:
             lines += scale_lines(name, card, scale, scales[scale], outcomes[scale])
         else:
@@ -53,6 +53,11 @@ def render(name: str, card: Card, scales: Mapping[str, Scale], outcomes: Mapping
     commands = " ".join(f"`make reproduce CARD={name}{'' if s == 'pocket' else f' SCALE={s}'}`" for s in card.scales)
     lines += [f"To run it again: {commands}. Experiments: [{CONFIG}]({CONFIG}); numbers: [{RESULT}]({RESULT})."]
     return "\n".join(lines) + "\n"
+
+
+def upper(text: str) -> str:
+    """A sentence from its first letter on; the rest as it is."""
+    return text[:1].upper() + text[1:]
 
 
 def claims_table(card: Card, found: Verdicts) -> list[str]:
@@ -156,5 +161,5 @@ def paper_lines(card: Card, folder: Path) -> list[str]:
         for name, plan in planned.items()
     ]
     command = "sbatch launch/slurm.sbatch --config FILE --data.path DATA --out runs/NAME"
-    lines = ["## Paper", "", f"Not run. {card.paper.note[0].upper()}{card.paper.note[1:]}.", ""]
+    lines = ["## Paper", "", f"Not run. {upper(card.paper.note)}.", ""]
     return [*lines, *table(head, rows), "", f"Planned by `nativerank plan`; to run one: `{command}`.", ""]

@@ -14,13 +14,13 @@ def judge(seen: Seen) -> dict[str, Verdict]:
         "certified": certified(seen),
         "adam-muon": below(seen.differences(RACE, ADAM_MUON, MUON)),
         "stiefel": below(seen.differences(RACE, STIEFEL, SPECTRON)),
-        "adaptive": not_above(seen.differences("adaptive", ADAPTIVE, SPECTRON, RACE), SLACK),
+        "adaptive": not_above(seen.differences("adaptive", ADAPTIVE, SPECTRON), SLACK),
     }
 
 
 def certified(seen: Seen) -> Verdict:
     """The largest ||dW|| / eta on steps made to break the bound."""
-    forms = {form["form"]: form for form in seen.outcome.measures["bound"]["adversarial"]}
+    forms = {form["form"]: form for form in seen.outcome.measures["bound"]["cases"]}
     ours = {name: form for name, form in forms.items() if name.startswith("certified")}
     words = [f"{name}: {form['max_ratio']:.5g} of eta at most" for name, form in ours.items()]
     why = f"{next(iter(forms.values()))['cases']:,} steps made to break it: " + ", ".join(words)

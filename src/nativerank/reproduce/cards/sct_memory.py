@@ -27,7 +27,7 @@ def matrix(seen: Seen) -> Verdict:
 
 def variant(seen: Seen, measure: str) -> dict[str, Any]:
     """The measured step of a run of `bench step70b`."""
-    found: dict[str, Any] = seen.outcome.measures[measure]["variants"][0]
+    found: dict[str, Any] = seen.outcome.measures[measure]["cases"][0]
     return found
 
 

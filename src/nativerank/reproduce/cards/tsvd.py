@@ -15,7 +15,7 @@ def judge(seen: Seen) -> dict[str, Verdict]:
             {
                 f"{label}, {where}": d
                 for label, race, arm in (("adaptive", "adaptive", ADAPTIVE), ("fixed", RACE, FIXED))
-                for where, d in seen.differences(race, arm, DENSE, RACE).items()
+                for where, d in seen.differences(race, arm, DENSE).items()
             },
             SLACK,
         ),

@@ -79,6 +79,21 @@ def test_a_coordinate_near_another_points_is_not_it(tmp_path, common, stand_in):
     assert {c["optim.lr"] for c in stand_in.ran if c["optim.aux_lr"] == 0.5} >= {0.0315, 0.0504}
 
 
+def test_a_search_does_not_walk_along_a_plateau(ask, stand_in):
+    """Down to 0.02 a step gains 0.1, below it a thousandth: where it starts on the plateau it stays."""
+    stand_in.loss = lambda s: 3 + 0.001 * math.log(s["optim.lr"]) + 0.2 * max(0, math.log(s["optim.lr"] / 0.02))
+    record = ask("spectron[optim.lr=0.01]", grid={}, stages=parse_stages("lr"), seeds=2)
+    assert record["arms"][0]["best"]["optim.lr"] == 0.01 and len(stand_in.ran) == 4
+    record = ask("spectron[optim.lr=0.05]", grid={}, stages=parse_stages("lr"), seeds=2)
+    assert 0.0195 <= record["arms"][0]["best"]["optim.lr"] <= 0.02
+
+
+def test_a_search_whose_points_all_diverge_stays(ask, stand_in):
+    stand_in.loss = lambda s: float("inf")
+    ask("spectron[optim.lr=0.05]", grid={}, stages=parse_stages("lr"), seeds=1)
+    assert {c["optim.lr"] for c in stand_in.ran} == {0.05, 0.0312, 0.08}
+
+
 def test_a_search_stops_at_a_refused_rate(ask, stand_in):
     stand_in.loss = lambda s: 3 - s["optim.lr"]
     record = ask("spectron[optim.lr=0.5]", grid={}, stages=parse_stages("lr"), seeds=1)

@@ -99,7 +99,7 @@ class Comparison:
         self.runner: Runner = runner or (lambda cells, about, name: run_grid(cells, folder, jobs, say, about, name))
         self.contenders: dict[str, Contender] = {}
         self.tries: dict[str, Tries] = {}
-        self.anchors: dict[str, Point] = {}  # tuned points, which later tries do not move
+        self.anchors: dict[str, Point] = {}  # where searches ended, which later tries do not move
 
     def enter(self, arms: Iterable[Arm]) -> list[str]:
         """Adds arms; returns their labels.
@@ -197,7 +197,11 @@ class Comparison:
         return [dict(point) for point in itertools.product(*axes)]
 
     def run_seeds(self, labels: Iterable[str]) -> None:
-        """The remaining seeds at each arm's best point, which is its tuned point from now on."""
-        best = {label: point for label in labels if (point := self.tries[label].best()) is not None}
-        self.anchors |= best
+        """The remaining seeds at each arm's best point."""
+        best = {label: point for label in labels if (point := self.best(label)) is not None}
         self.run([(label, p, s) for label, p in best.items() for s in range(self.seeds)])
+
+    def best(self, label: str) -> Point | None:
+        """Where the arm's search ended, if a run ended there; else its point of lowest loss."""
+        anchor = self.anchors.get(label)
+        return anchor if anchor and self.tries[label].losses(anchor) else self.tries[label].best()

@@ -31,14 +31,9 @@ class Findings:
     series: dict[str, dict[str, list[float]]] = field(default_factory=dict)
 
 
-def tuned(comparison: Comparison, label: str) -> Point | None:
-    """Where the arm's search ended; of an arm that nobody searched its best point."""
-    return comparison.anchors.get(label) or comparison.tries[label].best()
-
-
 def at_multiple(comparison: Comparison, label: str, multiple: float) -> Point:
     """An arm's tuned point with its matrix rate multiplied."""
-    here = tuned(comparison, label) or comparison.contenders[label].start
+    here = comparison.best(label) or comparison.contenders[label].start
     return {**here, LR: here[LR] if multiple == 1 else float(f"{here[LR] * multiple:.3g}")}
 
 
@@ -112,7 +107,7 @@ def refusals(comparison: Comparison, label: str, points: dict[float, Point]) -> 
 
 def below(comparison: Comparison, label: str) -> list[str]:
     """A line where another point that was tried with as many seeds ends below the tuned one."""
-    tries, here = comparison.tries[label], tuned(comparison, label)
+    tries, here = comparison.tries[label], comparison.best(label)
     best = tries.best()
     if here is None or best is None or best == here or lack(comparison, label):
         return []

@@ -1,9 +1,10 @@
 """Line searches along one coordinate after the other, the same for every arm, dense ones included.
 
 A line search tries both neighbours (value / factor, value * factor) of the best value until the best has both, so it
-ends at a point without a better neighbour and never at the edge of what was tried. It runs one seed: there, differences
-between neighbours below about 0.02 nats are noise. The best points then run all seeds. Values are rounded to three
-digits, so the way back would miss a value by a little: one that was tried NEAR the wanted one stands for it.
+ends at a point without a neighbour better by LEAST_GAIN and never at the edge of what was tried. It runs one seed:
+there, differences between neighbours below about 0.02 nats are noise, and on a plateau they would lead it anywhere. The
+best points then run all seeds. Values are rounded to three digits, so the way back would miss a value by a little: one
+that was tried NEAR the wanted one stands for it.
 """
 
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from nativerank.experiments.contender import Point
 
 Stage = tuple[str, float]  # coordinate, factor between neighbours
 NEAR = 0.02  # of a value
+LEAST_GAIN = 0.005  # nats for which a search moves on
 
 STAGES: dict[str, Stage] = {"lr": (LR, 1.6), "aux_lr": (AUX_LR, 2.0), "init_scale": (INIT_SCALE, 2.0)}
 ALL_STAGES = "lr,aux_lr,init_scale,lr"  # the matrix rate again, as the others move its optimum
@@ -41,11 +43,12 @@ def tune(comparison: Comparison, labels: Sequence[str], stages: Sequence[Stage])
 
 
 def search(comparison: Comparison, labels: Sequence[str], stages: Sequence[Stage]) -> None:
-    """One seed, stage by stage, all arms at once, from the best points so far."""
-    best = {label: comparison.tries[label].best() or comparison.contenders[label].start for label in labels}
+    """One seed, stage by stage, all arms at once, from the best points so far; where it ends is each arm's anchor."""
+    best = {label: comparison.best(label) or comparison.contenders[label].start for label in labels}
     best = {label: dict(point) for label, point in best.items()}
     for key, factor in stages:
         line_search(comparison, {label: point for label, point in best.items() if key in point}, key, factor)
+    comparison.anchors |= best
 
 
 def tried_near(value: float, tried: Sequence[float]) -> float:
@@ -75,4 +78,5 @@ def line_search(comparison: Comparison, best: dict[str, Point], key: str, factor
         for label, point in best.items():
             around = neighbours(label)
             losses = [loss(label, p) for p in around]
-            point[key] = around[losses.index(min(losses))][key]
+            if losses[0] - min(losses) > LEAST_GAIN:  # false of two infinities
+                point[key] = around[losses.index(min(losses))][key]

@@ -68,7 +68,7 @@ def seeded(entry: Entry) -> dict[int, float]:
 def arm_entry(comparison: Comparison, label: str) -> Entry:
     """One arm at its best."""
     contender, tries = comparison.contenders[label], comparison.tries[label]
-    best = tries.best()
+    best = comparison.best(label)
     losses = tries.losses(best) if best else {}
     n, mean, sd = spread(list(losses.values())) if losses else (0, None, None)
     rows = list(tries.rows.values())

@@ -11,6 +11,7 @@ from nativerank.reproduce.reading import Seen
 Panel = Any
 HEIGHT, ROW = 1.6, 0.26  # of a figure without rows, and of a row, in inches
 SHADES = ("#c2d3da", "#7fb3d5", "#4f9bc7", "#0b2545")  # of horizons, the last one darkest
+DASHES = {1.0: "-", 8.0: ":"}  # multiple of the searched rate
 
 
 def draw_losses(seen: Seen, file: Path) -> Path:
@@ -57,7 +58,7 @@ def draw_norms(seen: Seen, race: str, keys: Mapping[str, str], file: Path) -> Pa
     figure, panels = canvas(len(keys), 4.0 * len(keys), 4.4)
     for number, arm in enumerate(arms):
         look = style(arm, number)
-        for dash, multiple in zip(("-", "--", ":"), (1.0, 4.0, 8.0), strict=True):
+        for multiple, dash in DASHES.items():
             entry = seen.norms(race, steps, arm, multiple)
             for panel, key in zip(panels, keys, strict=True):
                 if entry and entry["course"]["steps"]:

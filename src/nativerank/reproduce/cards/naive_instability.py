@@ -9,7 +9,7 @@ from nativerank.reproduce.reading import Seen
 from nativerank.reproduce.verdict import DIRECTION, NOT, REPRODUCED, UNTESTABLE, Verdict
 
 RACE, NAIVE, DENSE = "rates", "lowrank-adamw", "dense-adamw"
-MULTIPLES = (1.0, 4.0, 8.0)
+MULTIPLES = (1.0, 8.0)
 CLAIMED = (10.0, 30.0)
 
 

@@ -7,7 +7,7 @@ from nativerank.reproduce.reading import Seen
 from nativerank.reproduce.verdict import DIRECTION, NOT, REPRODUCED, UNTESTABLE, Verdict
 
 RACE, SPECTRON, MUON, NAIVE = "rates", "spectron", "lowrank-muon", "lowrank-adamw"
-MULTIPLES = (1.0, 4.0, 8.0)
+MULTIPLES = (1.0, 8.0)
 CLAIMS = {"update": "update_norm", "activations": "output_change", "weights": "sigma_W"}
 
 

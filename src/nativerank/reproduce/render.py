@@ -42,7 +42,8 @@ def render(name: str, card: Card, scales: Mapping[str, Scale], outcomes: Mapping
     if outcomes and (folder / FIGURE).exists():
         lines += [f"![{card.title}]({FIGURE})", ""]
     for scale, experiments in card.scales.items():
-        lines += [f"## {scale.capitalize()}", "", f"{upper(scales[scale].what)}.", ""]
+        lines += [f"## {scale.capitalize()}", ""]
+        lines += [f"{upper(scales[scale].what)}.", ""] if experiments.races else []
         lines += [f"{upper(experiments.note)}.", ""] if experiments.note else []
         if scale in outcomes:
             lines += scale_lines(name, card, scale, scales[scale], outcomes[scale])

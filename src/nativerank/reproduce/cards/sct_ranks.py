@@ -5,7 +5,7 @@ from nativerank.reproduce.verdict import DIRECTION, NOT, REPRODUCED, UNTESTABLE,
 
 RANKS = (3, 6, 12, 24)
 RACES = ("scratch", "converted")
-DENSE_RACE, DENSE = "dense", "dense-adamw"
+SAME = 0.03  # nats between means that are called one floor
 
 
 def arm(rank: int) -> str:
@@ -23,17 +23,18 @@ def means(seen: Seen, race: str, steps: int) -> dict[int, float]:
 
 def floor(seen: Seen) -> Verdict:
     """Whether the largest rank ends where the smallest does."""
-    words, apart = [], []
+    words, apart, same = [], [], []
     for race in RACES:
         for steps in seen.horizons(race):
             d = seen.difference(race, steps, arm(RANKS[0]), arm(RANKS[-1]))
             if d.low is not None:
                 apart.append(d.low > 0)
+                same.append(d.low <= 0 and abs(d.mean) <= SAME)
                 words.append(f"{race}, {steps:,} steps: {d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}]")
     why = f"loss at rank {RANKS[0]} minus that at rank {RANKS[-1]}, each at its own best rate: " + "; ".join(words)
     if not apart:
         return Verdict(UNTESTABLE, "did not run")
-    return Verdict(NOT if all(apart) else REPRODUCED if not any(apart) else DIRECTION, why)
+    return Verdict(NOT if all(apart) else REPRODUCED if all(same) else DIRECTION, why)
 
 
 def middle(seen: Seen) -> Verdict:

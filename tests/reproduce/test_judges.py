@@ -52,6 +52,9 @@ def test_naive_instability():
     assert naive_instability.judge(tame)["blow-up"].word == DIRECTION
     same = seen({"rates": everywhere(losses, norms=norms([0.01] * 3, [0.01] * 3))})
     assert naive_instability.judge(same)["blow-up"].word == NOT
+    mixed = everywhere(losses, norms=norms([0.01] * 3, [0.01] * 3))
+    mixed["horizons"]["450"]["norms"] = norms([0.03] * 3, [0.01] * 3)
+    assert naive_instability.judge(seen({"rates": mixed}))["blow-up"].word == NOT, "at one horizon only"
     useless = norms([0.2] * 3, [0.01] * 3)
     useless[capped_label("lowrank-adamw")] = {"1": at(0.01, 0.1, (5.0,) * 3)}
     assert naive_instability.judge(seen({"rates": everywhere(losses, norms=useless)}))["cause"].word == NOT

@@ -285,7 +285,7 @@ def parabola(settings):
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    """What the cells answer: `loss` of their settings, a float, an error's text or Diverged; `ran` lists them."""
+    """What the cells answer: `loss` of their settings, a float or (exit code, error); `ran` lists them."""
     from nativerank.experiments import grid
 
     state = SimpleNamespace(ran=[], loss=parabola, rows=lambda settings: [])

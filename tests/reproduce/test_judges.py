@@ -166,7 +166,7 @@ def sweep(n, interval, saving, band):
         "at_last": 0.48,
         "at_last_if_meeting_at_2.2e18": 0.18,
     }
-    return seen(sweeps={"sweep": {"groups": groups, "saving": known}})
+    return seen(sweeps={"sweep": {"runs": [], "groups": groups, "saving": known}})
 
 
 def test_scaling_laws():

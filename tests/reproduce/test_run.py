@@ -175,7 +175,8 @@ SIZES = {"pocket@32x1x2": -1, "pocket@48x2x3": 0, "pocket@64x2x4": 1}
 @pytest.fixture
 def sweep(scale, place):
     """sweep(): what a sweep of SIZES gives, dense and in low rank."""
-    arms, settings = ["dense-muon", "spectron[rank.ratio=0.25]"], {"data.path": scale.settings["data.path"]}
+    arms = ["dense-muon", "spectron[rank.ratio=0.25]"]
+    settings = {"data.path": scale.settings["data.path"], "train.probe": ["*.1.self_attn.o_proj"]}
     wanted = Sweep(sizes=list(SIZES), budgets=[4e9, 8e9, 1.6e10], arms=arms)
     return lambda: run_sweep(wanted, replace(scale, settings=settings), place)
 
@@ -184,6 +185,7 @@ def test_a_sweep_is_run_and_fitted(stand_in, sweep):
     stand_in.loss = lambda cell: 3.0 + 0.1 * SIZES[cell["model.preset"]] ** 2 + 0.001 * cell["train.seed"]
     found = sweep()
     assert len(found["runs"]) == 3 * 3 * 2 * 3 and {run["seed"] for run in found["runs"]} == {0, 1, 2}
+    assert not any("train.probe" in cell for cell in stand_in.ran), "a model of one layer has no second one to probe"
     groups = {group["method"]: group for group in found["groups"].values()}
     assert groups.keys() == {"dense-muon", "spectron"}
     assert all(abs(group["isoflop"]["n_exponent"]) < 0.05 for group in groups.values())
@@ -196,3 +198,15 @@ def test_a_sweep_without_minima_says_so(stand_in, sweep):
     assert found["groups"] == {} and found["saving"] is None and "minimum" in found["warnings"][-1]
     verdicts = judge_of("scaling-laws").judge(seen(sweeps={"sweep": found}))
     assert {verdict.word for verdict in verdicts.values()} == {UNTESTABLE}
+
+
+def test_runs_of_a_sweep_that_failed_are_told(stand_in, sweep):
+    def loss(cell):
+        smallest = cell["model.preset"] == "pocket@32x1x2"
+        return (1, "no memory") if smallest else 3.0 + 0.1 * SIZES[cell["model.preset"]] ** 2
+
+    stand_in.loss = loss
+    found = sweep()
+    assert sum("error" in run for run in found["runs"]) == 3 * 2 * 3
+    verdicts = judge_of("scaling-laws").judge(seen(sweeps={"sweep": found}))
+    assert all(verdict.why.endswith("18 of 54 runs have no loss") for verdict in verdicts.values())

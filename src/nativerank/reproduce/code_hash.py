@@ -36,7 +36,7 @@ RUNS = (
     "experiments/search.py",
 )
 MEASURES = ("bench/*.py", "plan/*.py", "accounting/*.py")
-SWEEPS = ("scaling/*.py", "accounting/*.py")
+SWEEPS = ("scaling/*.py", "accounting/*.py", "reproduce/sweep.py")
 
 
 def code_hash(experiments: Experiments | None = None, root: Path | None = None) -> str:

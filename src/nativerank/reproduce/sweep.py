@@ -29,7 +29,8 @@ def run_sweep(sweep: Sweep, scale: Scale, place: Place) -> dict[str, Any]:
 
     sizes, budgets, arms = tuple(sweep.sizes), tuple(sweep.budgets), tuple(map(parse_arm, sweep.arms))
     range_ = (sweep.tokens_per_param[0], sweep.tokens_per_param[1])
-    settings = {k: v for k, v in scale.settings.items() if k != "model.preset"}
+    # The probed matrix is one of the scale's own model, which another size may lack.
+    settings = {k: v for k, v in scale.settings.items() if k != "model.preset" and not k.startswith("train.probe")}
     design = Design(sizes, budgets, arms, "exact", seeds=scale.seeds, tokens_per_param=range_, common=settings)
     planned = {run.cell: run for run in plan_cells(design)}
 
@@ -46,6 +47,7 @@ def run_sweep(sweep: Sweep, scale: Scale, place: Place) -> dict[str, Any]:
         found, saving = {"groups": {}, "warnings": [str(error)]}, None
     groups = {label: group_record(group) for label, group in found["groups"].items()}
     kept = ("size", "method", "rank_ratio", "budget", "lr", "seed", "steps", "tokens", "params", "flops", "val_loss")
+    kept += ("error", "diverged")
     return {
         "runs": [{key: row[key] for key in kept if key in row} for row in rows],
         "groups": groups,

@@ -16,7 +16,15 @@ WIDE = 0.3  # an interval of an exponent that tells nothing
 def judge(seen: Seen) -> dict[str, Verdict]:
     sweep = seen.outcome.sweeps["sweep"]
     groups = {group["method"]: group for group in sweep["groups"].values()}
-    return {"exponents": exponents(groups), "saving": saving(sweep["saving"])}
+    lack = lacking(sweep["runs"])
+    found = {"exponents": exponents(groups), "saving": saving(sweep["saving"])}
+    return {claim: Verdict(verdict.word, verdict.why + lack) for claim, verdict in found.items()}
+
+
+def lacking(runs: list[dict[str, Any]]) -> str:
+    """How many runs have no loss, so that nobody takes a hole for a minimum."""
+    without = sum("val_loss" not in run for run in runs)
+    return f"; {without} of {len(runs)} runs have no loss" if without else ""
 
 
 def exponents(groups: dict[str, Any]) -> Verdict:

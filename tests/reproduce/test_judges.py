@@ -232,6 +232,7 @@ def test_sct_ranks():
     assert flat == {"floor": REPRODUCED, "middle": REPRODUCED, "rate": REPRODUCED}
     near = words(sct_ranks.judge(ranks((2.95, 2.98, 2.99, 3.0), 0.2)))
     assert near["floor"] == DIRECTION, "not apart in this direction, and not the same either"
+    assert near["middle"] == NOT, "the smallest rank is best"
     falling = words(sct_ranks.judge(ranks((3.4, 3.3, 3.2, 3.1), 0.1)))
     assert falling == {"floor": NOT, "middle": NOT, "rate": NOT}
 

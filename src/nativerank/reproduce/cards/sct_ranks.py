@@ -38,7 +38,7 @@ def floor(seen: Seen) -> Verdict:
 
 
 def middle(seen: Seen) -> Verdict:
-    """Whether a rank below the largest is best."""
+    """Whether a rank between the smallest and the largest is best, and resolved below the largest."""
     words, inside = [], []
     for race in RACES:
         for steps in seen.horizons(race):
@@ -48,7 +48,7 @@ def middle(seen: Seen) -> Verdict:
                 rest = ", ".join(f"{rank}: {loss:.3f}" for rank, loss in found.items())
                 words.append(f"{race}, {steps:,} steps: {rest}")
                 d = seen.difference(race, steps, arm(best), arm(RANKS[-1]))
-                inside.append(best != RANKS[-1] and d.high is not None and d.high < 0)
+                inside.append(best not in (RANKS[0], RANKS[-1]) and d.high is not None and d.high < 0)
     why = "mean loss by rank: " + "; ".join(words)
     if not inside:
         return Verdict(UNTESTABLE, "did not run")

@@ -11,6 +11,10 @@ from nativerank.reproduce.card import Scale, Sweep
 from nativerank.reproduce.place import Place
 
 LAWS = ("n_exponent", "d_exponent", "n_interval", "d_interval")
+KEPT = (
+    *("size", "method", "rank_ratio", "budget", "lr", "seed", "steps", "tokens", "params", "flops", "val_loss"),
+    *("error", "diverged"),
+)
 PROFILE = ("flops", "sizes", "params", "tokens", "loss", "params_interval", "fault")
 
 
@@ -46,10 +50,8 @@ def run_sweep(sweep: Sweep, scale: Scale, place: Place) -> dict[str, Any]:
     except ValueError as error:  # no law goes through these runs, which is a result
         found, saving = {"groups": {}, "warnings": [str(error)]}, None
     groups = {label: group_record(group) for label, group in found["groups"].items()}
-    kept = ("size", "method", "rank_ratio", "budget", "lr", "seed", "steps", "tokens", "params", "flops", "val_loss")
-    kept += ("error", "diverged")
     return {
-        "runs": [{key: row[key] for key in kept if key in row} for row in rows],
+        "runs": [{key: row[key] for key in KEPT if key in row} for row in rows],
         "groups": groups,
         "saving": saving,
         "warnings": found["warnings"],

@@ -51,6 +51,13 @@ def test_runs_of_the_papers_have_a_plan(name):
     assert read_paper(CARDS / name).keys() == paper_runs(CARDS / name).keys()
 
 
+def test_the_paper_runs_of_sct_have_the_published_sizes():
+    """The rank sweep of SCT (arXiv 2604.00733), to the parameter."""
+    published = {"dense-adamw": 1_711_376_384, "sct-256": 692_178_944, "sct-128": 597_797_888}
+    published |= {"sct-64": 550_607_360, "sct-32": 527_012_096}
+    assert {run: plan["parameters"] for run, plan in read_paper(CARDS / "sct-ranks").items()} == published
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_result_holds_three_paired_seeds_at_every_point_it_reports(name):
     for found in read(CARDS / name).values():

@@ -155,7 +155,7 @@ def paper_lines(card: Card, folder: Path) -> list[str]:
             f"[{name}](paper/{name}.yaml)",
             f"{plan['parameters'] / 1e6:.0f}M",
             f"{plan['steps']:,}",
-            f"{plan['tokens'] / 1e9:.2f}B",
+            f"{plan['tokens'] / 1e6:,.0f}M",
             f"{plan['flops']:.3g}",
             f"{plan['hours']:.2f}",
         ]

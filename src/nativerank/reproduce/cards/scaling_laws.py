@@ -31,9 +31,11 @@ def exponents(groups: dict[str, Any]) -> Verdict:
     """Whether the intervals hold the paper's exponents, and are narrow enough to say so."""
     words, holds, wide = [], [], False
     for method, (n, _) in PAPER.items():
-        iso = groups.get(method, {}).get("isoflop")
+        group = groups.get(method, {})
+        iso = group.get("isoflop")
         if not iso or not iso["n_interval"]:
-            return Verdict(UNTESTABLE, f"no law through the minima of {method}")
+            reason = next(iter(group.get("warnings", [])), "it did not run")
+            return Verdict(UNTESTABLE, f"no law through the minima of {method}: {reason}")
         low, high = iso["n_interval"]
         words.append(f"{method}: N ~ C^{iso['n_exponent']:.2f} ({low:.2f} to {high:.2f}), paper {n}")
         holds.append(low <= n <= high)

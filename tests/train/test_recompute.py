@@ -139,6 +139,7 @@ def test_up_makes_again_what_is_declared_at_every_rank(ratio, joined):
     assert flops["up"] - flops["none"] == declared * ids.numel() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # torch's own, which its compiler raises and hides
 @pytest.mark.parametrize("autocast", [False, True])
 def test_wide_joint_products_stay_when_compiled(autocast):

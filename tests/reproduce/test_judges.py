@@ -237,6 +237,15 @@ def test_sct_ranks():
     assert falling == {"floor": NOT, "middle": NOT, "rate": NOT}
 
 
+def test_sct_ranks_tells_the_search():
+    cells = [{LR: lr, "seed": seed, "val_loss": 3.0 + lr + seed} for lr in (0.1, 0.2) for seed in (0, 1)]
+    cells.append({LR: 0.4, "seed": 0, "diverged": "x"})
+    arms = {sct_ranks.arm(rank): arm(3.0, tried=cells) for rank in sct_ranks.RANKS}
+    told = sct_ranks.tell(seen({race_: race({150: arms}) for race_ in sct_ranks.RACES}))
+    assert "scratch, 150 steps, loss of the first seed by rate:" in told
+    assert told.count("| 0.1 | 3.1000 | 3.1000 | 3.1000 | 3.1000 |") == 2 and not any("0.4" in line for line in told)
+
+
 def test_ours():
     forms = [{"form": "paper", "max_ratio": 2.0, "cases": 10}, {"form": "certified", "max_ratio": 0.999, "cases": 10}]
     losses = {"adam-muon": 2.9, "lowrank-muon": 3.0, "stiefel-spectron": 2.9, "spectron": 3.0}

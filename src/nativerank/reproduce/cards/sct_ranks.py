@@ -1,6 +1,8 @@
 """SCT's rank sweep, each rank at its own best rate, on held-out text; from scratch and from a converted dense model."""
 
+from nativerank.experiments.arms import LR
 from nativerank.reproduce.reading import Seen
+from nativerank.reproduce.render import table
 from nativerank.reproduce.verdict import DIRECTION, NOT, REPRODUCED, UNTESTABLE, Verdict
 
 RANKS = (3, 6, 12, 24)
@@ -78,3 +80,25 @@ def cost_of_rate(seen: Seen, steps: int, rank: int) -> float | None:
     if not best or not low or best["lack"] or low["lack"]:
         return None
     return sum(low["val_losses"]) / len(low["val_losses"]) - sum(best["val_losses"]) / len(best["val_losses"])
+
+
+def tell(seen: Seen) -> list[str]:
+    """The search itself: the first seed's loss at every rate that was tried, by rank."""
+    lines = []
+    for race in RACES:
+        for steps in seen.horizons(race):
+            by_rank = {rank: tried(seen, race, steps, rank) for rank in RANKS}
+            rates = sorted({lr for losses in by_rank.values() for lr in losses})
+            head = ["matrix rate", *(f"rank {rank}" for rank in RANKS)]
+            rows = [
+                [f"{lr:.3g}", *(f"{found[lr]:.4f}" if lr in found else "-" for found in by_rank.values())]
+                for lr in rates
+            ]
+            lines += [f"{race}, {steps:,} steps, loss of the first seed by rate:", "", *table(head, rows), ""]
+    return lines[:-1]
+
+
+def tried(seen: Seen, race: str, steps: int, rank: int) -> dict[float, float]:
+    """Rate -> loss of the first seed."""
+    cells = seen.arms(race, steps).get(arm(rank), {}).get("tried", [])
+    return {cell[LR]: cell["val_loss"] for cell in cells if cell["seed"] == 0 and "val_loss" in cell}

@@ -59,8 +59,8 @@ def overview(cards: list[Listed], scales: Mapping[str, Scale]) -> str:
         "## More text",
         "",
         "The desk scale wants 100M tokens; text of your own is best. Without any, Debian's packages have some: a "
-        "dictionary (GPL), the kernel's manual (GPL-2) and Python's (PSF) are 78 MB, and more can be named; the "
-        "licence of each is put beside its text. Runs longer than the text pass over it again.",
+        "dictionary (GPL), the kernel's manual (GPL-2) and Python's (PSF) are 78 MB or 21M tokens, and more can be "
+        "named; the licence of each is put beside its text. Runs longer than the text pass over it again.",
         "",
         "    python reproductions/more_text.py --out texts",
         "    nativerank data prepare texts --out data/desk --tokenizer train:32000",
